@@ -1,0 +1,75 @@
+"""The waiting requests of one replica, kept in the policy's order.
+
+Requests mostly join at the end and leave at the front, so the queue is a list with a moving front: both ends cost the
+same at any depth. Only a request that jumps the queue moves the ones behind it (one memmove).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from llmsim.request import Request
+
+
+class WaitingQueue:
+    """Requests in order of `order(request)` (a key fixed while it waits), or in order of arrival if there is none."""
+
+    __slots__ = ("_first", "_order", "_requests")
+
+    def __init__(self, order: Callable[[Request], Any] | None = None) -> None:
+        self._order = order
+        self._requests: list[Request] = []
+        self._first = 0  # front of the queue in _requests; what lies before it has left
+
+    def __len__(self) -> int:
+        return len(self._requests) - self._first
+
+    def __iter__(self) -> Iterator[Request]:
+        """From the front; a copy, so that requests may leave meanwhile."""
+        return iter(self._requests[self._first :])
+
+    @property
+    def head(self) -> Request:
+        return self._requests[self._first]
+
+    def append(self, request: Request) -> None:
+        """A new arrival: to its place, or to the end if the policy has no order."""
+        requests, order = self._requests, self._order
+        if order is None or len(requests) == self._first or order(requests[-1]) <= order(request):
+            requests.append(request)
+        else:
+            insort(requests, request, lo=self._first, key=order)
+
+    def put_back(self, request: Request) -> None:
+        """A preempted request: to its place, or to the very front if the policy has no order."""
+        if self._order is not None:
+            self.append(request)
+        elif self._first:
+            self._first -= 1
+            self._requests[self._first] = request
+        else:
+            self._requests.insert(0, request)
+
+    def pop(self) -> Request:
+        """Take the front request."""
+        first, requests = self._first, self._requests
+        request = requests[first]
+        first += 1
+        if first > 1024 and first * 2 > len(requests):
+            del requests[:first]
+            first = 0
+        self._first = first
+        return request
+
+    def remove(self, request: Request) -> None:
+        """Take a request from anywhere in the queue."""
+        if self.head is request:
+            self.pop()
+            return
+        requests, order = self._requests, self._order
+        at = bisect_left(requests, order(request), lo=self._first, key=order) if order is not None else self._first
+        while requests[at] is not request:
+            at += 1
+        del requests[at]
