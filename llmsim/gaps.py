@@ -50,7 +50,7 @@ class GapRuns:
             gap_s, growth_s, count, weight = gap_s[kept], growth_s[kept], count[kept], weight[kept]
         lowest_s = np.minimum(gap_s, gap_s + growth_s * (count - 1))
         if gap_s.size and not float(lowest_s.min()) >= 0.0:
-            raise ValueError(f"gaps: gap_s={float(lowest_s.min())} is not a time between two tokens (0 or more seconds)")
+            raise ValueError(f"gaps: gap_s={float(lowest_s.min())} is no time between tokens (0 or more seconds)")
         constant = growth_s == 0.0
         return cls(gap_s, growth_s, np.where(constant, 1, count), np.where(constant, weight * count, weight))
 

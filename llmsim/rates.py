@@ -1,0 +1,95 @@
+"""How much at a time: output tokens by the second, requests under way, and whether the queue kept growing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Columns = dict[str, NDArray[Any]]
+Floats = NDArray[np.float64]
+
+CHUNK = 1 << 20  # tokens' instants held at a time: 8 MB an array
+FEWEST_FOR_STABILITY = 100  # requests
+UNSERVED = 0.02  # part of the arrivals
+
+
+def tokens_per_second(requests: Columns, iterations: Columns, gaps: Columns) -> Floats:
+    """Output tokens in each whole second since the first send, as vLLM's benchmark counts them.
+
+    With the gaps' `end_s` the instants are the client's; without it the GPU's log stands in: the same tokens a few
+    milliseconds earlier, evenly placed within a run of iterations.
+    """
+    done = np.isfinite(requests["finish_s"])
+    if not done.any():
+        return np.zeros(0)
+    origin_s = float(requests["arrival_s"].min())
+    seconds = int(np.ceil(requests["finish_s"][done].max() - origin_s)) + 1
+    tokens = np.zeros(seconds)
+    first_s = requests["first_token_s"][done]
+    for instants_s, weights in ((first_s, np.ones(first_s.size)), *_token_instants(iterations, gaps, origin_s)):
+        second = (instants_s - origin_s).astype(np.int64)
+        counts = np.bincount(second, weights=weights, minlength=seconds)
+        tokens += counts[:seconds]  # tokens of requests that never completed can lie beyond; vLLM leaves them out too
+    return tokens
+
+
+def _token_instants(iterations: Columns, gaps: Columns, origin_s: float) -> Iterator[tuple[Floats, Floats]]:
+    """(instants, tokens) of all tokens but the first of each request."""
+    if "end_s" in gaps:
+        end_s, count, weight = (gaps[name] for name in ("end_s", "count", "weight"))
+        gap_s, growth_s = gaps["gap_s"], gaps["growth_s"]
+    else:
+        end_s, count, weight = (iterations[name] for name in ("gpu_end_s", "iterations", "seqs"))
+        gap_s, growth_s = (end_s - iterations["start_s"]) / np.maximum(count, 1), np.zeros(len(end_s))
+    first_s = end_s - (gap_s * (count - 1) + growth_s * (count * (count - 1) / 2))
+    whole = np.floor(end_s - origin_s) == np.floor(first_s - origin_s)  # a run within one second needs no expansion
+    yield end_s[whole], (count * weight)[whole].astype(np.float64)
+    rows = np.flatnonzero(~whole & (count > 0))
+    for part in np.array_split(rows, int(count[rows].sum()) // CHUNK + 1):
+        counts = count[part]
+        step = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+        gap, growth = np.repeat(gap_s[part], counts), np.repeat(growth_s[part], counts)
+        # The i-th instant is the first one plus the gaps 1 .. i of the run.
+        instants_s = np.repeat(first_s[part], counts) + step * gap + growth * (step * (step + 1) / 2)
+        yield instants_s, np.repeat(weight[part], counts).astype(np.float64)
+
+
+def peak_concurrency(requests: Columns) -> int:
+    """Largest number of completed requests under way at one instant, each from its send up to its last token."""
+    done = np.isfinite(requests["finish_s"])
+    if not done.any():
+        return 0
+    times_s = np.concatenate([requests["arrival_s"][done], requests["finish_s"][done]])
+    change = np.repeat([1, -1], int(done.sum()))
+    return int(np.cumsum(change[np.lexsort((change, times_s))]).max())  # at a tie the departure comes first
+
+
+def stability(requests: Columns, concurrency: int | None) -> tuple[bool | None, str]:
+    """Whether the queue kept growing, and that in words.
+
+    The backlog (sent, not yet scheduled) is averaged over each quarter of the arrivals. Unstable: it rises from the
+    second to the third to the last quarter, by more than 2 % of what arrived between. None: cannot be told.
+    """
+    sent_s = np.sort(requests["arrival_s"])
+    if concurrency is not None:
+        return None, f"closed loop of {concurrency}: the load follows the system, the queue cannot run away"
+    span_s = float(np.ptp(sent_s)) if sent_s.size else 0.0
+    if sent_s.size < FEWEST_FOR_STABILITY or span_s == 0.0:
+        return None, f"{sent_s.size} requests over {span_s:.3g} s are too few to tell whether the queue grows"
+    scheduled_s = requests["scheduled_s"]
+    started_s = np.sort(scheduled_s[np.isfinite(scheduled_s)])
+    refused = np.cumsum(~np.isfinite(scheduled_s)[np.argsort(requests["arrival_s"], kind="stable")])
+    backlog = np.arange(1, sent_s.size + 1) - refused - np.searchsorted(started_s, sent_s, side="right")
+    quarters = [float(part.mean()) for part in np.array_split(backlog, 4)]
+    growth = (quarters[3] - quarters[1]) / (sent_s.size / 2)  # part of the arrivals that was not served
+    waiting = int(backlog[-1])
+    if quarters[1] < quarters[2] < quarters[3] and growth > UNSERVED:
+        rate = sent_s.size / span_s
+        return False, (
+            f"unstable: of {rate:.3g} requests/s about {(1 - growth) * rate:.3g} were served, "
+            f"the queue grew to {waiting}; latencies depend on the length of the trace"
+        )
+    return True, f"stable: the queue did not keep growing ({waiting} waiting at the last arrival)"

@@ -1,0 +1,157 @@
+"""What the GPUs did during a run, from its iteration log.
+
+    busy                GPU seconds of a row = n * gpu_first_s + gpu_growth_s * n (n - 1) / 2, n = its iterations
+    gpu_busy_frac       busy / (replicas * duration)
+    batch_size          requests of an iteration (decodes and prefills), over iterations
+    kv_cache_usage_perc fraction of KV blocks in use (vLLM's gauge of that name: 1 is all of them), over time, an idle
+                        replica counting as 0; block 0, vLLM's null block, is not counted as usable
+    mfu, mbu            FLOPs of the work / (busy * peak FLOP/s); bytes it must move / (busy * peak bandwidth)
+    phases              the same for iterations that hold prefill chunks ("prefill", the decodes beside them included)
+                        and for pure decode ("decode"), each with its bottleneck: "host" when the GPU waited more than
+                        half of the time requests were under way, else the larger of compute (FLOPs / peak) and
+                        memory bandwidth (bytes / peak)
+    extrapolated        share of busy time in iterations outside the range the cost model was measured on; None for a
+                        cost model that was not measured
+    cost_per_1m_*       US dollars at the GPU's price per hour in `llmsim/data/gpus.toml`
+
+FLOPs and bytes are those of `llmsim.cost.roofline`: the work the model asks for, not what kernels add to it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from llmsim.cost import CostModel
+    from llmsim.hardware import Gpu
+    from llmsim.scenario import Scenario
+
+Columns = dict[str, NDArray[Any]]
+Floats = NDArray[np.float64]
+
+
+def utilisation(
+    iterations: Columns,
+    scenario: Scenario,
+    cost: CostModel,
+    kv_blocks: int,
+    duration_s: float,
+    *,
+    output_tokens: int,
+    input_tokens: int,
+) -> dict[str, Any]:
+    from llmsim.hardware import find_gpu
+
+    gpu = find_gpu(scenario.gpu)
+    busy_s, active_s = busy_seconds(iterations), active_seconds(iterations)
+    gpus = scenario.replicas * scenario.tensor_parallel
+    gpu_hours = gpus * duration_s / 3600.0
+    dollars = gpu_hours * gpu.price_per_hour
+    return {
+        "kv_cache_usage_perc": _kv_usage(iterations, active_s, kv_blocks, scenario.replicas * duration_s),
+        "batch_size": _batch_size(iterations),
+        "iterations": int(iterations["iterations"].sum()),
+        "gpu_busy_frac": _ratio(busy_s.sum(), scenario.replicas * duration_s),
+        **_work(iterations, scenario, gpu, busy_s, active_s),
+        "tokens_per_s_per_gpu": _ratio(output_tokens, gpus * duration_s),
+        "price_per_gpu_hour": gpu.price_per_hour,
+        "cost_per_1m_output_tokens": _ratio(1e6 * dollars, output_tokens),
+        "cost_per_1m_total_tokens": _ratio(1e6 * dollars, output_tokens + input_tokens),
+        "replicas": scenario.replicas,
+        "gpus": gpus,
+        "gpu_hours": gpu_hours,
+        "calibration": {
+            "id": getattr(cost, "id", None),
+            "kind": cost.kind,
+            "label": cost.label,
+            "error": getattr(cost, "error", None),
+        },
+        "extrapolated": extrapolated(iterations, cost, busy_s),
+    }
+
+
+def busy_seconds(iterations: Columns) -> Floats:
+    """GPU seconds of each row."""
+    n = iterations["iterations"]
+    busy_s: Floats = n * iterations["gpu_first_s"] + iterations["gpu_growth_s"] * (n * (n - 1) / 2)
+    return busy_s
+
+
+def active_seconds(iterations: Columns) -> Floats:
+    """Seconds each row had its replica to itself: from its start to its end, or to the start of the row after it (under
+    asynchronous scheduling the next iteration is scheduled while this one runs)."""
+    active_s: Floats = iterations["gpu_end_s"] - iterations["start_s"]
+    order = np.lexsort((iterations["start_s"], iterations["replica"]))
+    before, after = order[:-1], order[1:]
+    same = iterations["replica"][before] == iterations["replica"][after]
+    to_next_s = iterations["start_s"][after] - iterations["start_s"][before]
+    active_s[before] = np.where(same, np.minimum(active_s[before], to_next_s), active_s[before])
+    return active_s
+
+
+def extrapolated(iterations: Columns, cost: CostModel, busy_s: Floats) -> float | None:
+    if cost.kind != "profile":
+        return None
+    return _ratio(busy_s[np.asarray(cost.outside_measured(iterations), dtype=bool)].sum(), busy_s.sum())
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return float(part) / float(whole) if whole else None
+
+
+def _kv_usage(iterations: Columns, active_s: Floats, kv_blocks: int, replica_s: float) -> dict[str, float | None]:
+    usable = max(kv_blocks - 1, 1)
+    blocks = iterations["kv_blocks"]
+    return {
+        "mean": _ratio((blocks * active_s).sum(), usable * replica_s),
+        "max": float(blocks.max()) / usable if blocks.size else None,
+    }
+
+
+def _batch_size(iterations: Columns) -> dict[str, float | None]:
+    sizes, times = iterations["seqs"] + iterations["prefill_requests"], iterations["iterations"]
+    total = int(times.sum())
+    if not total:
+        return {"mean": None, "p50": None, "p99": None}
+    ends = np.cumsum(np.bincount(sizes, weights=times))  # iterations of at most this many requests
+
+    def percentile(percent: float) -> float:
+        rank = (total - 1) * percent / 100.0
+        low, high = np.searchsorted(ends, [int(rank), min(int(rank) + 1, total - 1)], side="right").tolist()
+        return float(low + (high - low) * (rank - int(rank)))
+
+    return {"mean": float((sizes * times).sum() / total), "p50": percentile(50), "p99": percentile(99)}
+
+
+def _work(iterations: Columns, scenario: Scenario, gpu: Gpu, busy_s: Floats, active_s: Floats) -> dict[str, Any]:
+    from llmsim.cost.roofline import work
+    from llmsim.hardware import find_model
+
+    flops, moved_bytes = work(find_model(scenario.model), scenario, iterations)
+    peak_flops_per_s = gpu.flops_per_s[gpu.compute_dtype(scenario.weight_dtype)]
+    peak_bytes_per_s = gpu.bandwidth_bytes_per_s
+    prefill = iterations["prefill_tokens"] > 0
+    phases: dict[str, Any] = {}
+    for name, rows in (("prefill", prefill), ("decode", ~prefill)):
+        seconds = float(busy_s[rows].sum())
+        if not seconds:
+            continue
+        compute_s, memory_s = flops[rows].sum() / peak_flops_per_s, moved_bytes[rows].sum() / peak_bytes_per_s
+        waited = 1.0 - seconds / max(float(active_s[rows].sum()), seconds)
+        phases[name] = {
+            "share_of_busy": seconds / float(busy_s.sum()),
+            "mfu": compute_s / seconds,
+            "mbu": memory_s / seconds,
+            "gpu_waited_frac": waited,
+            "bottleneck": "host" if waited > 0.5 else "compute" if compute_s > memory_s else "memory bandwidth",
+        }
+    main = max(phases, key=lambda name: phases[name]["share_of_busy"], default=None)
+    return {
+        "mfu": _ratio(flops.sum() / peak_flops_per_s, busy_s.sum()),
+        "mbu": _ratio(moved_bytes.sum() / peak_bytes_per_s, busy_s.sum()),
+        "phases": phases,
+        "bottleneck": None if main is None else f"{main} {phases[main]['bottleneck']}",
+    }
