@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import ceil, inf, nan
 
-from llmsim.cost import EAGER, FULL, PIECEWISE, CostModel
+from llmsim.cost import FULL, CostModel
 
 
 @dataclass(frozen=True)
@@ -288,16 +288,16 @@ class Scheduler:
 
 
 class PlainEngine:
-    """`jitter(mode)` gives the launch's deviation from its mean, asked once for each step in order of launch."""
+    """`noise(mode, launch begin)` is a launch's deviation from its mean, asked for every step but full graphs."""
 
-    def __init__(self, cost: CostModel, settings: Settings, jitter: Callable[[int], float] | None = None) -> None:
+    def __init__(self, cost: CostModel, settings: Settings, noise: Callable[[int, float], float] | None = None) -> None:
         self.cost, self.host, self.settings = cost, cost.host, settings
-        self.jitter = jitter or (lambda mode: 0.0)
+        self.noise = noise or (lambda mode, now_s: 0.0)
         self.scheduler = Scheduler(settings)
         self.sent: list[tuple[float, int, PlainRequest]] = []  # heap: on their way to the engine
         self.held: deque[PlainRequest] = deque()  # closed loop: not sent yet
         self.received: list[PlainRequest] = []  # with their schedulable_s, not yet drained
-        self.received_s = -inf
+        self.passed_s = -inf
         self.gpu_free_s = -inf
         self.log: list[Step] = []
 
@@ -321,9 +321,9 @@ class PlainEngine:
         """Requests come in one at a time; work out when those sent by `until_s` are schedulable."""
         while self.sent and self.sent[0][0] <= until_s:
             request = heapq.heappop(self.sent)[2]
-            start_s = max(request.send_s, self.received_s)
-            request.schedulable_s = start_s + self.host.receive_s + self.host.receive_per_token_s * request.prompt
-            self.received_s = request.schedulable_s
+            start_s = max(request.send_s, self.passed_s)
+            self.passed_s = start_s + self.host.receive_busy_s + self.host.receive_per_token_s * request.prompt
+            request.schedulable_s = self.passed_s + self.host.receive_s
             self.received.append(request)
 
     def _drain(self, now_s: float) -> None:
@@ -357,18 +357,16 @@ class PlainEngine:
             + host.schedule_per_request_s * step.running
             + host.schedule_per_token_s * new_tokens
         )
-        launch_s = host.launch_s[mode] + host.launch_per_request_s[mode] * requests + self.jitter(mode)
+        launch_s = host.launch_s[mode] + host.launch_per_request_s[mode] * requests
+        if mode != FULL:
+            launch_s += self.noise(mode, step.launch_s)
         step.launched_s = self._slowed(step.launch_s, step.launch_s + launch_s)
         if chunks:
             step.gpu_time_s = self.cost.mixed_s(chunks, step.seqs, step.kv_tokens)
         else:
             step.gpu_time_s = self.cost.decode_ramp(step.seqs, step.kv_tokens).first_s
-        if mode == FULL:
-            step.gpu_end_s = max(self.gpu_free_s, step.launched_s) + step.gpu_time_s
-        else:
-            assert mode in (PIECEWISE, EAGER)
-            start_s = max(self.gpu_free_s, step.launch_s + host.lead_s)
-            step.gpu_end_s = max(start_s + step.gpu_time_s, step.launched_s + host.tail_s)
+        start_s = max(self.gpu_free_s, step.launch_s + host.lead_s[mode])
+        step.gpu_end_s = max(start_s + step.gpu_time_s, step.launched_s + host.tail_s[mode])
         self.gpu_free_s = step.gpu_end_s
         self.log.append(step)
 

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil, sqrt
+from math import ceil, inf, sqrt
+from random import Random
 from typing import Any, NamedTuple, Protocol
 
 FULL, PIECEWISE, EAGER = 0, 1, 2
@@ -54,14 +55,14 @@ class Host:
     """The host thread's clock, seconds. Tuples of three are indexed by mode: full graph, piecewise, eager.
 
     schedule = schedule_s + schedule_per_request_s * running + schedule_per_token_s * new prompt tokens
-    launch   = launch_s[mode] + launch_per_request_s[mode] * requests in the step + one draw of launch_jitter_s[mode]
+    launch   = launch_s[mode] + launch_per_request_s[mode] * requests in the step + `LaunchNoise`
     update   = update_s + update_per_output_s * outputs of the step
-    While a launch is under way, a request of p prompt tokens that reaches the engine slows it by
+    While a launch is under way, a request of p prompt tokens that becomes schedulable slows it by
     interference_per_token_s * p (one interpreter lock).
-    In piecewise and eager mode the GPU can start `lead_s` after the launch began and ends no earlier than `tail_s` after
-    the launch ended; a full graph starts when its launch has ended.
-    The client side: a request is schedulable receive_s + receive_per_token_s * prompt after it was sent (one at a
-    time), and the client sees the tokens of a step respond_s + respond_per_output_s * outputs after its update began.
+    The GPU can start `lead_s[mode]` after the launch began and ends no earlier than `tail_s[mode]` after the launch ended.
+    The client side: requests pass to the engine one at a time, each in receive_busy_s + receive_per_token_s * prompt, and
+    are schedulable receive_s after that; the client sees the tokens of a step respond_s + respond_per_output_s * outputs
+    after its update began.
     """
 
     schedule_s: float = 0.0
@@ -69,16 +70,45 @@ class Host:
     schedule_per_token_s: float = 0.0
     launch_s: tuple[float, float, float] = (0.0, 0.0, 0.0)
     launch_per_request_s: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    launch_jitter_s: tuple[tuple[float, ...], ...] = ((), (), ())  # equally likely deviations from the mean
+    launch_jitter_s: tuple[tuple[float, ...], ...] = ((), (), ())  # equally likely; drawn for every launch
+    launch_drift_s: tuple[tuple[float, ...], ...] = ((), (), ())  # equally likely; the same rank in every mode, held
+    drift_hold_s: float = 0.0  # mean time between two draws of the drift
     update_s: float = 0.0
     update_per_output_s: float = 0.0
     interference_per_token_s: float = 0.0
-    lead_s: float = 0.0
-    tail_s: float = 0.0
-    receive_s: float = 0.0
+    lead_s: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    tail_s: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    receive_busy_s: float = 0.0
     receive_per_token_s: float = 0.0
+    receive_s: float = 0.0
     respond_s: float = 0.0
     respond_per_output_s: float = 0.0
+
+
+class LaunchNoise:
+    """How far each launch is from its mean: a drift of the host's speed, held for a while, plus independent jitter.
+
+    Recorded launches 50 ms apart are alike (correlation 0.6 to 0.7), those half a second apart are not; and a few per
+    cent stall on their own. Drift: a rank drawn uniformly and held for an exponentially distributed time.
+    Full graphs are never asked: their launch hides behind the GPU.
+    """
+
+    def __init__(self, host: Host, seed: int) -> None:
+        self._jitter, self._drift, self._hold_s = host.launch_jitter_s, host.launch_drift_s, host.drift_hold_s
+        self._random = Random(seed)
+        self._rank, self._until_s = 0.0, -inf
+
+    def draw(self, mode: int, now_s: float) -> float:
+        noise_s = 0.0
+        drift, jitter = self._drift[mode], self._jitter[mode]
+        if drift:
+            if now_s >= self._until_s:
+                self._rank = self._random.random()
+                self._until_s = now_s + (self._random.expovariate(1.0 / self._hold_s) if self._hold_s > 0.0 else 0.0)
+            noise_s = drift[int(self._rank * len(drift))]
+        if jitter:
+            noise_s += jitter[int(self._random.random() * len(jitter))]
+        return noise_s
 
 
 class CostModel(Protocol):
