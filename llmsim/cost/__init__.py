@@ -59,10 +59,10 @@ class Host:
     update   = update_s + update_per_output_s * outputs of the step
     While a launch is under way, a request of p prompt tokens that becomes schedulable slows it by
     interference_per_token_s * p (one interpreter lock).
-    The GPU can start `lead_s[mode]` after the launch began and ends no earlier than `tail_s[mode]` after the launch ended.
-    The client side: requests pass to the engine one at a time, each in receive_busy_s + receive_per_token_s * prompt, and
-    are schedulable receive_s after that; the client sees the tokens of a step respond_s + respond_per_output_s * outputs
-    after its update began.
+    The GPU can start `lead_s[mode]` after the launch began and ends no earlier than `tail_s[mode]` after it ended.
+    The client side: requests pass to the engine one at a time, each in receive_busy_s + receive_per_token_s * prompt,
+    and are schedulable receive_s after that; the client sees the tokens of a step
+    respond_s + respond_per_output_s * outputs after its update began.
     """
 
     schedule_s: float = 0.0
