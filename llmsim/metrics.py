@@ -17,6 +17,7 @@ The first keys, their names and their definitions are those of `vllm bench serve
 
 The others are llmsim's own:
 
+    samples                   how many numbers each latency's statistics rest on
     slo_attainment            requests that meet every target / all requests sent, rejected ones included
     goodput_tok_s             output tokens of the requests that meet every target, per second
     queue_ms, prefill_ms, decode_ms, preempted_ms    where e2el went; per request the four add up to it:
@@ -70,8 +71,9 @@ Floats = NDArray[np.float64]
 class Result:
     """One run.
 
-    `requests` has a row per request sent (finish_s is nan for a rejected one), `iterations` a row per run of iterations,
-    `gaps` a row per arithmetic run of inter-token gaps, with `end_s`, when the last of them ended, if the engine logs it.
+    `requests` has a row per request sent (finish_s is nan for a rejected one), `iterations` a row per run of
+    iterations, `gaps` a row per arithmetic run of inter-token gaps, with `end_s`, when the last of them ended, if the
+    engine logs it.
     """
 
     requests: Columns
@@ -108,13 +110,15 @@ class Result:
     def summary(self, goodput: dict[str, float] | None = None) -> dict[str, Any]:
         """vLLM's keys, then llmsim's own. `goodput`: targets in milliseconds, e.g. {"ttft": 500, "tpot": 50}."""
         done = {name: column[self.finished] for name, column in self.requests.items()}
-        latency_s = latencies_s(done)
+        latency_s, gaps = latencies_s(done), GapRuns.of(self.gaps)
         duration_s = self.duration_s
         summary = _setting(self) | _throughput(self, done, duration_s) | _goodput(self, done, latency_s, goodput)
         for name, values_s in latency_s.items():
             summary |= _spread(name, values_s)
             if name == "tpot":  # vLLM's order: ttft, tpot, itl, e2el
-                summary |= _gap_spread(GapRuns.of(self.gaps))
+                summary |= _gap_spread(gaps)
+        samples = {name: int(np.isfinite(values_s).sum()) for name, values_s in latency_s.items()}
+        summary["samples"] = samples | {"itl": gaps.total}
         summary |= _where_it_went(done, latency_s["e2el"])
         summary["num_preemptions"] = int(self.requests["preemptions"].sum())
         summary["prefix_cache_hit_rate"] = _ratio(done["cached_tokens"].sum(), done["prompt_tokens"].sum())
@@ -200,6 +204,7 @@ def _setting(result: Result) -> dict[str, Any]:
         "request_rate": _ratio(sent_s.size - 1, span_s) if scenario.concurrency is None else None,
         "burstiness": None,
         "max_concurrency": scenario.concurrency,
+        "seed": scenario.seed,
     }
 
 
