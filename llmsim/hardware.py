@@ -13,7 +13,7 @@ Weights of one layer, in elements (H hidden, h heads, g KV heads, d head size, I
 
 Under tensor parallelism heads, MLP widths and the vocabulary are split; KV heads are repeated when there are fewer of
 them than ranks, and norms, routers and MLA's latent projections stay whole on every rank. Quantised formats cover the
-matmul weights of the layers (mxfp4: the experts only); embeddings, LM head and norms keep the 2-byte dtype. A batch of
+matmul weights of the layers (mxfp4: of MoE models the experts only); embeddings, LM head and norms keep the 2-byte dtype. A batch of
 t tokens reaches E (1 - (1 - k/E)^t) distinct experts if each token picks k of E evenly. Multimodal towers are left out.
 """
 
@@ -28,8 +28,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-# Bytes per element. 4-bit formats carry scales: AWQ and GPTQ a 2-byte scale and a 4-bit zero point per group of 128, the
-# OCP microscaling format a 1-byte scale per 32.
+# Bytes per element. 4-bit formats carry scales: AWQ and GPTQ a 2-byte scale and a 4-bit zero point per group of 128,
+# the OCP microscaling format a 1-byte scale per 32.
 ELEMENT_BYTES = {
     "float32": 4.0,
     "bfloat16": 2.0,
@@ -123,13 +123,18 @@ class Model:
         return self.layers - self.sliding_layers
 
     def tensor_parallel_sizes(self, most: int = 8) -> list[int]:
-        return [tp for tp in range(1, most + 1) if self.heads % tp == 0 and _splits(self.kv_heads, tp)]
+        return [tp for tp in range(1, most + 1) if self._splits(tp)]
+
+    def _splits(self, tp: int) -> bool:
+        widths = (self.heads, self.intermediate, self.expert_intermediate, self.shared_intermediate)
+        repeats = tp % self.kv_heads == 0 if tp > self.kv_heads else self.kv_heads % tp == 0
+        return repeats and all(width % tp == 0 for width in widths)
 
     def check_tensor_parallel(self, tp: int) -> None:
-        if tp < 1 or self.heads % tp or not _splits(self.kv_heads, tp):
+        if tp < 1 or not self._splits(tp):
             sizes = ", ".join(str(size) for size in self.tensor_parallel_sizes(max(8, min(tp, 64))))
             raise ValueError(
-                f"tensor_parallel={tp} does not divide the {self.heads} heads ({self.kv_heads} KV heads) of "
+                f"tensor_parallel={tp} does not divide the {self.heads} heads, {self.kv_heads} KV heads and MLP widths of "
                 f"{self.name}. Use one of {sizes}"
             )
 
@@ -226,7 +231,7 @@ class Model:
         """Bytes of the layers' matmul weights on a rank, with `experts` distinct experts a layer (None: all)."""
         stored = self.weight_format(dtype)
         count = self.experts if experts is None else experts
-        dense = "bfloat16" if stored == "mxfp4" else stored
+        dense = "bfloat16" if stored == "mxfp4" and self.experts else stored
         return (
             self.dense_linear_params(tp) * ELEMENT_BYTES[dense] + count * self.expert_params(tp) * ELEMENT_BYTES[stored]
         )
@@ -271,10 +276,6 @@ class Model:
     @property
     def attention_flops_per_pair(self) -> int:
         return self.layers * self.layer_flops_per_pair
-
-
-def _splits(kv_heads: int, tp: int) -> bool:
-    return kv_heads % tp == 0 if tp <= kv_heads else tp % kv_heads == 0
 
 
 # ---- finding them -------------------------------------------------------------------------------------------------

@@ -205,8 +205,8 @@ def _too_large(model: Model, gpu: Gpu, tp: int, utilization: float, room: _Room,
     )
     return (
         f"{model.name} does not fit on {gpu.name} with tensor_parallel={tp}: weights {_gb(budget.weights_bytes)} GB, "
-        f"activations and runtime {_gb(budget.activation_bytes + budget.runtime_bytes)} GB and one request of max_model_len="
-        f"{room.max_model_len} ({_gb(room.needed_bytes)} GB) are {_gb(short)} GB more than "
+        f"activations and runtime {_gb(budget.activation_bytes + budget.runtime_bytes)} GB and one request of "
+        f"max_model_len={room.max_model_len} ({_gb(room.needed_bytes)} GB) are {_gb(short)} GB more than "
         f"{utilization:g} of its {_gb(gpu.memory_bytes)} GB. {remedy}"
     )
 
