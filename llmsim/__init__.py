@@ -1,0 +1,64 @@
+"""llmsim: replay real request traffic on LLM-serving GPUs and engines you do not have.
+
+    from llmsim import Scenario, load_trace, simulate
+
+    result = simulate(load_trace("chat.csv"), Scenario(model="llama-3.1-8b", gpu="h100-sxm"))
+    result.summary()["p99_ttft_ms"]
+
+Names are imported when they are first used: `import llmsim` itself loads nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llmsim.hardware import Gpu, Model, find_gpu, find_model
+    from llmsim.metrics import Result
+    from llmsim.scenario import Scenario
+    from llmsim.schedulers import HOLD, PolicyError, Scheduler
+    from llmsim.simulate import simulate
+    from llmsim.trace import Trace, load_trace
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "HOLD": "llmsim.schedulers",
+    "Gpu": "llmsim.hardware",
+    "Model": "llmsim.hardware",
+    "PolicyError": "llmsim.plugins",
+    "Result": "llmsim.metrics",
+    "Scenario": "llmsim.scenario",
+    "Scheduler": "llmsim.schedulers",
+    "Trace": "llmsim.trace",
+    "find_gpu": "llmsim.hardware",
+    "find_model": "llmsim.hardware",
+    "load_trace": "llmsim.trace",
+    "simulate": "llmsim.simulate",
+}
+
+__all__ = [
+    "HOLD",
+    "Gpu",
+    "Model",
+    "PolicyError",
+    "Result",
+    "Scenario",
+    "Scheduler",
+    "Trace",
+    "find_gpu",
+    "find_model",
+    "load_trace",
+    "simulate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'llmsim' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

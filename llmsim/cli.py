@@ -1,0 +1,166 @@
+"""The command `llmsim`: which commands there are, and what becomes of an error.
+
+Exit status: 0 done; 1 `validate` found a difference; 2 the input is wrong or a file cannot be read or written (one line
+on stderr, no traceback); 130 interrupted; 141 the reader of the output went away. An exception that is none of these,
+such as one raised inside a user's policy, keeps its traceback and ends with 70.
+
+Only click is imported here: a command's own module is loaded when that command runs, so `llmsim --help` stays fast.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib import import_module
+from typing import IO, Any
+
+import click
+
+from llmsim import __version__
+
+OK, DIFFERS, WRONG_INPUT, INTERNAL, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 70, 130, 141
+
+# name: (module:attribute, the line in `llmsim --help`)
+COMMANDS = {
+    "replay": ("llmsim.cli_replay:replay", "Replay a trace on a model, a GPU and an engine configuration."),
+    "demo": ("llmsim.cli_replay:demo", "Replay the bundled chat trace on an H100: a first look in seconds."),
+    "list": ("llmsim.cli_list:list_", "What llmsim knows: GPUs, models, schedulers, routers, profiles."),
+    "from-vllm": ("llmsim.cli_tools:from_vllm", "Translate a 'vllm serve' command line into a scenario."),
+    "validate": ("llmsim.cli_tools:validate", "Check llmsim against recordings of a real engine."),
+    "trace": ("llmsim.cli_trace:trace", "Describe, convert and synthesise traces."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        command: click.Command = getattr(import_module(module), attribute)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in COMMANDS and not args[0].startswith("-"):
+            close = get_close_matches(args[0], COMMANDS, n=1)
+            hint = f"Did you mean {close[0]!r}?" if close else f"Commands: {', '.join(COMMANDS)}"
+            raise click.UsageError(f"no command {args[0]!r}. {hint}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[Any]:
+        from click.shell_completion import CompletionItem
+
+        names = [CompletionItem(name, help=text) for name, (_, text) in COMMANDS.items() if name.startswith(incomplete)]
+        return names + click.Command.shell_complete(self, ctx, incomplete)
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog="Start with: llmsim demo",
+)
+@click.version_option(__version__, prog_name="llmsim")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error; works with every command.")
+def cli(debug: bool) -> None:
+    """Replay real request traffic on LLM-serving GPUs and engines you do not have."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit status; never raises for bad input, never exits the process."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args
+    args = [arg for arg in args if arg != "--debug"]
+    try:
+        status = _run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _abandon(sys.stdout)
+        return PIPE_CLOSED
+    except (KeyboardInterrupt, click.Abort):
+        return _fail("interrupted: nothing was written", INTERRUPTED, debug, label="llmsim")
+    except click.ClickException as error:
+        return _fail(_usage_line(error), WRONG_INPUT, debug)
+    except OSError as error:
+        if error.filename is None:
+            _abandon(sys.stdout)
+        return _fail(_os_line(error), WRONG_INPUT, debug)
+    except ValueError as error:
+        return _fail(str(error), WRONG_INPUT, debug)
+    except MemoryError:
+        return _fail("not enough memory on this machine: replay part of the trace with --limit N", WRONG_INPUT, debug)
+    except Exception as error:
+        from llmsim.plugins import PolicyError
+
+        if not isinstance(error, PolicyError):
+            raise
+        return _fail(str(error), WRONG_INPUT, debug)
+    return status
+
+
+def _run(args: list[str]) -> int:
+    try:
+        status = cli.main(args=args, prog_name="llmsim", standalone_mode=False, obj=args)
+    except SystemExit as error:  # click turns a broken pipe and shell completion into one
+        if isinstance(error.__context__, BrokenPipeError):
+            raise error.__context__ from None
+        status = error.code
+    return status if isinstance(status, int) else OK
+
+
+def _fail(message: str, status: int, debug: bool, label: str = "error") -> int:
+    if debug:
+        import traceback
+
+        traceback.print_exc()
+    print(f"{label}: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+def _usage_line(error: click.ClickException) -> str:
+    message = error.format_message()
+    context = getattr(error, "ctx", None)
+    if context is None or isinstance(error, click.FileError):
+        return message
+    return f"{message.rstrip('.')}. See: {context.command_path} --help"
+
+
+def _os_line(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename is not None else ""
+    if isinstance(error, FileNotFoundError) and error.errno is None:
+        return str(error)  # raised by llmsim itself, already a sentence
+    reason = error.strerror or str(error)
+    return f"{where}{reason}" if where else f"cannot write the output: {reason}"
+
+
+def _abandon(stream: IO[str]) -> None:
+    """Point a stream that cannot take its buffered text at the null device: exiting would try to flush it again."""
+    try:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+    except (OSError, ValueError):
+        return  # not a file (a test's buffer): nothing will be flushed at exit
+
+
+def entry() -> None:
+    """The console script."""
+    try:
+        status = main()
+    except Exception:
+        import traceback
+
+        traceback.print_exc()
+        status = INTERNAL
+    sys.exit(status)

@@ -1,0 +1,113 @@
+"""`llmsim list`: the names that flags accept, with the facts behind them."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from importlib import import_module
+from typing import Any
+
+import click
+
+from llmsim.cli_options import CONTEXT, json_option
+
+GIB = 2**30
+KINDS = ("gpus", "models", "schedulers", "routers", "profiles")
+Row = dict[str, Any]
+
+
+@click.command("list", context_settings=CONTEXT)
+@click.argument("kind", type=click.Choice(KINDS))
+@json_option
+def list_(kind: str, as_json: bool) -> None:
+    """List what llmsim knows, one a line.
+
+    \b
+    llmsim list gpus
+    """
+    rows = {"gpus": gpus, "models": models, "schedulers": schedulers, "routers": routers, "profiles": profiles}[kind]()
+    click.echo(json.dumps(rows) if as_json else table(rows))
+
+
+def gpus() -> list[Row]:
+    from llmsim.hardware import find_gpu, gpu_names
+
+    return [
+        {
+            "name": gpu.name,
+            "memory_gib": round(gpu.memory_bytes / GIB, 1),
+            "bandwidth_tb_per_s": round(gpu.bandwidth_bytes_per_s / 1e12, 2),
+            "bf16_tflop_per_s": round(gpu.flops_per_s["bfloat16"] / 1e12),
+            "fp8_tflop_per_s": round(gpu.flops_per_s["fp8"] / 1e12) if "fp8" in gpu.flops_per_s else None,
+            "link": gpu.link,
+            "price_per_hour": gpu.price_per_hour,
+        }
+        for gpu in map(find_gpu, gpu_names())
+    ]
+
+
+def models() -> list[Row]:
+    from llmsim.hardware import find_model, model_names
+
+    rows = []
+    for model in map(find_model, model_names()):
+        dtype = model.quantization or "bfloat16"
+        rows.append(
+            {
+                "name": model.name,
+                "weights_gib": round(model.weight_bytes(dtype) / GIB, 1),
+                "dtype": dtype,
+                "layers": model.layers,
+                "max_context_tokens": model.max_context_tokens,
+                "kv_kib_per_token": round(model.kv_bytes_per_token("bfloat16") / 1024, 1),
+                "experts": model.experts or None,
+                "source": model.source,
+            }
+        )
+    return rows
+
+
+def schedulers() -> list[Row]:
+    from llmsim.schedulers import BUILTIN
+
+    return [_described(name, home) for name, home in BUILTIN.items()]
+
+
+def routers() -> list[Row]:
+    from llmsim.routers import BUILTIN
+
+    return [_described(name, home) for name, home in BUILTIN.items()]
+
+
+def profiles() -> list[Row]:
+    from llmsim.cost.profile import load_profile, profile_names
+
+    return [{"name": name, "label": load_profile(name).label} for name in profile_names()]
+
+
+def _described(name: str, home: str) -> Row:
+    module, _, attribute = home.partition(":")
+    text = inspect.getdoc(getattr(import_module(module), attribute)) or ""
+    return {"name": name, "about": text.partition("\n")[0]}
+
+
+def table(rows: list[Row]) -> str:
+    """Columns as wide as they need to be; numbers to the right."""
+    if not rows:
+        return "none"
+    columns = list(rows[0])
+    cells = [[_cell(row[column]) for column in columns] for row in rows]
+    widths = [max(len(text) for text in column) for column in zip(columns, *cells, strict=True)]
+    numeric = [all(isinstance(row[column], int | float | None) for row in rows) for column in columns]
+    lines = []
+    for line in (columns, *cells):
+        texts = [
+            text.rjust(width) if right else text.ljust(width)
+            for text, width, right in zip(line, widths, numeric, strict=True)
+        ]
+        lines.append("  ".join(texts).rstrip())
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    return "-" if value is None else str(value)

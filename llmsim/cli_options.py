@@ -1,0 +1,238 @@
+"""Flags that several commands share, each defined once, and what they mean.
+
+A scenario flag is a field of `Scenario` with dashes, under vLLM's name where vLLM has one; no flag has a default of its
+own, so that a flag given here overrides a `--scenario` file and everything else is left to `Scenario`. Spellings with
+underscores work too, as in vLLM.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import click
+
+from llmsim.scenario import (
+    CUDAGRAPHS,
+    DTYPES,
+    KV_CACHE_DTYPES,
+    QUANTIZATIONS,
+    SCHEDULING_POLICIES,
+    Scenario,
+)
+from llmsim.scenario_file import human_int, read_scenario
+
+CONTEXT = {
+    "help_option_names": ["-h", "--help"],
+    "max_content_width": 110,
+    "token_normalize_func": lambda token: token.replace("_", "-"),
+}
+
+
+class HumanInt(click.ParamType):  # type: ignore[type-arg]  # generic only in click's newest releases
+    name = "integer"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return human_int(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class Known(click.ParamType):  # type: ignore[type-arg]  # as above
+    """Text that the shell can complete from a list; whether it is right is the scenario's business."""
+
+    name = "text"
+
+    def __init__(self, names: Callable[[], list[str]]) -> None:
+        self.names = names
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
+        from click.shell_completion import CompletionItem
+
+        return [CompletionItem(name) for name in self.names() if name.startswith(incomplete)]
+
+
+def _gpus() -> list[str]:
+    from llmsim.hardware import gpu_names
+
+    return list(gpu_names())
+
+
+def _models() -> list[str]:
+    from llmsim.hardware import model_names
+
+    return list(model_names())
+
+
+def _schedulers() -> list[str]:
+    from llmsim.schedulers import BUILTIN
+
+    return list(BUILTIN)
+
+
+def _routers() -> list[str]:
+    from llmsim.routers import BUILTIN
+
+    return list(BUILTIN)
+
+
+def _costs() -> list[str]:
+    from llmsim.cost.profile import profile_names
+
+    return ["auto", "roofline", *profile_names()]
+
+
+def _choice(values: Any) -> Known:
+    return Known(lambda: list(values))
+
+
+def _words(values: Iterable[str], default: str) -> str:
+    return f"{', '.join(values)}. [{default}]"
+
+
+INT, GPU, MODEL = HumanInt(), Known(_gpus), Known(_models)
+
+
+def _switch(field: str, flag: str, text: str) -> Callable[[Any], Any]:
+    return click.option(f"--{flag}/--no-{flag}", field, default=None, help=text)
+
+
+# Flags in the order of `--help`. Each is a field of Scenario, except the few that end up in one (scenario_from).
+SCENARIO_FLAGS: list[Callable[[Any], Any]] = [
+    click.option(
+        "--scenario", "scenario_file", metavar="FILE", help="Fields from a .toml or .json file; flags override it."
+    ),
+    click.option("--model", type=MODEL, metavar="NAME", help="A name of 'llmsim list models', or a config.json."),
+    click.option("--gpu", type=GPU, metavar="NAME", help="A name of 'llmsim list gpus'."),
+    click.option("--tensor-parallel-size", "-tp", "tensor_parallel", type=INT, help="GPUs of one replica. [1]"),
+    click.option("--replicas", type=INT, help="Copies of the engine behind the router. [1]"),
+    click.option("--router", type=Known(_routers), metavar="NAME", help="Which replica takes a request. [round_robin]"),
+    click.option(
+        "--scheduler", type=Known(_schedulers), metavar="NAME", help="Policy, or your own file.py:Class. [vllm]"
+    ),
+    click.option(
+        "--scheduler-arg", "scheduler_args", multiple=True, metavar="NAME=VALUE", help="For the policy. Repeatable."
+    ),
+    click.option("--scheduling-policy", type=_choice(SCHEDULING_POLICIES), help="fcfs or priority. [fcfs]"),
+    click.option("--max-num-seqs", type=INT, help="Requests running at once. [vLLM's for this GPU]"),
+    click.option("--max-num-batched-tokens", type=INT, help="Tokens of one iteration. [vLLM's for this GPU]"),
+    click.option("--max-model-len", type=INT, help="Longest prompt plus answer, e.g. 32k. [the model's context]"),
+    click.option("--block-size", type=INT, help="Tokens of a KV block. [16]"),
+    click.option("--gpu-memory-utilization", type=float, help="Share of the GPU's memory the engine takes. [0.92]"),
+    _switch("enable_prefix_caching", "enable-prefix-caching", "Reuse KV blocks of shared prefixes. [on]"),
+    _switch("enable_chunked_prefill", "enable-chunked-prefill", "Split prompts over iterations. [on]"),
+    click.option("--kv-cache-dtype", type=_choice(KV_CACHE_DTYPES), help=_words(KV_CACHE_DTYPES, "auto: as --dtype")),
+    click.option("--dtype", type=_choice(DTYPES), help=_words(DTYPES, "bfloat16")),
+    click.option("--quantization", "-q", type=_choice(QUANTIZATIONS), help=_words(QUANTIZATIONS, "as published")),
+    click.option("--num-gpu-blocks-override", type=INT, help="KV blocks of a replica. [what fits the GPU]"),
+    click.option("--long-prefill-token-threshold", type=INT, help="Cap of one prompt's chunk. [0: none]"),
+    click.option("--watermark", type=float, help="Fraction of KV blocks kept free at admission. [0]"),
+    _switch("reserve_full_isl", "scheduler-reserve-full-isl", "Admit only if the whole sequence fits. [on]"),
+    _switch("async_scheduling", "async-scheduling", "Schedule the next iteration while one runs. [on]"),
+    click.option("--cudagraph", type=_choice(CUDAGRAPHS), help=_words(CUDAGRAPHS, CUDAGRAPHS[0])),
+    click.option("--enforce-eager", is_flag=True, help="vLLM's name for --cudagraph none."),
+    click.option(
+        "--cost", type=Known(_costs), metavar="SPEC", help="auto, roofline, constant:SECONDS or a profile. [auto]"
+    ),
+    _switch("launch_jitter", "launch-jitter", "Draw launch times from their measured spread. [on]"),
+    click.option("--host-scale", type=float, help="2: a host half as fast as the measured one. [1]"),
+    click.option("--concurrency", type=INT, help="Closed loop: this many requests under way, arrival times ignored."),
+    click.option("--seed", type=INT, help="Of every random draw. [0]"),
+]
+
+
+# Parameters of load_trace, under its own names; `context_tokens` and `seed` come from the scenario.
+TRACE_FLAGS: list[Callable[[Any], Any]] = [
+    click.option("--format", "format", metavar="NAME", help="Trace format. [recognised by content]"),
+    click.option(
+        "--columns", metavar="FIELD=COLUMN,…", help="Which column is what, e.g. arrival=ts,prompt=in,output=out."
+    ),
+    click.option("--time-unit", type=_choice(("s", "ms", "us", "ns")), help="Of the trace's times. [recognised]"),
+    click.option("--rate", type=float, help="Rescale arrivals to this mean rate (requests/s), keeping their shape."),
+    click.option("--time-scale", type=float, help="Multiply arrival times: 2 is half the rate."),
+    click.option("--start", "start_s", type=float, help="Leave out what arrives before this time (s)."),
+    click.option(
+        "--duration", "duration_s", type=float, help="Leave out what arrives later than this after --start (s)."
+    ),
+    click.option("--limit", type=INT, help="First N requests only."),
+    click.option("--failed", type=_choice(("drop", "keep")), help="Requests without output: drop or keep. [drop]"),
+    click.option("--trace-model", metavar="NAME", help="Only requests the trace marks with this model."),
+    click.option("--log-type", metavar="NAME", help="Only requests the trace marks with this log type."),
+    click.option("--spread", type=_choice(("none", "uniform")), help="Simultaneous arrivals: none or uniform. [none]"),
+    click.option(
+        "--over-context",
+        type=_choice(("error", "drop", "truncate")),
+        help="Requests longer than the model's context: error, drop or truncate. [error]",
+    ),
+    click.option("--trace-block-tokens", "block_tokens", type=INT, help="Tokens of one prefix hash. [recognised]"),
+]
+
+
+def apply(flags: list[Callable[[Any], Any]], command: Any) -> Any:
+    for flag in reversed(flags):
+        command = flag(command)
+    return command
+
+
+def scenario_options(command: Any) -> Any:
+    return apply(SCENARIO_FLAGS, command)
+
+
+def trace_options(command: Any) -> Any:
+    return apply(TRACE_FLAGS, command)
+
+
+def json_option(command: Any) -> Any:
+    return click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout and nothing else.")(
+        command
+    )
+
+
+def scenario_from(flags: dict[str, Any], defaults: dict[str, Any] | None = None) -> Scenario:
+    """Take the scenario flags out of `flags`: a file's fields, overridden by the flags that were given."""
+    path, eager = flags.pop("scenario_file"), flags.pop("enforce_eager")
+    values: dict[str, Any] = dict(defaults or {})
+    if path is not None:
+        values |= read_scenario(path)
+    pairs = flags.pop("scheduler_args")
+    given = {name: flags.pop(name) for name in list(flags) if name in Scenario.__dataclass_fields__}
+    if eager:
+        if given["cudagraph"] not in (None, "none"):
+            raise ValueError(f"--enforce-eager contradicts --cudagraph {given['cudagraph']}: give one of them")
+        given["cudagraph"] = "none"
+    values |= {name: value for name, value in given.items() if value is not None}
+    if pairs:
+        values["scheduler_args"] = {**values.get("scheduler_args", {}), **dict(_argument(pair) for pair in pairs)}
+    for name in ("model", "gpu"):
+        if name not in values:
+            raise ValueError(f"no {name}: add --{name} NAME (llmsim list {name}s)")
+    return Scenario.from_dict(values, source=str(path or "flags"))
+
+
+def _argument(pair: str) -> tuple[str, Any]:
+    name, sign, text = pair.partition("=")
+    if not sign or not name.isidentifier():
+        raise ValueError(f"--scheduler-arg {pair}: write NAME=VALUE, e.g. quantum_s=0.05")
+    try:
+        return name, json.loads(text)
+    except ValueError:
+        return name, text  # not a number, true, false or a list: text
+
+
+class ReplayCommand(click.Command):
+    """Lets `--goodput` take several words (`--goodput ttft:500 tpot:50`), as vLLM's does."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        spread: list[str] = []
+        taking = False
+        for arg in args:
+            if taking and re.fullmatch(r"\w+:[^/]*", arg):
+                if spread[-1] != "--goodput":
+                    spread.append("--goodput")
+            else:
+                taking = arg == "--goodput" or arg.startswith("--goodput=")
+            spread.append(arg)
+        return super().parse_args(ctx, spread)

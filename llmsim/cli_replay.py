@@ -1,0 +1,219 @@
+"""`llmsim replay` and `llmsim demo`: a trace and a scenario in, the benchmark block and a run folder out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from datetime import UTC, datetime
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from llmsim.cli_options import (
+    CONTEXT,
+    GPU,
+    MODEL,
+    ReplayCommand,
+    json_option,
+    scenario_from,
+    scenario_options,
+    trace_options,
+)
+from llmsim.scenario import Scenario
+
+if TYPE_CHECKING:
+    from llmsim.metrics import Result
+    from llmsim.trace import Trace
+
+DEMO_TRACE = "chat.csv"
+STRICT_EXTRAPOLATED = 0.05  # share of GPU time outside the measured range that --strict accepts
+PROGRESS_AFTER_S = 2.0
+
+
+@click.command(cls=ReplayCommand, context_settings=CONTEXT, epilog="The scenario flags are those of 'vllm serve'.")
+@click.argument("trace_path", metavar="TRACE")
+@scenario_options
+@trace_options
+@click.option("--goodput", multiple=True, metavar="METRIC:MS…", help="Targets, e.g. --goodput ttft:500 tpot:50.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Run folder. [runs/TIME_HASH]")
+@click.option("--no-out", is_flag=True, help="Write no run folder.")
+@json_option
+@click.option("--timeline", is_flag=True, help="Add trace.json.gz to the run folder, for ui.perfetto.dev.")
+@click.option("--save-detailed", is_flag=True, help="Add vLLM's arrays of every request to summary.json.")
+@click.option("--strict", is_flag=True, help="Fail if over 5 % of the GPU time lies outside the measured range.")
+@click.pass_obj
+def replay(
+    arguments: list[str],
+    /,
+    trace_path: str,
+    goodput: tuple[str, ...],
+    out: Path | None,
+    no_out: bool,
+    as_json: bool,
+    timeline: bool,
+    save_detailed: bool,
+    strict: bool,
+    **flags: Any,
+) -> None:
+    """Replay TRACE (a file, or - for standard input) and print what the clients would have seen.
+
+    \b
+    llmsim replay chat.csv --model llama-3.1-8b --gpu h100-sxm --goodput ttft:500 tpot:50
+    """
+    from llmsim.metrics import parse_goodput
+
+    _check_outputs(out, no_out, timeline=timeline, save_detailed=save_detailed)
+    targets = parse_goodput(goodput) or None
+    scenario = scenario_from(flags).resolved()
+    trace = _load(trace_path, scenario, flags)
+    result = _simulate(trace, scenario)
+    summary = result.summary(targets)
+    if strict:
+        _check_extrapolation(summary)
+    folder = None if no_out else out or _new_folder(scenario, trace)
+    if folder is not None:
+        from llmsim.runs import write_run
+
+        extra = {
+            "command": ["llmsim", *arguments],
+            "trace": {"name": trace.name, "sha256": trace.sha256, "requests": len(trace.prompt_tokens)},
+            "notes": list(trace.notes),
+        }
+        notes = write_run(
+            result, folder, summary=summary, manifest_extra=extra, timeline=timeline, detailed=save_detailed
+        )
+        _tell(notes)
+    _print(summary, folder, as_json)
+
+
+@click.command(context_settings=CONTEXT)
+@click.option("--model", type=MODEL, metavar="NAME", default="llama-3.1-8b", show_default=True)
+@click.option("--gpu", type=GPU, metavar="NAME", default="h100-sxm", show_default=True)
+@json_option
+def demo(model: str, gpu: str, as_json: bool) -> None:
+    """Replay a bundled trace of 2,000 chat requests; writes no file.
+
+    \b
+    llmsim demo --gpu h200-sxm
+    """
+    path = demo_trace()
+    scenario = Scenario(model=model, gpu=gpu).resolved()
+    result = _simulate(_load(str(path), scenario, {}), scenario)
+    summary = result.summary({"ttft": 500.0, "tpot": 50.0})
+    _print(summary, None, as_json)
+    if not as_json:
+        setting = f"{_shown(path)} --model {scenario.model} --gpu {scenario.gpu}"
+        click.echo(
+            "Next, try\n"
+            f"  llmsim replay {setting} --rate 20 --goodput ttft:500 tpot:50   the same chats, arriving faster\n"
+            f"  llmsim replay {setting} --max-num-batched-tokens 2048          smaller prefill chunks\n"
+            "  llmsim from-vllm 'vllm serve MODEL …'                          your own server's settings"
+        )
+
+
+def demo_trace() -> Path:
+    """In an installed package beside the modules, in a checkout beside the package."""
+    package = Path(str(files("llmsim")))
+    for folder in (package / "traces", package.parent / "traces"):
+        if (folder / DEMO_TRACE).is_file():
+            return folder / DEMO_TRACE
+    raise FileNotFoundError(f"the demo trace {DEMO_TRACE} is in neither {package}/traces nor {package.parent}/traces")
+
+
+def _shown(path: Path) -> str:
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def _check_outputs(out: Path | None, no_out: bool, **needing: bool) -> None:
+    """Before the replay, not after it: its result would be lost."""
+    if no_out:
+        for name in [name for name, asked in {"out": out is not None, **needing}.items() if asked]:
+            raise ValueError(f"--no-out contradicts --{name.replace('_', '-')}: leave one of them out")
+    elif out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out}: exists and is not an empty folder: give another name")
+
+
+def _load(path: str, scenario: Scenario, flags: dict[str, Any]) -> Trace:
+    from llmsim.trace import load_trace
+
+    options = {name: value for name, value in flags.items() if value is not None}
+    if "trace_model" in options:
+        options["model"] = options.pop("trace_model")
+    trace = load_trace(path, **options, context_tokens=scenario.max_model_len, seed=scenario.seed)
+    _tell(trace.notes)
+    return trace
+
+
+def _simulate(trace: Trace, scenario: Scenario) -> Result:
+    from llmsim.simulate import simulate
+
+    progress = Progress()
+    try:
+        return simulate(trace, scenario, progress)
+    finally:
+        progress.close()
+
+
+class Progress:
+    """Share of requests answered, on stderr, once a replay takes longer than two seconds: one line that changes on a
+    terminal, a line every ten seconds elsewhere."""
+
+    def __init__(self) -> None:
+        self.started_s = time.monotonic()
+        self.next_s = self.started_s + PROGRESS_AFTER_S
+        self.live = sys.stderr.isatty()
+        self.shown = False
+
+    def __call__(self, done: int, total: int) -> None:
+        now_s = time.monotonic()
+        if now_s < self.next_s:
+            return
+        self.next_s = now_s + (0.5 if self.live else 10.0)
+        text = f"{done} of {total} requests ({100 * done // max(total, 1)} %), {now_s - self.started_s:.0f} s"
+        print(f"\r{text}" if self.live else text, end="" if self.live else "\n", file=sys.stderr, flush=True)
+        self.shown = True
+
+    def close(self) -> None:
+        if self.shown and self.live:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def _check_extrapolation(summary: dict[str, Any]) -> None:
+    share = summary["extrapolated"]
+    if share is not None and share > STRICT_EXTRAPOLATED:
+        raise ValueError(
+            f"--strict: {100 * share:.1f} % of the GPU time lies outside what was measured for "
+            f"{summary['calibration']['label']} (limit {100 * STRICT_EXTRAPOLATED:.0f} %): use a wider profile, or leave --strict out"
+        )
+
+
+def _new_folder(scenario: Scenario, trace: Trace) -> Path:
+    """runs/TIME_HASH; the hash is of what decides the result, so equal runs are seen at a glance."""
+    what = json.dumps([scenario.to_dict(), trace.sha256, len(trace.prompt_tokens)], sort_keys=True, default=str)
+    name = f"{datetime.now(UTC):%Y-%m-%dT%H-%M-%S}_{hashlib.sha256(what.encode()).hexdigest()[:6]}"
+    folder, again = Path("runs") / name, 1
+    while folder.exists():  # two runs within a second
+        again += 1
+        folder = Path("runs") / f"{name}-{again}"
+    return folder
+
+
+def _tell(lines: Any) -> None:
+    for line in lines:
+        print(line, file=sys.stderr)
+
+
+def _print(summary: dict[str, Any], folder: Path | None, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps({**summary, "run_folder": None if folder is None else str(folder)}, allow_nan=False))
+        return
+    from llmsim.report import report
+
+    click.echo(report(summary, () if folder is None else (f"Results: {folder}",)))

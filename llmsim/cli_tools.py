@@ -1,0 +1,136 @@
+"""`llmsim from-vllm` and `llmsim validate`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from llmsim.cli_options import CONTEXT, GPU, MODEL, json_option
+
+RAW = {**CONTEXT, "ignore_unknown_options": True, "allow_interspersed_args": False, "token_normalize_func": None}
+
+
+@click.command("from-vllm", context_settings=RAW)
+@click.option("--gpu", type=GPU, metavar="NAME", help="The GPU the command runs on: no vllm command names it.")
+@json_option
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def from_vllm(gpu: str | None, as_json: bool, command: tuple[str, ...]) -> None:
+    """Translate COMMAND, a 'vllm serve' line (quoted, bare, or - for standard input), into a scenario.
+
+    Prints a scenario file and the same as flags of 'llmsim replay'; what has no counterpart is named on stderr.
+
+    \b
+    llmsim from-vllm --gpu h100-sxm 'vllm serve meta-llama/Llama-3.1-8B-Instruct -tp 2 --max-model-len 32k'
+    """
+    from llmsim.fromvllm import as_flags, check, translate
+
+    words = sys.stdin.read() if command == ("-",) else command[0] if len(command) == 1 else list(command)
+    translation = translate(words)
+    scenario = check(translation.fields, gpu)
+    fields = {"model": scenario.model, "gpu": gpu, **translation.fields}
+    shown = {name: value for name, value in fields.items() if value is not None}
+    flags = as_flags(shown) if gpu else [*as_flags(shown), "--gpu", "GPU"]
+    if as_json:
+        document = {"scenario": shown, "flags": flags}
+        document |= {"not_modelled": translation.not_modelled, "ignored": translation.ignored}
+        click.echo(json.dumps(document))
+        return
+    for line in translation.ignored:
+        click.echo(f"ignored       {line}", err=True)
+    for line in translation.not_modelled:
+        click.echo(f"NOT MODELLED  {line}", err=True)
+    click.echo(_scenario_text(shown, flags, translation.not_modelled))
+
+
+def _scenario_text(fields: dict[str, Any], flags: list[str], not_modelled: list[str]) -> str:
+    from llmsim.scenario_file import toml_line
+
+    lines = [f"# {shlex.join(['llmsim', 'replay', 'TRACE', *flags])}"]
+    lines += [f"# not modelled: {' '.join(line.split())}" for line in not_modelled]
+    if "gpu" not in fields:
+        lines.append('# gpu = "…"  a vllm command does not name it: llmsim list gpus')
+    return "\n".join(lines) + "\n" + "".join(toml_line(*item) for item in fields.items()).rstrip()
+
+
+@click.command(context_settings=CONTEXT)
+@click.argument("paths", metavar="PATH…", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--model", type=MODEL, metavar="NAME", help="Model of a recording that does not name a known one.")
+@click.option("--gpu", type=GPU, metavar="NAME", help="GPU of a recording that does not name a known one.")
+@json_option
+def validate(paths: tuple[Path, ...], model: str | None, gpu: str | None, as_json: bool) -> int:
+    """Check llmsim against what real engines did.
+
+    PATH is a recorded schedule (the oracle's JSON: every step must be equal), a recording folder, or the result file of
+    'vllm bench serve --save-detailed'; a folder of schedules is checked file by file. Exit status 1 if a schedule differs.
+
+    \b
+    llmsim validate tests/data/oracle
+    """
+    cases: list[dict[str, Any]] = []
+    measured: list[dict[str, Any]] = []
+    for path in paths:
+        for file in _expand(path):
+            document = _schedule(file)
+            if document is None:
+                measured += _measured(file, model, gpu, as_json)
+            else:
+                cases.append(_replayed(file, document, as_json))
+    differs = [case for case in cases if case["difference"] is not None]
+    if as_json:
+        click.echo(json.dumps({**({"cases": cases} if cases else {}), **({"scenarios": measured} if measured else {})}))
+    elif cases:
+        click.echo(f"{len(cases) - len(differs)} of {len(cases)} schedules equal")
+    return 1 if differs else 0
+
+
+def _expand(path: Path) -> list[Path]:
+    """A folder of recorded schedules is its files; any other folder is a recording and stays one path."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder: give a recorded schedule or a recording")
+    if path.is_dir() and not (path / "engine.json").exists():
+        files = sorted(path.glob("*.json"))
+        if not files:
+            raise ValueError(
+                f"{path}: neither a recording (no engine.json) nor recorded schedules (no .json): give another path"
+            )
+        return files
+    return [path]
+
+
+def _schedule(path: Path) -> dict[str, Any] | None:
+    """The document of a recorded schedule; None if the path holds something else."""
+    if path.is_dir() or path.suffix != ".json":
+        return None
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None  # not one JSON document: the recording reader says what is wrong with it
+    known = isinstance(document, dict) and {"config", "requests", "steps"} <= document.keys()
+    return document if known else None
+
+
+def _replayed(path: Path, document: dict[str, Any], as_json: bool) -> dict[str, Any]:
+    from llmsim.oracle import replay_case
+
+    try:
+        difference = replay_case(document)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a complete recorded schedule ({type(error).__name__}: {error})") from error
+    if not as_json:
+        click.echo(f"{path}: {difference or 'equal'}")
+    return {"path": str(path), "name": document.get("name", path.stem), "difference": difference}
+
+
+def _measured(path: Path, model: str | None, gpu: str | None, as_json: bool) -> list[dict[str, Any]]:
+    from llmsim.validate import report, validate
+
+    outcome = validate(path, model=model, gpu=gpu)
+    if not as_json:
+        click.echo(report(outcome))
+    scenarios: list[dict[str, Any]] = outcome["scenarios"]
+    return scenarios

@@ -1,0 +1,252 @@
+"""A scenario: everything about the serving system that one replay needs to know, flat and frozen.
+
+Fields carry vLLM's names and, unless said otherwise, the defaults of vLLM 0.25's API server (engine/arg_utils.py,
+config/scheduler.py, config/cache.py). `None` means "what vLLM would choose for this model and GPU"; `resolved()` fills
+it in:
+
+    max_model_len            the model's own context
+    max_num_batched_tokens   8192 on GPUs of 70 GiB or more that are not an A100, else 2048; at least max_model_len
+                             without chunked prefill; at most max_num_seqs * max_model_len
+    max_num_seqs             1024 on the same GPUs, else 256; at most max_num_batched_tokens
+    quantization             that of the published weights, if they are quantised
+
+This is the only place with defaults and the only place with checks of settings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields, replace
+from difflib import get_close_matches
+from math import isfinite
+from typing import Any
+
+from llmsim.hardware import Gpu, Model, dtype_name, find_gpu, find_model
+from llmsim.scenario_file import toml_line
+
+GIB = 2**30
+LARGE_GPU_BYTES = 70 * GIB  # vLLM's line between small and large default limits
+DTYPES = ("auto", "bfloat16", "float16", "half", "float32", "float")  # auto: bfloat16
+KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2")
+# of the weights; activations of the 4-bit formats stay in `dtype`
+QUANTIZATIONS = ("fp8", "int8", "int4", "mxfp4", "awq", "awq_marlin", "gptq", "gptq_marlin")
+CUDAGRAPHS = ("full_and_piecewise", "piecewise", "none")
+SCHEDULING_POLICIES = ("fcfs", "priority")
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A fleet of identical replicas: one model on `tensor_parallel` GPUs each, one engine configuration, one router."""
+
+    model: str  # a name of `llmsim list models`, or the path of a Hugging Face config.json
+    gpu: str  # a name of `llmsim list gpus`
+    tensor_parallel: int = 1  # GPUs of one replica
+    replicas: int = 1
+    router: str = "round_robin"
+    scheduler: str = "vllm"  # a name of `llmsim list schedulers`, or path/to/file.py:ClassName
+    scheduler_args: dict[str, Any] = field(default_factory=dict, hash=False)
+    scheduling_policy: str = "fcfs"
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    max_model_len: int | None = None
+    block_size: int = 16  # tokens of a KV block
+    gpu_memory_utilization: float = 0.92
+    enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+    kv_cache_dtype: str = "auto"  # auto: as `dtype`
+    dtype: str = "bfloat16"
+    quantization: str | None = None
+    num_gpu_blocks_override: int | None = None  # per replica; None: from the GPU's memory
+    long_prefill_token_threshold: int = 0  # 0: off
+    watermark: float = 0.0  # fraction of KV blocks kept free at admission
+    reserve_full_isl: bool = True  # admit a request only if blocks for its whole sequence are free
+    async_scheduling: bool = True
+    cudagraph: str = "full_and_piecewise"
+    cost: str = "auto"  # auto, roofline, constant:SECONDS, a name of `llmsim list profiles`, or a path to a profile
+    launch_jitter: bool = True  # draw the host's launch times from their measured spread
+    host_scale: float = 1.0  # 2: a host that needs twice the time for everything it does
+    concurrency: int | None = None  # closed loop: at most this many requests under way; None: sent when the trace says
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _check_ranges(self)
+        _check_together(self)
+
+    def resolved(self) -> Scenario:
+        """The same scenario with every default filled in for its model and GPU, checked against both."""
+        model, gpu = find_model(self.model), find_gpu(self.gpu)
+        _check_facts(self, model)
+        context = self.max_model_len or model.max_context_tokens
+        tokens, seqs = self._limits(context, gpu)
+        return replace(
+            self,
+            max_model_len=context,
+            max_num_batched_tokens=tokens,
+            max_num_seqs=seqs,
+            dtype=self._compute_dtype,
+            kv_cache_dtype=self.kv_dtype,
+            quantization=self.quantization or model.quantization,
+        )
+
+    @property
+    def kv_dtype(self) -> str:
+        """What one number of the KV cache is stored as."""
+        return self._compute_dtype if self.kv_cache_dtype == "auto" else dtype_name(self.kv_cache_dtype)
+
+    @property
+    def weight_dtype(self) -> str:
+        """What one weight of the linear layers is stored as."""
+        return dtype_name(self.quantization) if self.quantization else self._compute_dtype
+
+    @property
+    def _compute_dtype(self) -> str:
+        return "bfloat16" if self.dtype == "auto" else dtype_name(self.dtype)
+
+    def _limits(self, context: int, gpu: Gpu) -> tuple[int, int]:
+        """(max_num_batched_tokens, max_num_seqs) as vLLM's API server would set them where they are not given."""
+        large = gpu.memory_bytes >= LARGE_GPU_BYTES and "a100" not in gpu.name.lower()
+        seqs = self.max_num_seqs or (1024 if large else 256)
+        tokens = self.max_num_batched_tokens
+        if tokens is None:
+            tokens = 8192 if large else 2048
+            if not self.enable_chunked_prefill:
+                tokens = max(tokens, context)
+            tokens = min(tokens, seqs * context)
+        if self.max_num_seqs is None:
+            seqs = min(seqs, tokens)
+        return tokens, seqs
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str = "scenario") -> Scenario:
+        """Strict: an unknown field or a value of the wrong type is an error that names `source`."""
+        known = [f.name for f in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise ValueError(f"{source}: unknown field {name!r}.{_did_you_mean(name, known)}")
+        for name in ("model", "gpu"):
+            if name not in values:
+                raise ValueError(f"{source}: no {name}: add {name} = NAME (llmsim list {name}s)")
+        return cls(**values)
+
+    def to_toml(self) -> str:
+        """One line a field, as `--scenario FILE` reads it; fields that are None are left out."""
+        given = {name: value for name, value in asdict(self).items() if value is not None and value != {}}
+        return "".join(toml_line(name, value) for name, value in given.items())
+
+
+def _did_you_mean(name: str, known: list[str]) -> str:
+    close = get_close_matches(name, known, n=1)
+    return f" Did you mean {close[0]!r}?" if close else f" Known fields: {', '.join(known)}"
+
+
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "str": ((str,), "text"),
+    "int": ((int,), "a whole number"),
+    "float": ((int, float), "a number"),
+    "bool": ((bool,), "true or false"),
+    "dict[str, Any]": ((dict,), "a table of name = value"),
+}
+
+
+def _check_types(scenario: Scenario) -> None:
+    for item in fields(scenario):
+        kind, optional = str(item.type).removesuffix(" | None"), str(item.type).endswith(" | None")
+        value: Any = getattr(scenario, item.name)
+        if value is None and optional:
+            continue
+        types, words = _KINDS[kind]
+        # bool is an int to Python, not to a reader of max_num_seqs=True
+        if not isinstance(value, types) or (isinstance(value, bool) and kind != "bool"):
+            default = " or leave it out" if optional else ""
+            raise ValueError(f"{item.name}={value!r} is not {words}: give {words}{default}")
+        if kind == "float" and not isfinite(getattr(scenario, item.name)):
+            raise ValueError(f"{item.name}={value!r} is not finite: give a number")
+        if kind == "str" and not str(value).strip():
+            raise ValueError(f"{item.name} is empty: give a name")
+
+
+_AT_LEAST = {
+    "tensor_parallel": 1,
+    "replicas": 1,
+    "max_num_seqs": 1,
+    "max_num_batched_tokens": 1,
+    "max_model_len": 1,
+    "num_gpu_blocks_override": 2,  # block 0 is vLLM's null block and holds nothing
+    "long_prefill_token_threshold": 0,
+    "concurrency": 1,
+    "seed": 0,
+}
+
+_ONE_OF = {
+    "scheduling_policy": SCHEDULING_POLICIES,
+    "cudagraph": CUDAGRAPHS,
+    "dtype": DTYPES,
+    "kv_cache_dtype": KV_CACHE_DTYPES,
+    "quantization": QUANTIZATIONS,
+}
+
+
+def _check_ranges(s: Scenario) -> None:
+    for name, least in _AT_LEAST.items():
+        value = getattr(s, name)
+        if value is not None and value < least:
+            raise ValueError(f"{name}={value} is too small: give {least} or more")
+        if value is not None and value >= 2**63:
+            raise ValueError(f"{name}={value} is too large: give less than 2**63")
+    for name, choices in _ONE_OF.items():
+        value = getattr(s, name)
+        if value is not None and value not in choices:
+            raise ValueError(f"{name}={value!r} is not one of {', '.join(choices)}")
+    if s.block_size != 1 and (s.block_size < 8 or s.block_size % 8):
+        raise ValueError(f"block_size={s.block_size} is no size engines offer: give a multiple of 8 (vLLM: 16), or 1")
+    if not 0.0 < s.gpu_memory_utilization <= 1.0:
+        raise ValueError(
+            f"gpu_memory_utilization={s.gpu_memory_utilization} is not a fraction of the GPU's memory: "
+            "give more than 0, at most 1"
+        )
+    if not 0.0 <= s.watermark < 1.0:
+        raise ValueError(f"watermark={s.watermark} is not a fraction of the KV blocks: give 0 or more, less than 1")
+    if not s.host_scale > 0.0:
+        raise ValueError(
+            f"host_scale={s.host_scale} is not above 0: give 1 for the measured host, 2 for half its speed"
+        )
+
+
+def _check_together(s: Scenario) -> None:
+    tokens, seqs, context = s.max_num_batched_tokens, s.max_num_seqs, s.max_model_len
+    if tokens is not None and seqs is not None and tokens < seqs:
+        raise ValueError(_below_seqs(tokens, seqs))
+    if context is not None:
+        _check_context(s, context)
+
+
+def _check_context(s: Scenario, context: int) -> None:
+    tokens, threshold = s.max_num_batched_tokens, s.long_prefill_token_threshold
+    if tokens is not None and tokens < context and not s.enable_chunked_prefill:
+        raise ValueError(
+            f"max_num_batched_tokens={tokens} is below max_model_len={context} with chunked prefill off: a long prompt "
+            f"could never run. Raise it to {context}, lower max_model_len, or enable chunked prefill"
+        )
+    if threshold > context:
+        raise ValueError(
+            f"long_prefill_token_threshold={threshold} is above max_model_len={context}: "
+            f"give at most {context}, or 0 for off"
+        )
+
+
+def _below_seqs(tokens: int, seqs: int) -> str:
+    return (
+        f"max_num_batched_tokens={tokens} is below max_num_seqs={seqs}: each decoding request needs one token per "
+        f"iteration. Raise max_num_batched_tokens to {seqs} or lower max_num_seqs"
+    )
+
+
+def _check_facts(s: Scenario, model: Model) -> None:
+    if s.max_model_len is not None and s.max_model_len > model.max_context_tokens:
+        raise ValueError(
+            f"max_model_len={s.max_model_len} is above the {model.max_context_tokens} tokens of {model.name}: lower it"
+        )
+    model.check_tensor_parallel(s.tensor_parallel)
