@@ -1,0 +1,150 @@
+"""The bytes of a trace: where they come from and what they obviously are not.
+
+A path, a directory or ``-`` (standard input) becomes a `Source`. gzip and Zstandard are unwrapped by their magic bytes,
+whatever the file is called; a UTF-8 byte-order mark is removed; Git LFS pointers, web pages, archives and databases are
+refused with a sentence saying what they are. The digest is that of the bytes as stored, so it can be compared with
+``sha256sum``.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import sys
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+GZIP = b"\x1f\x8b"
+ZSTD = b"\x28\xb5\x2f\xfd"
+PARQUET = b"PAR1"
+REFUSED = {
+    b"PK\x03\x04": "a zip archive (or spreadsheet); unpack it, or save the sheet as CSV",
+    b"SQLite format 3": "an SQLite database; export the table as CSV",
+    b"BZh": "bzip2-compressed; unpack it first (gzip and Zstandard are read as they are)",
+    b"\xfd7zXZ": "xz-compressed; unpack it first (gzip and Zstandard are read as they are)",
+    b"\xff\xfe": "UTF-16 text; save it as UTF-8",
+    b"\xfe\xff": "UTF-16 text; save it as UTF-8",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A trace file in memory, or (with `directory` set) a directory of them."""
+
+    name: str
+    data: bytes
+    sha256: str
+    directory: Path | None = None
+
+    def text(self) -> str:
+        """The data as text; not UTF-8 is an error naming line and byte."""
+        try:
+            return self.data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise not_utf8(self.name, self.data, error.start) from None
+
+
+def not_utf8(name: str, data: bytes, offset: int) -> ValueError:
+    line = data.count(b"\n", 0, offset) + 1
+    return ValueError(
+        f"{name}: line {line}: not UTF-8 (byte 0x{data[offset]:02x} at byte offset {offset}); convert the file, "
+        "for example with: iconv -f latin1 -t utf-8"
+    )
+
+
+def open_source(path: str | Path) -> Source:
+    """Read `path` whole; ``-`` is standard input."""
+    if str(path) == "-":
+        return _source("standard input", sys.stdin.buffer.read())
+    place = Path(path)
+    if place.is_dir():
+        return Source(place.name or str(place), b"", "", directory=place)
+    try:
+        stored = place.read_bytes()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such trace file{_near(place)}") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    return _source(place.name, stored)
+
+
+def _near(place: Path) -> str:
+    import difflib
+
+    if not place.parent.is_dir():
+        return f" (there is no directory {place.parent} either)"
+    names = [entry.name for entry in place.parent.iterdir()]
+    close = difflib.get_close_matches(place.name, names, n=1)
+    return f"; did you mean {place.parent / close[0]}?" if close else "; give the path of a trace, or - for standard input"
+
+
+def _source(name: str, stored: bytes) -> Source:
+    data = stored
+    if data.startswith(GZIP):
+        data = _gunzip(name, data)
+    elif data.startswith(ZSTD):
+        data = _unzstd(name, data)
+    data = data.removeprefix(b"\xef\xbb\xbf")
+    _refuse(name, data)
+    return Source(name, data, hashlib.sha256(stored).hexdigest())
+
+
+def _gunzip(name: str, stored: bytes) -> bytes:
+    try:
+        return gzip.decompress(stored)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        reason = str(error).rstrip(".")
+        raise ValueError(f"{name}: gzip data is damaged or cut short ({reason}); fetch the file again") from None
+
+
+def _unzstd(name: str, stored: bytes) -> bytes:
+    try:
+        import zstandard
+    except ImportError:
+        raise ValueError(
+            f"{name}: Zstandard-compressed, and the zstandard package is not installed; "
+            'pip install "llmsim[zstd]", or unpack it with: zstd -d'
+        ) from None
+    try:
+        reader = zstandard.ZstdDecompressor().decompressobj(read_across_frames=True)
+        data: bytes = reader.decompress(stored)
+        complete = bool(reader.eof) or not reader.unconsumed_tail and _frames_end(stored)
+    except zstandard.ZstdError as error:
+        raise ValueError(f"{name}: Zstandard data is damaged ({error}); fetch the file again") from None
+    if not complete:
+        raise ValueError(f"{name}: Zstandard data is cut short; fetch the file again")
+    return data
+
+
+def _frames_end(stored: bytes) -> bool:
+    """Whether the last frame is whole: reading across frames never reports an end of its own."""
+    import zstandard
+
+    rest = stored
+    while rest:
+        one = zstandard.ZstdDecompressor().decompressobj()
+        one.decompress(rest)
+        if not one.eof:
+            return False
+        rest = one.unused_data
+    return True
+
+
+def _refuse(name: str, data: bytes) -> None:
+    if not data.strip():
+        raise ValueError(f"{name}: the file is empty; a trace needs at least one request")
+    head = data[:512].lstrip()
+    if head.startswith(b"version https://git-lfs"):
+        raise ValueError(
+            f"{name}: a Git LFS pointer of {len(data)} bytes, not the trace itself; fetch the content with: git lfs pull"
+        )
+    if head.lower().startswith((b"<!doctype", b"<html")):
+        raise ValueError(f"{name}: an HTML page, not a trace; download the raw file instead of the page that shows it")
+    if head.startswith(b"<?xml"):
+        raise ValueError(f"{name}: an XML document, not a trace; traces are CSV, JSON, JSON lines or Parquet")
+    for magic, what in REFUSED.items():
+        if data.startswith(magic):
+            raise ValueError(f"{name}: {what}")
+    if b"\x00" in data[:4096] and not data.startswith(PARQUET):
+        raise ValueError(f"{name}: binary data, not a trace; traces are CSV, JSON, JSON lines or Parquet")

@@ -1,0 +1,297 @@
+"""Rows and columns, whatever file they came from: columns are asked for by name and checked as a whole.
+
+A `Table` converts a column in one sweep (Arrow casts for CSV, one pass over the types for JSON). Only when that fails
+does it go value by value (`values.py`) to accept what is harmless and to name the lines that are not. The sweep is
+strictly narrower than the careful way, so it can never let through what the careful way refuses.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmsim.readers import values
+from llmsim.readers.rows import MAX_TOKENS, FloatArray, IntArray, bad_rows, shown
+from llmsim.readers.source import Source, not_utf8
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+class Table:
+    """Named columns; `text` says that every value is text (CSV), `unit` what `lines` counts."""
+
+    text = False
+
+    def __init__(self, name: str, names: Sequence[str], lines: IntArray, unit: str = "line") -> None:
+        self.name = name
+        self.names = list(names)
+        self.lines = lines
+        self.unit = unit
+        self._by_fold = {fold(header): header for header in reversed(self.names)}
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def find(self, *aliases: str) -> str | None:
+        """The first of `aliases` that is a column, as the file spells it."""
+        return next((self._by_fold[fold(alias)] for alias in aliases if fold(alias) in self._by_fold), None)
+
+    def raw(self, column: str) -> list[Any]:
+        raise NotImplementedError
+
+    def _int_sweep(self, column: str) -> IntArray | None:
+        types = set(map(type, self.raw(column)))
+        if types != {int}:
+            return None
+        try:
+            return np.array(self.raw(column), dtype=np.int64)
+        except OverflowError:
+            return None
+
+    def _float_sweep(self, column: str) -> FloatArray | None:
+        if not set(map(type, self.raw(column))) <= {int, float}:
+            return None
+        try:
+            return np.array(self.raw(column), dtype=np.float64)
+        except OverflowError:
+            return None
+
+    def _stamp_sweep(self, column: str) -> FloatArray | None:
+        return None
+
+    def ints(self, column: str) -> IntArray:
+        """A column of token counts."""
+        swept = self._int_sweep(column)
+        if swept is not None and (len(swept) == 0 or (swept.min() >= 0 and swept.max() <= MAX_TOKENS)):
+            return swept
+        return values.counts(self.name, column, self.raw(column), self.lines, text=self.text, unit=self.unit)
+
+    def floats(self, column: str, *, negative: bool = False) -> FloatArray:
+        """A column of finite numbers."""
+        swept = self._float_sweep(column)
+        if swept is not None and bool(np.isfinite(swept).all()) and (negative or len(swept) == 0 or swept.min() >= 0):
+            return swept
+        return values.numbers(
+            self.name, column, self.raw(column), self.lines, text=self.text, unit=self.unit, negative=negative
+        )
+
+    def times(self, column: str, unit_s: float) -> FloatArray:
+        """Seconds since the earliest stamp of the column: numbers of `unit_s` seconds each, or dates."""
+        if not len(self):
+            return np.empty(0)
+        whole = self._int_sweep(column)
+        if whole is not None and whole.min() >= 0:
+            # Subtracted as integers: nanoseconds since 1970 do not fit a double.
+            return (whole - whole.min()) * unit_s
+        first = next((value for value in self.raw(column) if value is not None), None)
+        if self._dated(first):
+            swept = self._stamp_sweep(column)
+            if swept is not None:
+                return swept
+            return values.stamps(self.name, column, self.raw(column), self.lines, text=self.text, unit=self.unit)
+        numbers = self.floats(column)
+        return np.asarray((numbers - numbers.min()) * unit_s)
+
+    def _dated(self, value: object) -> bool:
+        return values.stamp_of(value) is not None
+
+    def is_dated(self, column: str) -> bool:
+        """Whether the column holds dates (and so needs no unit)."""
+        first = next((value for value in self.raw(column)[:1000] if value not in (None, "")), None)
+        return self._dated(first)
+
+    def texts(self, column: str) -> list[str]:
+        """A column as text; absent is the empty string."""
+        return ["" if value is None else value if type(value) is str else str(value) for value in self.raw(column)]
+
+
+class Columns(Table):
+    """A table whose columns are already Python values (JSON records, Parquet)."""
+
+    def __init__(self, name: str, columns: dict[str, list[Any]], lines: IntArray, unit: str = "line") -> None:
+        super().__init__(name, list(columns), lines, unit)
+        self._columns = columns
+
+    def raw(self, column: str) -> list[Any]:
+        return self._columns[column]
+
+
+class Records(Table):
+    """JSON records: one dict each; a column is gathered when it is asked for."""
+
+    def __init__(self, name: str, records: list[dict[str, Any]], lines: IntArray, unit: str = "line") -> None:
+        names: dict[str, None] = {}
+        for record in records[:1000]:
+            names.update(dict.fromkeys(record))
+        super().__init__(name, list(names), lines, unit)
+        self.records = records
+        self._gathered: dict[str, list[Any]] = {}
+
+    def raw(self, column: str) -> list[Any]:
+        if column not in self._gathered:
+            self._gathered[column] = [record.get(column) for record in self.records]
+        return self._gathered[column]
+
+
+class CsvTable(Table):
+    """CSV held as Arrow text columns."""
+
+    text = True
+
+    def __init__(self, name: str, names: Sequence[str], lines: IntArray, arrow: pa.Table) -> None:
+        super().__init__(name, names, lines)
+        self._arrow = arrow
+
+    def _column(self, column: str) -> Any:
+        return self._arrow.column(self.names.index(column))
+
+    def raw(self, column: str) -> list[Any]:
+        texts: list[Any] = self._column(column).to_pylist()
+        return texts
+
+    def is_dated(self, column: str) -> bool:
+        first = next((text for text in self._column(column).slice(0, 1000).to_pylist() if text.strip()), None)
+        return values.stamp_of(first) is not None
+
+    def _cast(self, column: str, kind: Any) -> Any:
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        texts = self._column(column)
+        try:
+            # Arrow reads 0x10 as sixteen; nobody writes tokens so on purpose.
+            if pa.types.is_integer(kind) and pc.any(pc.match_substring(texts, "x", ignore_case=True)).as_py():
+                return None
+            return pc.cast(texts, kind)
+        except pa.ArrowInvalid:
+            return None
+
+    def _int_sweep(self, column: str) -> IntArray | None:
+        import pyarrow as pa
+
+        cast = self._cast(column, pa.int64())
+        return None if cast is None else np.asarray(cast.to_numpy())
+
+    def _float_sweep(self, column: str) -> FloatArray | None:
+        import pyarrow as pa
+
+        cast = self._cast(column, pa.float64())
+        return None if cast is None else np.asarray(cast.to_numpy())
+
+    def _stamp_sweep(self, column: str) -> FloatArray | None:
+        import pyarrow as pa
+
+        for kind in (pa.timestamp("ns"), pa.timestamp("ns", "UTC")):
+            cast = self._cast(column, kind)
+            if cast is not None:
+                nanoseconds = np.asarray(cast.cast(pa.int64()).to_numpy())
+                return np.asarray((nanoseconds - nanoseconds.min()) * 1e-9)
+        return None
+
+
+def fold(header: str) -> str:
+    """Column names are compared without case, without surrounding space, without quotes."""
+    return header.strip().strip('"').casefold()
+
+
+def read_csv(source: Source, data: bytes | None = None, first_line: int = 1) -> CsvTable:
+    """Parse CSV with a header. `first_line`: the header's line number in the file (a preamble may precede it)."""
+    import pyarrow as pa
+    import pyarrow.csv as pacsv
+
+    data = source.data if data is None else data
+    head = data[: data.find(b"\n")] if b"\n" in data else data
+    header = _header(source, head if head.count(b'"') % 2 == 0 else data[:65536], first_line)
+    delimiter, names = header
+    body = data.rstrip()
+    quoted = b'"' in body
+    options = {
+        "parse_options": pacsv.ParseOptions(delimiter=delimiter, newlines_in_values=quoted, ignore_empty_lines=True),
+        "read_options": pacsv.ReadOptions(column_names=[str(i) for i in range(len(names))], skip_rows_after_names=1),
+        "convert_options": pacsv.ConvertOptions(
+            column_types={str(i): pa.string() for i in range(len(names))}, strings_can_be_null=False
+        ),
+    }
+    try:
+        arrow = pacsv.read_csv(pa.BufferReader(pa.py_buffer(body)), **options)
+    except pa.ArrowInvalid as error:
+        if len(body.split(b"\n", 1)) == 1:
+            raise ValueError(f"{source.name}: the trace has a header but no requests") from None
+        raise _broken_csv(source, body, delimiter, len(names), first_line, str(error)) from None
+    if arrow.num_rows == 0:
+        raise ValueError(f"{source.name}: the trace has a header but no requests")
+    plain = not quoted and body.count(b"\n") == arrow.num_rows and b"\r" not in body.replace(b"\r\n", b"")
+    if plain:
+        lines = np.arange(first_line + 1, first_line + 1 + arrow.num_rows, dtype=np.int64)
+    else:
+        starts = _line_numbers(body, delimiter, first_line)
+        lines = np.array(starts[1:], dtype=np.int64)
+    if len(lines) != arrow.num_rows:
+        raise ValueError(f"{source.name}: quoting is inconsistent: {len(lines)} or {arrow.num_rows} rows; re-export it")
+    return CsvTable(source.name, names, lines, arrow)
+
+
+def _header(source: Source, head: bytes, first_line: int) -> tuple[str, list[str]]:
+    try:
+        text = head.decode("utf-8").strip("\r\n")
+    except UnicodeDecodeError as error:
+        raise not_utf8(source.name, head, error.start) from None
+    delimiter = next((mark for mark in (",", "\t", ";") if mark in text), ",")
+    names = [name.strip() for name in next(csv.reader(io.StringIO(text), delimiter=delimiter), [])]
+    first = names[0] if names else ""
+    if values.NUMBER.fullmatch(first) or values.stamp_of(first) is not None:
+        servegen = re.fullmatch(r"chunk-\d+-trace\.csv", source.name)
+        if servegen:
+            raise ValueError(f"{source.name}: one client of a ServeGen pool; give the directory that holds it instead")
+        raise ValueError(
+            f"{source.name}: line {first_line}: the first line is data ({shown(first)}), not a header; add a header, for "
+            'example "TIMESTAMP,ContextTokens,GeneratedTokens" for an Azure trace or '
+            '"arrival_time_s,prompt_tokens,output_tokens"'
+        )
+    seen: dict[str, int] = {}
+    for position, name in enumerate(names, start=1):
+        if fold(name) in seen and fold(name):
+            raise ValueError(
+                f"{source.name}: line {first_line}: column {name} appears twice in the header (columns "
+                f"{seen[fold(name)]} and {position}); rename or remove one"
+            )
+        seen[fold(name)] = position
+    return delimiter, names
+
+
+def _line_numbers(body: bytes, delimiter: str, first_line: int) -> list[int]:
+    """The line each row starts on; blank lines and quoted line breaks make it differ from the row number."""
+    reader = csv.reader(io.StringIO(body.decode("utf-8"), newline=""), delimiter=delimiter)
+    starts, at = [], first_line
+    for row in reader:
+        if row:
+            starts.append(at)
+        at = first_line + reader.line_num
+    return starts
+
+
+def _broken_csv(source: Source, body: bytes, delimiter: str, width: int, first_line: int, why: str) -> ValueError:
+    try:
+        text = body.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return not_utf8(source.name, source.data, source.data.find(body) + error.start)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    bad, at = [], first_line
+    try:
+        for row in reader:
+            if row and len(row) != width:
+                bad.append((at, len(row)))
+            at = first_line + reader.line_num
+    except csv.Error as error:
+        return ValueError(f"{source.name}: line {at}: {error}; is a quote left open?")
+    if bad:
+        fix = "numbers without thousands separators, or quote text that holds a comma"
+        expected = f"the number of fields of the header ({width})"
+        return bad_rows(source.name, bad, "fields on the line", expected, fix)
+    return ValueError(f"{source.name}: not readable as CSV: {' '.join(why.split())[:200]}")
