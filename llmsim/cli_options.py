@@ -168,7 +168,42 @@ TRACE_FLAGS: list[Callable[[Any], Any]] = [
         help="Requests longer than the model's context: error, drop or truncate. [error]",
     ),
     click.option("--trace-block-tokens", "block_tokens", type=INT, help="Tokens of one prefix hash. [recognised]"),
+    click.option("--strict-order", is_flag=True, default=None, help="Fail if arrivals are not in order of time."),
+    click.option(
+        "--sharegpt-mode", type=_choice(("multi-turn", "first-pair")), help="ShareGPT: multi-turn or first-pair."
+    ),
+    click.option(
+        "--closed-loop", is_flag=True, default=None, help="Later turns wait for the answer, not for their time."
+    ),
+    click.option("--max-wait", "max_wait_s", type=float, help="Cap of the wait between two turns (s)."),
+    click.option("--rank-correlated", is_flag=True, default=None, help="ServeGen: long prompts get long answers."),
 ]
+
+
+# fmt: off
+TRACE_PARAMETERS = frozenset({
+    "format", "columns", "time_unit", "rate", "time_scale", "start_s", "duration_s", "limit", "failed", "trace_model",
+    "log_type", "spread", "over_context", "block_tokens", "strict_order", "sharegpt_mode", "closed_loop", "max_wait_s",
+    "rank_correlated",
+})
+# fmt: on
+
+
+def trace_arguments(flags: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of load_trace among `flags`: those that were given."""
+    given = {name: flags[name] for name in TRACE_PARAMETERS & flags.keys() if flags[name] is not None}
+    if "columns" in given:
+        given["columns"] = dict(_column(pair) for pair in given["columns"].split(","))
+    if "trace_model" in given:
+        given["model"] = given.pop("trace_model")
+    return given
+
+
+def _column(pair: str) -> tuple[str, str]:
+    field, sign, column = pair.partition("=")
+    if not sign or not field or not column:
+        raise ValueError(f"--columns {pair}: write FIELD=COLUMN, e.g. arrival=ts,prompt=in,output=out")
+    return field.strip(), column.strip()
 
 
 def apply(flags: list[Callable[[Any], Any]], command: Any) -> Any:
@@ -222,8 +257,9 @@ def _argument(pair: str) -> tuple[str, Any]:
         return name, text  # not a number, true, false or a list: text
 
 
-class ReplayCommand(click.Command):
-    """Lets `--goodput` take several words (`--goodput ttft:500 tpot:50`), as vLLM's does."""
+class SectionedCommand(click.Command):
+    """Help in sections, the engine's flags apart from the trace's and the output's; `--goodput` takes several words
+    (`--goodput ttft:500 tpot:50`), as vLLM's does."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         spread: list[str] = []
@@ -236,3 +272,17 @@ class ReplayCommand(click.Command):
                 taking = arg == "--goodput" or arg.startswith("--goodput=")
             spread.append(arg)
         return super().parse_args(ctx, spread)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        marked = [(_section(param), param.get_help_record(ctx)) for param in self.get_params(ctx)]
+        for title in ("Model, GPU and engine", "Trace", "Output"):
+            records = [record for section, record in marked if section == title and record is not None]
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
+
+def _section(param: click.Parameter) -> str:
+    if param.name in Scenario.__dataclass_fields__ or param.name in ("scenario_file", "enforce_eager"):
+        return "Model, GPU and engine"
+    return "Trace" if param.name in TRACE_PARAMETERS else "Output"

@@ -17,10 +17,11 @@ from llmsim.cli_options import (
     CONTEXT,
     GPU,
     MODEL,
-    ReplayCommand,
+    SectionedCommand,
     json_option,
     scenario_from,
     scenario_options,
+    trace_arguments,
     trace_options,
 )
 from llmsim.scenario import Scenario
@@ -34,7 +35,7 @@ STRICT_EXTRAPOLATED = 0.05  # share of GPU time outside the measured range that 
 PROGRESS_AFTER_S = 2.0
 
 
-@click.command(cls=ReplayCommand, context_settings=CONTEXT, epilog="The scenario flags are those of 'vllm serve'.")
+@click.command(cls=SectionedCommand, context_settings=CONTEXT, epilog="The scenario flags are those of 'vllm serve'.")
 @click.argument("trace_path", metavar="TRACE")
 @scenario_options
 @trace_options
@@ -143,9 +144,7 @@ def _check_outputs(out: Path | None, no_out: bool, **needing: bool) -> None:
 def _load(path: str, scenario: Scenario, flags: dict[str, Any]) -> Trace:
     from llmsim.trace import load_trace
 
-    options = {name: value for name, value in flags.items() if value is not None}
-    if "trace_model" in options:
-        options["model"] = options.pop("trace_model")
+    options = trace_arguments(flags)
     trace = load_trace(path, **options, context_tokens=scenario.max_model_len, seed=scenario.seed)
     _tell(trace.notes)
     return trace
@@ -189,8 +188,9 @@ def _check_extrapolation(summary: dict[str, Any]) -> None:
     share = summary["extrapolated"]
     if share is not None and share > STRICT_EXTRAPOLATED:
         raise ValueError(
-            f"--strict: {100 * share:.1f} % of the GPU time lies outside what was measured for "
-            f"{summary['calibration']['label']} (limit {100 * STRICT_EXTRAPOLATED:.0f} %): use a wider profile, or leave --strict out"
+            f"--strict: {100 * share:.1f} % of the GPU time lies outside the measured range (limit "
+            f"{100 * STRICT_EXTRAPOLATED:.0f} %) of {summary['calibration']['label']}: "
+            "use a wider profile, or leave --strict out"
         )
 
 

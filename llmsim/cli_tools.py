@@ -65,8 +65,9 @@ def _scenario_text(fields: dict[str, Any], flags: list[str], not_modelled: list[
 def validate(paths: tuple[Path, ...], model: str | None, gpu: str | None, as_json: bool) -> int:
     """Check llmsim against what real engines did.
 
-    PATH is a recorded schedule (the oracle's JSON: every step must be equal), a recording folder, or the result file of
-    'vllm bench serve --save-detailed'; a folder of schedules is checked file by file. Exit status 1 if a schedule differs.
+    PATH is a recorded schedule (JSON: every step must be equal), a recording folder, or the result file of
+    'vllm bench serve --save-detailed'; a folder of schedules is checked file by file. Exit status 1 if a schedule
+    differs.
 
     \b
     llmsim validate tests/data/oracle
