@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 import llmsim
 from llmsim.metrics import WALL_KEYS, Columns, Result, breakdown_s, json_safe, latencies_s
@@ -141,18 +140,14 @@ def _write_json(path: Path, document: dict[str, Any]) -> None:
 
 def _write_parquet(path: Path, columns: Columns) -> None:
     pa, pq = _pyarrow()
-    table = pa.table({name: _arrow(pa, column) for name, column in columns.items()})
+    # from_pandas: nan, "has not happened", becomes null
+    table = pa.table({name: pa.array(column, from_pandas=True) for name, column in columns.items()})
     pq.write_table(table, path, compression="zstd")
 
 
 def _pyarrow() -> tuple[Any, Any]:
     """Imported when a run is written or read: 0.2 s that other commands need not spend. Untyped: it ships no stubs."""
     return import_module("pyarrow"), import_module("pyarrow.parquet")
-
-
-def _arrow(pa: Any, column: NDArray[Any]) -> Any:
-    array = pa.array(column, from_pandas=True)  # nan, "has not happened", becomes null
-    return array
 
 
 def _read_parquet(path: Path) -> Columns:

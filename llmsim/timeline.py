@@ -47,9 +47,12 @@ def write_timeline(
     if cut_s < stop_s:
         limit = f"timeline: stops at {cut_s:.3f} s, {max_events} events after {start_s:g} s"
         notes.append(f"{limit}; choose a later window to see the rest")
-    with open(path, "wb") as raw, gzip.GzipFile("", "wb", compresslevel=1, fileobj=raw, mtime=0) as packed:
-        with io.TextIOWrapper(packed, encoding="utf-8") as text:
-            _write(result, text, start_s, cut_s)
+    with (
+        open(path, "wb") as raw,
+        gzip.GzipFile("", "wb", compresslevel=1, fileobj=raw, mtime=0) as packed,  # no name, no date: same bytes
+        io.TextIOWrapper(packed, encoding="utf-8") as text,
+    ):
+        _write(result, text, start_s, cut_s)
     return notes
 
 

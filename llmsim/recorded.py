@@ -1,0 +1,55 @@
+"""One load that a real engine served, as any source of recordings gives it, and the decoding they share."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from llmsim.trace import Trace
+
+Floats = NDArray[np.float64]
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+
+
+@dataclass(frozen=True)
+class RecordedScenario:
+    """One load on one engine: the trace as it was sent, and what the client saw of each of its requests."""
+
+    name: str
+    trace: Trace
+    concurrency: int | None  # closed loop: this many requests at a time
+    settings: dict[str, Any]  # Scenario fields
+    engine: dict[str, Any]  # engine.json as it is
+    finished: NDArray[np.bool_]  # per request of the trace; the next three are nan or empty where it is False
+    ttft_s: Floats
+    e2el_s: Floats
+    gaps_s: list[Floats]  # per request: between consecutive chunks
+    duration_s: float  # first send to last completion
+    notes: tuple[str, ...] = ()
+
+
+def read_bytes(path: Path) -> bytes:
+    """The file's content, unpacked if it is gzip; a cut or foreign file is one line of error."""
+    raw = path.read_bytes()
+    if raw.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull`")
+    if raw[:2] == b"\x1f\x8b":
+        try:
+            return gzip.decompress(raw)
+        except (EOFError, OSError, zlib.error) as error:
+            raise ValueError(f"{path}: cut or damaged gzip file ({error}); copy it again") from None
+    return raw
+
+
+def decoded(path: Path, kind: Any) -> Any:
+    try:
+        return msgspec.json.decode(read_bytes(path), type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: {error}") from None

@@ -1,0 +1,145 @@
+"""Predicted against measured: replay what a real engine was sent and compare what its client saw.
+
+Open loops are sent when the recording sent them; closed loops keep the recorded order and concurrency. The engine's
+settings, its number of KV blocks included, are those of the recording. Then, for requests that finished:
+
+    ttft_ms, tpot_ms, itl_ms, e2el_ms     mean, p50, p90, p99, defined as in `llmsim.metrics`
+    output_throughput                     output tokens / (last completion - first send), tokens/s
+    error                                 (predicted - measured) / measured, so +0.02 is 2 % too slow (or too much)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmsim.gaps import GapRuns
+from llmsim.hardware import gpu_names, model_names
+from llmsim.metrics import Result, json_safe, latencies_s
+from llmsim.recorded import RecordedScenario
+from llmsim.recording import load_recording
+from llmsim.scenario import Scenario
+from llmsim.simulate import simulate
+
+Floats = NDArray[np.float64]
+Statistics = dict[str, float]
+
+PERCENTS = (50, 90, 99)
+LATENCIES = (("ttft_ms", "TTFT"), ("tpot_ms", "TPOT"), ("itl_ms", "ITL"), ("e2el_ms", "E2EL"))
+
+
+def validate(
+    recording: str | Path | Sequence[RecordedScenario], model: str, gpu: str, cost: str = "auto", **overrides: Any
+) -> dict[str, Any]:
+    """{"scenarios": [{"name", "metrics": {metric: {statistic: {"predicted", "measured", "error"}}}}]}.
+
+    `overrides` are Scenario fields that the recording does not know or that are to differ from it.
+    """
+    scenarios = load_recording(recording) if isinstance(recording, str | Path) else recording
+    return {
+        "scenarios": [
+            {"name": recorded.name, "metrics": compare(predicted(recorded, model, gpu, cost, **overrides), recorded)}
+            for recorded in scenarios
+        ]
+    }
+
+
+def predicted(recorded: RecordedScenario, model: str, gpu: str, cost: str = "auto", **overrides: Any) -> Result:
+    """The recorded load, replayed."""
+    settings = recorded.settings | {"concurrency": recorded.concurrency} | overrides
+    return simulate(recorded.trace, Scenario.from_dict({"model": model, "gpu": gpu, "cost": cost} | settings))
+
+
+def compare(result: Result, recorded: RecordedScenario) -> dict[str, Any]:
+    guess, truth = _predicted_metrics(result, recorded), _measured_metrics(recorded)
+    return {
+        metric: {
+            statistic: json_safe(
+                {
+                    "predicted": guess[metric][statistic],
+                    "measured": measured,
+                    "error": guess[metric][statistic] / measured - 1.0 if measured else float("nan"),
+                }
+            )
+            for statistic, measured in truth[metric].items()
+        }
+        for metric in truth
+    }
+
+
+def _measured_metrics(recorded: RecordedScenario) -> dict[str, Statistics]:
+    kept, outputs = recorded.finished, recorded.trace.output_tokens
+    several = kept & (outputs > 1)
+    tpot_s = (recorded.e2el_s[several] - recorded.ttft_s[several]) / (outputs[several] - 1)
+    return {
+        "ttft_ms": _statistics(recorded.ttft_s[kept]),
+        "tpot_ms": _statistics(tpot_s),
+        "itl_ms": _statistics(np.concatenate([np.zeros(0), *recorded.gaps_s])),
+        "e2el_ms": _statistics(recorded.e2el_s[kept]),
+        "output_throughput": {"mean": float(outputs[kept].sum()) / recorded.duration_s},
+    }
+
+
+def _predicted_metrics(result: Result, recorded: RecordedScenario) -> dict[str, Statistics]:
+    rejected = int((~result.finished).sum())
+    if rejected:
+        raise ValueError(
+            f"{recorded.name}: {rejected} of {len(recorded.trace)} requests do not fit the simulated engine "
+            f"({result.kv_blocks} KV blocks); set num_gpu_blocks_override and max_model_len as the real one had"
+        )
+    kept = {name: column[recorded.finished] for name, column in result.requests.items()}
+    latency_s, gaps = latencies_s(kept), GapRuns.of(result.gaps)
+    statistics = {f"{name}_ms": _statistics(values_s[np.isfinite(values_s)]) for name, values_s in latency_s.items()}
+    itl_s = [gaps.mean_s(), *gaps.percentiles_s(PERCENTS)] if gaps.total else [float("nan")] * (1 + len(PERCENTS))
+    statistics["itl_ms"] = _named([1e3 * value_s for value_s in itl_s])
+    duration_s = float(kept["finish_s"].max() - result.requests["arrival_s"].min())
+    return statistics | {"output_throughput": {"mean": float(kept["output_tokens"].sum()) / duration_s}}
+
+
+def _statistics(values_s: Floats) -> Statistics:
+    if not values_s.size:
+        return _named([float("nan")] * (1 + len(PERCENTS)))
+    return _named([1e3 * float(values_s.mean()), *(1e3 * np.percentile(values_s, PERCENTS)).tolist()])
+
+
+def _named(values: list[float]) -> Statistics:
+    return dict(zip(("mean", *(f"p{percent}" for percent in PERCENTS)), values, strict=True))
+
+
+def recorded_hardware(recorded: RecordedScenario) -> tuple[str | None, str | None]:
+    """(model, GPU) names that occur in what the recording says of itself; None where none or several do."""
+    names = []
+    for key, known in (("model", model_names()), ("gpu", gpu_names())):
+        text = str(recorded.engine.get(key, "")).lower().replace("_", "-")
+        matches = [name for name in known if all(part in text for part in name.lower().split("-"))]
+        longest = [name for name in matches if not any(name != other and name in other for other in matches)]
+        names.append(longest[0] if len(longest) == 1 else None)
+    return names[0], names[1]
+
+
+def table(comparison: dict[str, Any]) -> str:
+    """One line a scenario and metric: predicted, measured (ms; tokens/s) and error of each statistic."""
+    columns = ("mean", *(f"p{percent}" for percent in PERCENTS))
+    width = max([len("scenario"), *(len(scenario["name"]) for scenario in comparison["scenarios"])])
+    header = f"{'scenario':<{width}}  {'metric':<10}" + "".join(f"  {c + ' pred / meas  error':>30}" for c in columns)
+    return "\n".join([header, *_rows(comparison, columns, width)])
+
+
+def _rows(comparison: dict[str, Any], columns: Sequence[str], width: int) -> Iterator[str]:
+    labels = dict(LATENCIES) | {"output_throughput": "tok/s"}
+    for scenario in comparison["scenarios"]:
+        for metric, statistics in scenario["metrics"].items():
+            cells = [_cell(statistics[column]) for column in columns if column in statistics]
+            yield f"{scenario['name']:<{width}}  {labels[metric]:<10}" + "".join(f"  {cell:>30}" for cell in cells)
+
+
+def _cell(values: dict[str, float | None]) -> str:
+    guess, truth, error = values["predicted"], values["measured"], values["error"]
+    numbers = " / ".join("-" if value is None else f"{value:.2f}" for value in (guess, truth))
+    return f"{numbers}  {'-' if error is None else f'{error * 100:+.1f} %':>8}"
+
+
