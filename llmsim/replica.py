@@ -1,0 +1,729 @@
+"""One replica: a queue, a running batch, a KV cache, and the engine's loop on two clocks.
+
+The loop is vLLM's engine core (v1/engine/core.py) with asynchronous scheduling: the host schedules and launches iteration
+k+1 while the GPU runs iteration k, at most two in flight. Per iteration k,
+
+    S(k)   the host begins to schedule;  x0(k) the launch begins;  L(k) it ends;  E(k) the GPU ends;  U(k) results are taken
+
+    x0(k)  = S(k) + schedule
+    L(k)   = x0(k) + launch + noise + interference of requests that become schedulable in (x0, L]
+    E(k)   = max(max(E(k-1), x0(k) + lead) + T(k), L(k) + tail)
+    U(k-1) = max(E(k-1), L(k)),  S(k+1) = U(k-1) + update          if iteration k-1 is still in flight
+    S(k+1) = L(k)                                                    otherwise
+    synchronous scheduling: U(k) = max(E(k), L(k)),  S(k+1) = U(k) + update
+
+(`llmsim.cost.Host` explains the terms; `tests/plain_engine.py` is the same in the plainest code.)
+
+*Macro-steps.* If the policy answers HOLD and no prompt is being computed, the iterations until the next completion, arrival
+or shortage of blocks differ only in T(k), which grows linearly. Then the slower of the two clocks sets the pace and all
+times are sums of an arithmetic series (`_long_run`): one wake-up, one row in the log.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from math import inf, isnan, nan
+from typing import Any, NamedTuple
+
+import simpy
+
+from llmsim.batch import RunningBatch
+from llmsim.cost import FULL, CostModel, LaunchNoise, Ramp
+from llmsim.kvcache import Hit, KVCache
+from llmsim.plugins import PolicyError
+from llmsim.queue import WaitingQueue
+from llmsim.request import Request
+
+ITERATION_COLUMNS = (
+    "start_s", "iterations", "mode", "seqs", "kv_tokens", "prefill_requests", "prefill_tokens", "prefill_pairs",
+    "prefill_context", "gpu_first_s", "gpu_growth_s", "gpu_end_s", "running", "waiting", "kv_blocks",
+)  # fmt: skip
+GAP_COLUMNS = ("gap_s", "growth_s", "count", "weight", "end_s")
+
+
+class Limits(NamedTuple):
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+
+class _Flight(NamedTuple):
+    """An iteration (or the last of a run) whose results the host has not taken."""
+
+    outputs: int
+    decodes: int  # of them, those whose previous token came with the iteration before
+    firsts: list[Request]  # whose prompt this iteration completed
+    late: list[Request]  # decodes whose previous token is older
+    ended: list[Request]
+
+
+class _Step:
+    """The iteration at hand: its composition, and when its launch and its GPU work begin and end."""
+
+    __slots__ = (
+        "chunks", "gpu", "gpu_end_s", "kv_blocks", "kv_tokens", "launch_s", "launched_s", "mode", "new_tokens", "running",
+        "schedule_s", "seqs", "waiting",
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        self.chunks: list[tuple[int, int]] = []
+        self.gpu = Ramp(0.0, 0.0)
+        self.gpu_end_s = self.launch_s = self.launched_s = self.schedule_s = 0.0
+        self.kv_blocks = self.kv_tokens = self.mode = self.new_tokens = self.running = self.seqs = self.waiting = 0
+
+
+class _Plan(NamedTuple):
+    """Iterations k .. k+steps-1 of a run: S(k+1) = second_s, S(k+j) = base_s + pace.elapsed_s(j - 2) from j = 2 on."""
+
+    steps: int
+    second_s: float
+    base_s: float
+    pace: Ramp
+
+    def steps_until(self, ready_s: float) -> int:
+        """Iterations that are scheduled before a request that becomes schedulable at `ready_s` is seen."""
+        if ready_s <= self.second_s:
+            return 1
+        return min(self.steps, 2 + self.pace.steps_within(ready_s - self.base_s))
+
+    def scheduled_s(self, steps: int) -> float:
+        """S(k + steps)."""
+        return self.second_s if steps == 1 else self.base_s + self.pace.elapsed_s(steps - 2)
+
+
+class Replica:
+    """Policies read and act on this; `submit` and `outstanding` are for routers and sources."""
+
+    def __init__(
+        self,
+        env: simpy.Environment,
+        scheduler: Any,
+        cost: CostModel,
+        kv: KVCache,
+        limits: Limits,
+        *,
+        asynchronous: bool = True,
+        noise: LaunchNoise | None = None,
+        on_finish: Callable[[Request, Replica], None] | None = None,
+        index: int = 0,
+    ) -> None:
+        self.env, self.scheduler, self.cost, self.kv, self.limits = env, scheduler, cost, kv, limits
+        self.index = index
+        self.asynchronous = asynchronous
+        self.waiting = WaitingQueue(getattr(scheduler, "order", None))
+        self.running: dict[Request, None] = {}  # all that hold a slot, in order of admission
+        self.prefilling: dict[Request, None] = {}  # of them, the half-prefilled ones
+        self.batch = RunningBatch(kv.block_tokens)
+        # What the policy has decided for the iteration at hand.
+        self.decoding = 0
+        self.chunks: list[tuple[Request, int, int]] = []  # request, tokens, computed before
+        self.preempted_now: list[Request] = []
+        self.paused_now: list[Request] = []
+        # Logs: see ITERATION_COLUMNS and GAP_COLUMNS.
+        self.iterations = array("d")
+        self.gaps = array("d")
+        self.preemptions = 0
+        self.queried_tokens = 0
+        self.hit_tokens = 0
+        self._victim = getattr(scheduler, "victim", None)
+        self._noise = noise
+        self._on_finish = on_finish
+        self._granted: dict[Request, None] | None = None  # decodes of a one-by-one pass
+        self._publishing: dict[Request, None] = {}  # running requests whose answer others may share
+        self._late: list[Request] = []  # decode again after an iteration without them
+        self._cut_off: list[Request] = []  # stopped decoding just now: their last token is in flight
+        self._to_free: list[Request] = []  # ended, results taken: free at the next schedule
+        self._flight: _Flight | None = None  # the iteration launched last, until its results are taken
+        self._gpu_s = -inf  # when the GPU is done with it: E(k-1)
+        self._emitted_s = 0.0  # when clients saw the tokens of the iteration before
+        self._now_s = 0.0
+        # Arrivals.
+        self._feed: Iterator[Request] | None = None
+        self._arriving: deque[Request] = deque()
+        self._next: Request | None = None
+        self.next_ready_s = inf  # when the next request becomes schedulable
+        self._passed_s = 0.0
+        self._submitted = 0
+        self._finish_times: deque[float] = deque()
+        self._finished_by_now = 0
+        self._timer: simpy.Event | None = None
+        self._wake_s = inf
+        self._plan: _Plan | None = None
+        self._story = self._run()
+
+    # --------------------------------------------------------------------------------------------- from the outside
+
+    def start(self, feed: Iterator[Request] | None = None) -> None:
+        """Begin. `feed`: this replica's requests in order of arrival, if they are known without asking a router."""
+        self._feed = feed
+        self._pull()
+        self._sleep(next(self._story))
+
+    def submit(self, request: Request) -> None:
+        """A client sends a request, now."""
+        self._arriving.append(request)
+        self._submitted += 1
+        if self._next is not None:
+            return
+        self._pull()
+        plan = self._plan
+        if plan is not None:
+            wake_s = plan.scheduled_s(plan.steps_until(self.next_ready_s))
+        elif self._wake_s == inf:
+            wake_s = self.next_ready_s
+        else:
+            return  # within a single iteration: seen at its end
+        if wake_s < self._wake_s:
+            self._sleep(wake_s)
+
+    def outstanding(self, now_s: float) -> int:
+        """Requests submitted and not answered by now."""
+        finish_times = self._finish_times
+        while finish_times and finish_times[0] <= now_s:
+            finish_times.popleft()
+            self._finished_by_now += 1
+        return self._submitted - self._finished_by_now
+
+    def kv_in_use(self) -> int:
+        """KV blocks held by requests."""
+        return self.kv.total_blocks - self.kv.free_blocks
+
+    # ---------------------------------------------------------------------------------------------- what policies do
+
+    def decode(self) -> None:
+        """Every decoding request makes a token in this iteration; the newest are preempted while blocks run short."""
+        if self.decoding:
+            raise PolicyError(f"{self._policy} called decode() twice for one iteration.")
+        batch, kv = self.batch, self.kv
+        while (blocks := batch.blocks_needed(1)) > kv.free_blocks:
+            self.preempt(self._victim(self) if self._victim else next(reversed(self.running)))
+        if blocks:
+            kv.take(blocks)
+        self.decoding = batch.size
+
+    def decode_one(self, request: Request) -> None:
+        """One decoding request makes a token; end the pass with `pause_others()`."""
+        if self._granted is None:
+            self._granted = {}
+        if self.batch.needs_block(request):
+            self.kv.take(1)
+        self._granted[request] = None
+        self.decoding += 1
+
+    def pause_others(self) -> None:
+        """Decoding requests that `decode_one` did not name keep their blocks and sit this iteration out."""
+        granted = self._granted or {}
+        self._granted = None
+        for request in [member for member in self.batch if member not in granted]:
+            self.batch.remove(request)
+            self.paused_now.append(request)
+            self._cut(request)
+            if request in self._late:
+                self._late.remove(request)
+
+    def look_up(self, request: Request) -> Hit:
+        """What the prefix cache holds of a waiting request's sequence."""
+        if self._publishing:
+            self._publish()
+        return self.kv.match(request, request.prompt_tokens + request.generated_tokens)
+
+    def prefill(self, request: Request, tokens: int, hit: Hit | None = None) -> bool:
+        """Compute `tokens` more of a request's prompt in this iteration; False if its blocks do not fit.
+
+        A waiting request is admitted by this; `hit` is what `look_up` returned for it in this iteration.
+        """
+        kv = self.kv
+        computed = request.computed_tokens
+        left = request.prompt_tokens + request.generated_tokens - computed
+        if request in self.running:
+            if not 0 < tokens <= left or request not in self.prefilling:
+                raise self._error(request, f"asked to prefill {tokens} tokens of request {request.id}, which has {left} left")
+            blocks = kv.blocks_for(computed + tokens) - kv.blocks_for(computed)
+            if blocks > kv.free_blocks:
+                return False
+            kv.take(blocks)
+        else:
+            if hit is None:
+                hit = self.look_up(request)
+            computed = hit.blocks * kv.block_tokens
+            left -= computed
+            if not 0 < tokens <= left:
+                raise self._error(request, f"asked to prefill {tokens} tokens of request {request.id}, which has {left} left")
+            if len(self.running) >= self.limits.max_num_seqs:
+                raise self._error(request, f"admitted request {request.id} beyond max_num_seqs={self.limits.max_num_seqs}")
+            if kv.blocks_for(computed + tokens) - hit.blocks + hit.idle_blocks > kv.free_blocks:
+                return False
+            self._admit(request, hit, computed, tokens)
+        request.computed_tokens = computed + tokens
+        if request.held is not None:
+            kv.store(request, computed + tokens)
+        self.chunks.append((request, tokens, computed))
+        return True
+
+    def _admit(self, request: Request, hit: Hit, computed: int, tokens: int) -> None:
+        self.waiting.remove(request)
+        self.kv.admit(request, hit, computed + tokens)
+        self.running[request] = None
+        self.prefilling[request] = None
+        if isnan(request.scheduled_s):
+            request.scheduled_s = self._now_s
+            request.cached_tokens = computed
+            self.queried_tokens += request.prompt_tokens
+            self.hit_tokens += computed
+
+    def preempt(self, request: Request) -> None:
+        """Send a running request back to the queue; it will compute everything again (recompute)."""
+        if request not in self.running:
+            raise self._error(request, f"preempted request {request.id}, which is not running")
+        batch, kv = self.batch, self.kv
+        in_flight = 1 if self.asynchronous else 0  # content is registered when its token is known
+        if request in batch:
+            stayed = batch.iteration - request.joined
+            batch.remove(request)
+            tokens = request.computed_tokens
+            if self._granted is not None and request in self._granted:  # it was to make a token in this very iteration
+                del self._granted[request]
+                self.decoding -= 1
+                tokens += 1
+            full = tokens - in_flight if stayed or tokens > request.computed_tokens else tokens
+            self._cut(request)
+        else:
+            tokens = full = request.computed_tokens
+            if request not in self.prefilling:  # its last token is in flight
+                full -= in_flight
+            elif isnan(request.last_token_s):
+                request.last_token_s = self._now_s
+            self.chunks = [chunk for chunk in self.chunks if chunk[0] is not request]
+        del self.running[request]
+        if request in self._late:
+            self._late.remove(request)
+        self.prefilling.pop(request, None)
+        self._publishing.pop(request, None)
+        kv.release(request, kv.blocks_for(tokens), full, resumes=True)
+        request.computed_tokens = 0
+        request.preemptions += 1
+        self.preemptions += 1
+        self.preempted_now.append(request)
+        self.waiting.put_back(request)
+
+    def _cut(self, request: Request) -> None:
+        """A request stops decoding for now: remember when its last token was seen, once that is known."""
+        if isnan(request.last_token_s):
+            if self._flight is None:
+                request.last_token_s = self._emitted_s
+            else:
+                self._cut_off.append(request)
+
+    def _publish(self) -> None:
+        """Register what running requests with a known answer have generated, as far as vLLM would know it by now."""
+        lag = 1 if self.asynchronous else 0
+        for request in self._publishing:
+            if request in self.batch:
+                tokens = self.batch.computed(request) + (1 if self.decoding else 0)
+            else:
+                tokens = request.computed_tokens
+            self.kv.store(request, tokens - lag)
+
+    # ------------------------------------------------------------------------------------------- one iteration, no clock
+
+    def begin(self, now_s: float) -> bool:
+        """Let the policy decide the iteration that starts now; returns whether its answer lasts."""
+        self._now_s = now_s
+        self.decoding = 0
+        if self.chunks:
+            self.chunks = []
+        if self.preempted_now:
+            self.preempted_now = []
+        if self.paused_now:
+            for request in self.paused_now:
+                self.batch.add(request)
+                self._late.append(request)
+            self.paused_now = []
+        return bool(self.scheduler.schedule(self, now_s))
+
+    def commit(self, steps: int) -> list[Request]:
+        """Book `steps` iterations as scheduled; returns the requests whose last token they make."""
+        batch = self.batch
+        if self.decoding:
+            if steps > 1:
+                blocks = batch.blocks_needed(steps) - batch.blocks_needed(1)  # the first iteration's are taken
+                if blocks:
+                    self.kv.take(blocks)
+            ended = batch.advance(steps)
+        else:
+            ended = []
+        for request, _, _ in self.chunks:
+            if request.computed_tokens == request.prompt_tokens + request.generated_tokens:
+                request.generated_tokens += 1
+                del self.prefilling[request]
+                if request.identity_tokens > request.prompt_tokens:
+                    self._publishing[request] = None
+                if request.generated_tokens < request.output_tokens:
+                    batch.add(request)
+                else:
+                    ended.append(request)
+        return ended
+
+    def free(self, ended: list[Request]) -> None:
+        """The host has taken the last token of these: their blocks and slots are free."""
+        kv = self.kv
+        for request in ended:
+            if request in self.running:
+                del self.running[request]
+                self._publishing.pop(request, None)
+                tokens = request.computed_tokens
+                kv.release(request, kv.blocks_for(tokens), tokens)
+            else:  # preempted while its last token was in flight
+                self.waiting.remove(request)
+                request.held = None
+
+    # ------------------------------------------------------------------------------------------------------- the loop
+
+    def _run(self) -> Generator[float, None, None]:
+        """The engine's loop; yields the time until which it sleeps."""
+        host = self.cost.host
+        peek = self.env.peek
+        t = 0.0  # S(k)
+        while True:
+            while self.next_ready_s <= t:
+                self._receive()
+            if self._to_free:
+                self._free()
+            hold = self.begin(t)
+            if self.decoding or self.chunks:
+                step = self._compose(t)
+                if step.mode != FULL and host.interference_per_token_s:
+                    yield from self._interfere(step)
+                step.gpu_end_s = max(
+                    max(self._gpu_s, step.launch_s + host.lead_s[step.mode]) + step.gpu.first_s,
+                    step.launched_s + host.tail_s[step.mode],
+                )
+                t = self._launched_asynchronously(step) if self.asynchronous else self._launched(step)
+                if hold and step.mode == FULL and not (self.chunks or self._late or (self.waiting and self._to_free)):
+                    plan = self._plan = self._long_run(step, t)
+                    if plan.steps > 1:
+                        steps = plan.steps_until(self.next_ready_s)
+                        t = plan.scheduled_s(steps)
+                        if peek() <= t:
+                            yield t
+                            steps = plan.steps_until(self.next_ready_s)
+                            t = plan.scheduled_s(steps)
+                        self._plan = None
+                        if steps > 1:
+                            self._finish_run(step, plan, steps)
+                            continue
+                    self._plan = None
+                self._finish_step(step)
+            elif self._flight is not None:  # nothing to schedule: wait for the results in flight
+                taken_s = max(self._gpu_s, t)
+                flight, self._flight = self._flight, None
+                t = self._take(flight, taken_s)
+            elif self._to_free:
+                continue
+            elif self.waiting or self.running:
+                raise self._stuck()
+            else:
+                while self.next_ready_s == inf:
+                    yield inf
+                t = max(t, self.next_ready_s)
+            if peek() <= t:  # else nothing can happen before t: going on without sleeping saves a third of the time
+                yield t
+
+    def _compose(self, t: float) -> _Step:
+        """What the iteration consists of and when its launch begins and, arrivals apart, ends."""
+        host, cost, batch = self.cost.host, self.cost, self.batch
+        step = _Step()
+        step.schedule_s = t
+        step.running = len(self.running)
+        step.waiting = len(self.waiting)
+        step.kv_blocks = self.kv.total_blocks - self.kv.free_blocks
+        seqs = requests = self.decoding
+        kv_tokens = batch.kv_tokens if seqs else 0
+        new_tokens = 0
+        if self.chunks:
+            requests += len(self.chunks)
+            for _, tokens, computed in self.chunks:
+                if tokens == 1:  # the tail of a prompt is a decode to the GPU
+                    seqs += 1
+                    kv_tokens += computed
+                else:
+                    new_tokens += tokens
+                    step.chunks.append((tokens, computed))
+        if step.chunks:
+            mode = cost.mode(seqs + new_tokens, len(step.chunks))
+            step.gpu = Ramp(cost.mixed_s(step.chunks, seqs, kv_tokens), 0.0)
+        else:
+            mode = cost.mode(seqs, 0)
+            step.gpu = cost.decode_ramp(seqs, kv_tokens)
+        step.mode, step.seqs, step.kv_tokens, step.new_tokens = mode, seqs, kv_tokens, new_tokens
+        launch_s = (
+            t
+            + host.schedule_s
+            + host.schedule_per_request_s * step.running
+            + host.schedule_per_token_s * new_tokens
+        )
+        step.launch_s = launch_s
+        step.launched_s = launch_s + host.launch_s[mode] + host.launch_per_request_s[mode] * requests
+        if mode != FULL and self._noise is not None:
+            step.launched_s += self._noise.draw(mode, launch_s)
+        return step
+
+    def _interfere(self, step: _Step) -> Generator[float, None, None]:
+        """Requests that become schedulable during a launch slow it, one interpreter lock being shared."""
+        per_token_s = self.cost.host.interference_per_token_s
+        while True:
+            while self.next_ready_s <= step.launched_s:
+                assert self._next is not None
+                if self.next_ready_s > step.launch_s:
+                    step.launched_s += per_token_s * self._next.prompt_tokens
+                self._receive()
+            if self._feed is not None or self.env.peek() > step.launched_s:
+                return
+            yield step.launched_s
+            if self.next_ready_s > step.launched_s:
+                return
+
+    def _launched_asynchronously(self, step: _Step) -> float:
+        """The host takes the results before, if any; returns S(k+1)."""
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return step.launched_s
+        return self._take(flight, max(self._gpu_s, step.launched_s))
+
+    def _launched(self, step: _Step) -> float:
+        """Synchronous scheduling: the host waits for this very step."""
+        host = self.cost.host
+        outputs = self.decoding + sum(
+            request.computed_tokens == request.prefill_tokens for request, _, _ in self.chunks
+        )
+        taken_s = max(step.gpu_end_s, step.launched_s)
+        return taken_s + host.update_s + host.update_per_output_s * outputs
+
+    def _finish_step(self, step: _Step) -> None:
+        """Book one iteration; its results are in flight, or taken at once if scheduling is synchronous."""
+        self._log(step, 1, step.gpu_end_s)
+        late, decodes = self._late, self.decoding
+        if late:
+            if decodes:
+                decodes -= len(late)
+                self._late = []
+            else:
+                late = []
+        if not self.decoding and self.batch.size:  # an iteration of prompts only: the next gap is longer for these
+            for request in self.batch:
+                if request not in self._late:
+                    self._cut(request)
+                    self._late.append(request)
+        firsts = [
+            request for request, _, _ in self.chunks if request.computed_tokens == request.prefill_tokens
+        ] if self.chunks else []
+        ended = self.commit(1)
+        self._gpu_s = step.gpu_end_s
+        flight = _Flight(self.decoding + len(firsts), decodes, firsts, late, ended)
+        if self.asynchronous:
+            self._flight = flight
+        else:
+            self._take(flight, max(step.gpu_end_s, step.launched_s))
+
+    def _long_run(self, step: _Step, second_s: float) -> _Plan:
+        """How iterations k+1, k+2, ... follow this one while nothing changes: the slower clock sets the pace."""
+        host = self.cost.host
+        steps = self.batch.steps_to_finish() - (0 if self.asynchronous else 1)
+        if steps > 1:
+            steps = self.batch.steps_that_fit(steps, self.kv.free_blocks + self.batch.blocks_needed(1))
+        if steps <= 1:
+            return _Plan(1, second_s, second_s, step.gpu)
+        if self._to_free:
+            self._free()
+        first_s, growth_s = step.gpu.first_s + step.gpu.growth_s, step.gpu.growth_s  # of iteration k+1
+        schedule_s = host.schedule_s + host.schedule_per_request_s * len(self.running)
+        launch_s = host.launch_s[FULL] + host.launch_per_request_s[FULL] * step.seqs
+        update_s = host.update_s + host.update_per_output_s * step.seqs
+        lead_s, tail_s = host.lead_s[FULL], host.tail_s[FULL]
+        gpu_s = step.gpu_end_s
+        if not self.asynchronous:
+            floor_s = schedule_s + launch_s + max(tail_s, 0.0)
+            begin_s = schedule_s + lead_s
+            if begin_s + first_s >= floor_s:
+                pace = Ramp(begin_s + first_s + update_s, growth_s)
+            else:
+                pace = Ramp(floor_s + update_s, 0.0)
+                steps = min(steps, _steps_below(first_s, growth_s, floor_s - begin_s) + 1)
+            return _Plan(steps, second_s, second_s + pace.first_s, Ramp(pace.first_s + pace.growth_s, pace.growth_s))
+        host_s = update_s + schedule_s + launch_s
+        launch_at_s = second_s + schedule_s
+        launched_s = launch_at_s + launch_s
+        gpu_bound = (
+            launched_s <= gpu_s
+            and launch_at_s + lead_s <= gpu_s
+            and launched_s + tail_s <= gpu_s + first_s
+            and host_s <= first_s
+            and update_s + schedule_s + lead_s <= first_s
+            and host_s + tail_s <= first_s + first_s
+        )
+        if gpu_bound:
+            return _Plan(steps, second_s, gpu_s + update_s, Ramp(first_s, growth_s))
+        host_bound = (
+            gpu_s <= launched_s
+            and gpu_s <= launch_at_s + lead_s
+            and first_s <= host_s
+            and lead_s + first_s <= launch_s + host_s
+            and tail_s <= update_s + schedule_s + lead_s
+        )
+        if host_bound:
+            steps = min(steps, _steps_below(first_s, growth_s, min(host_s, launch_s + host_s - lead_s)) + 1)
+            return _Plan(steps, second_s, launched_s + update_s, Ramp(host_s, 0.0))
+        return _Plan(1, second_s, second_s, step.gpu)
+
+    def _finish_run(self, step: _Step, plan: _Plan, steps: int) -> None:
+        """Book a run of iterations; the last one's results are in flight, or taken if scheduling is synchronous."""
+        host = self.cost.host
+        seqs, pace = step.seqs, plan.pace
+        update_s = host.update_s + host.update_per_output_s * seqs
+        respond_s = host.respond_s + host.respond_per_output_s * seqs
+        first_s, growth_s = step.gpu
+        last_s = first_s + growth_s * (steps - 1)
+        if not self.asynchronous:
+            first_seen_s = plan.second_s - update_s + respond_s
+            self.gaps.extend((first_seen_s - self._emitted_s, 0.0, 1.0, seqs, first_seen_s))
+            self._emitted_s = plan.scheduled_s(steps) - update_s + respond_s
+            self.gaps.extend((pace.first_s - pace.growth_s, pace.growth_s, steps - 1.0, seqs, self._emitted_s))
+            self._gpu_s = self._emitted_s - respond_s
+            self._log(step, steps, self._gpu_s)
+            self.commit(steps)
+            return
+        first_seen_s = plan.base_s - update_s + respond_s
+        gaps = self.gaps
+        gaps.extend((first_seen_s - self._emitted_s, 0.0, 1.0, seqs, first_seen_s))
+        self._emitted_s = first_seen_s + pace.elapsed_s(steps - 2)
+        if steps > 2:
+            gaps.extend((pace.first_s, pace.growth_s, steps - 2.0, seqs, self._emitted_s))
+        if pace.growth_s or pace.first_s == first_s + growth_s:  # the GPU sets the pace
+            gpu_s = step.gpu_end_s + pace.elapsed_s(steps - 1)
+        else:
+            launched_s = plan.base_s - update_s + (steps - 2) * pace.first_s
+            launch_s = host.launch_s[FULL] + host.launch_per_request_s[FULL] * seqs
+            gpu_s = launched_s + max(host.lead_s[FULL] + last_s - launch_s, host.tail_s[FULL])
+        self._log(step, steps, gpu_s)
+        self._gpu_s = gpu_s
+        self._flight = _Flight(seqs, seqs, [], [], self.commit(steps))
+
+    def _take(self, flight: _Flight, taken_s: float) -> float:
+        """The host takes an iteration's results: tokens go out; returns when it is done."""
+        host = self.cost.host
+        seen_s = taken_s + host.respond_s + host.respond_per_output_s * flight.outputs
+        gaps = self.gaps
+        if flight.decodes:
+            gaps.extend((seen_s - self._emitted_s, 0.0, 1.0, flight.decodes, seen_s))
+        for request in flight.late:
+            gaps.extend((seen_s - request.last_token_s, 0.0, 1.0, 1.0, seen_s))
+            request.last_token_s = nan
+        for request in flight.firsts:
+            waited_s = seen_s - request.last_token_s  # nan unless it was preempted
+            if isnan(request.first_token_s):
+                request.first_token_s = seen_s
+                if waited_s == waited_s:
+                    request.preempted_s = request.preempted_before_first_s = waited_s
+                    request.last_token_s = nan
+            elif waited_s == waited_s:
+                gaps.extend((waited_s, 0.0, 1.0, 1.0, seen_s))
+                request.preempted_s += waited_s
+                request.last_token_s = nan
+        self._emitted_s = seen_s
+        if self._cut_off:
+            for request in self._cut_off:
+                request.last_token_s = seen_s
+            self._cut_off.clear()
+        if flight.ended:
+            self._to_free.extend(flight.ended)
+            for request in flight.ended:
+                request.finish_s = seen_s
+                self._finish_times.append(seen_s)
+                if self._on_finish is not None:
+                    self._on_finish(request, self)
+        return taken_s + host.update_s + host.update_per_output_s * flight.outputs
+
+    def _log(self, step: _Step, steps: int, gpu_end_s: float) -> None:
+        pairs = context = 0
+        for tokens, computed in step.chunks:
+            pairs += tokens * computed + tokens * (tokens + 1) // 2
+            context += computed
+        self.iterations.extend((
+            step.schedule_s, steps, step.mode, step.seqs, step.kv_tokens, len(step.chunks), step.new_tokens, pairs,
+            context, step.gpu.first_s, step.gpu.growth_s, gpu_end_s, step.running, step.waiting, step.kv_blocks,
+        ))  # fmt: skip
+
+    # ------------------------------------------------------------------------------------------ arrivals and sleeping
+
+    def _pull(self) -> None:
+        """Look at the next request on its way; requests pass to the engine one at a time."""
+        if self._feed is not None:
+            request = next(self._feed, None)
+        else:
+            request = self._arriving.popleft() if self._arriving else None
+        self._next = request
+        if request is None:
+            self.next_ready_s = inf
+            return
+        host = self.cost.host
+        passed_s = max(request.arrival_s, self._passed_s)
+        passed_s += host.receive_busy_s + host.receive_per_token_s * request.prompt_tokens
+        self._passed_s = passed_s
+        self.next_ready_s = passed_s + host.receive_s
+
+    def _receive(self) -> None:
+        """The next request becomes schedulable."""
+        request = self._next
+        assert request is not None
+        if self.kv.blocks_for(request.prompt_tokens + request.output_tokens - 1) > self.kv.total_blocks:
+            self._finish_times.append(self.next_ready_s)  # could never fit: rejected, its times stay nan
+            if self._on_finish is not None:
+                self._on_finish(request, self)
+        else:
+            self.waiting.append(request)
+        self._pull()
+
+    def _free(self) -> None:
+        self.free(self._to_free)
+        self._to_free = []
+
+    def _sleep(self, until_s: float) -> None:
+        """Wake the loop at `until_s`; an earlier timer is forgotten.
+
+        A generator woken by its own timers, not a SimPy process: being cut short by an arrival costs a timer (0.8 µs)
+        where interrupting a process costs 5 µs.
+        """
+        self._wake_s = until_s
+        if until_s == inf:
+            self._timer = None
+            return
+        timer = self._timer = self.env.timeout(max(0.0, until_s - self.env.now))
+        assert timer.callbacks is not None
+        timer.callbacks.append(self._wake)
+
+    def _wake(self, timer: simpy.Event) -> None:
+        if timer is self._timer:
+            self._sleep(next(self._story))
+
+    # ----------------------------------------------------------------------------------------------------------- errors
+
+    @property
+    def _policy(self) -> str:
+        return type(self.scheduler).__name__
+
+    def _error(self, request: Request, what: str) -> PolicyError:
+        return PolicyError(f"{self._policy} {what}.")
+
+    def _stuck(self) -> PolicyError:
+        head = self.waiting.head if self.waiting else next(iter(self.running))
+        blocks = self.kv.blocks_for(head.prefill_tokens)
+        return PolicyError(
+            f"{self._policy} schedules nothing although {len(self.waiting)} requests wait and {len(self.running)} hold slots;"
+            f" the first is request {head.id}, which needs {blocks} KV blocks of the {self.kv.free_blocks} free."
+        )
+
+
+def _steps_below(first_s: float, growth_s: float, limit_s: float) -> int:
+    """How many terms first_s, first_s + growth_s, ... are at most limit_s (the first one is)."""
+    return 1 << 40 if growth_s <= 0.0 else int((limit_s - first_s) / growth_s) + 1

@@ -1,0 +1,322 @@
+"""`simulate(trace, scenario) -> Result`: build the fleet, send the requests, collect what happened.
+
+Requests are sent at the trace's own times (open loop), when a turn's parent has finished (sessions), or, with
+`scenario.concurrency`, when one of that many clients has its answer (closed loop, in the trace's order). Where a request
+goes and when it is sent does not depend on the simulation if the loop is open and the router stateless; then each replica
+reads its own requests ahead, and none needs waking by an arrival.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Callable, Generator, Iterator
+from itertools import islice
+from math import isnan, nan
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import simpy
+
+from llmsim.cost import CostModel, LaunchNoise
+from llmsim.cost.graphs import Graphs
+from llmsim.cost.load import CostSettings, load_cost
+from llmsim.hardware import find_gpu, find_model
+from llmsim.kvcache import KVCache
+from llmsim.memory import kv_blocks
+from llmsim.metrics import Result
+from llmsim.replica import GAP_COLUMNS, ITERATION_COLUMNS, Limits, Replica
+from llmsim.request import Request
+from llmsim.routers import load_router
+from llmsim.scenario import Scenario
+from llmsim.schedulers import load_scheduler
+
+if TYPE_CHECKING:
+    from llmsim.trace import Trace
+
+FLOAT_COLUMNS = ("arrival_s", "scheduled_s", "first_token_s", "finish_s", "preempted_s", "preempted_before_first_s")
+INT_COLUMNS = ("replica", "cached_tokens", "preemptions")
+INTEGER_LOGS = (
+    "iterations", "mode", "seqs", "kv_tokens", "prefill_requests", "prefill_tokens", "prefill_pairs", "prefill_context",
+    "running", "waiting", "kv_blocks", "count", "weight",
+)  # fmt: skip
+PROGRESS_EVERY = 1000  # requests
+
+
+def simulate(
+    trace: Trace,
+    scenario: Scenario,
+    progress: Callable[[int, int, float], None] | None = None,
+    *,
+    cost: CostModel | None = None,
+) -> Result:
+    """Replay a trace. `progress(finished, total, simulated_s)` is called now and then; `cost` replaces scenario.cost.
+
+    Raises ValueError for settings that no engine would start with, PolicyError for a policy that breaks a rule.
+    """
+    return Fleet(trace, scenario, cost=cost, progress=progress).run()
+
+
+def blocks_of(scenario: Scenario) -> int:
+    """KV blocks of one replica, as the engine would report them (the null block included)."""
+    s = scenario.resolved()
+    assert s.max_num_batched_tokens is not None and s.max_num_seqs is not None and s.max_model_len is not None
+    return kv_blocks(
+        find_model(s.model),
+        find_gpu(s.gpu),
+        tensor_parallel=s.tensor_parallel,
+        dtype=s.weight_dtype,
+        kv_dtype=s.kv_dtype,
+        block_tokens=s.block_size,
+        gpu_memory_utilization=s.gpu_memory_utilization,
+        max_num_batched_tokens=s.max_num_batched_tokens,
+        max_num_seqs=s.max_num_seqs,
+        max_model_len=s.max_model_len,
+        override=s.num_gpu_blocks_override,
+    )
+
+
+def cost_of(scenario: Scenario) -> CostModel:
+    """The cost model that a scenario names."""
+    s = scenario.resolved()
+    assert s.max_num_batched_tokens is not None and s.max_num_seqs is not None
+    settings = CostSettings(
+        tensor_parallel=s.tensor_parallel,
+        dtype=s.weight_dtype,
+        kv_dtype=s.kv_dtype,
+        graphs=Graphs.of_engine(s.max_num_seqs, s.max_num_batched_tokens, s.cudagraph),
+        host_scale=s.host_scale,
+    )
+    return load_cost(s.cost, find_model(s.model), find_gpu(s.gpu), settings)
+
+
+def scheduler_of(scenario: Scenario) -> Any:
+    """A fresh instance of the scenario's scheduling policy."""
+    arguments: dict[str, Any] = {}
+    if scenario.scheduler == "vllm":
+        arguments = {
+            "policy": scenario.scheduling_policy,
+            "long_prefill_token_threshold": scenario.long_prefill_token_threshold,
+            "watermark": scenario.watermark,
+            "reserve_full_isl": scenario.reserve_full_isl,
+            "enable_chunked_prefill": scenario.enable_chunked_prefill,
+        }
+    return load_scheduler(scenario.scheduler, arguments | scenario.scheduler_args)
+
+
+class Fleet:
+    """The replicas of one scenario and the clients that send them one trace."""
+
+    def __init__(
+        self,
+        trace: Trace,
+        scenario: Scenario,
+        *,
+        cost: CostModel | None = None,
+        progress: Callable[[int, int, float], None] | None = None,
+    ) -> None:
+        self.trace, self.scenario = trace, scenario.resolved()
+        s = self.scenario
+        assert s.max_num_seqs is not None and s.max_num_batched_tokens is not None and s.max_model_len is not None
+        self._check_lengths(s.max_model_len)
+        self.cost = cost or cost_of(s)
+        self.blocks = blocks_of(s)
+        self.router = load_router(s.router)
+        self.env = simpy.Environment()
+        self.progress = progress
+        self._finished = 0
+        self._children = _children(trace)
+        self._think_s = trace.delay_s
+        self._slots = 0  # closed loop: clients without a request under way
+        n = len(trace)
+        self._floats = {name: array("d", [nan]) * n for name in FLOAT_COLUMNS}
+        self._ints = {name: array("q", [0]) * n for name in INT_COLUMNS}
+        limits = Limits(s.max_num_seqs, s.max_num_batched_tokens)
+        self.replicas: list[Replica] = []
+        for index in range(s.replicas):
+            self.replicas.append(
+                Replica(
+                    self.env,
+                    scheduler_of(s),
+                    self.cost,
+                    KVCache(
+                        self.blocks - 1,  # block 0 is vLLM's null block
+                        s.block_size,
+                        prefix_caching=s.enable_prefix_caching,
+                        prefix_block_tokens=trace.block_tokens,
+                    ),
+                    limits,
+                    asynchronous=s.async_scheduling,
+                    noise=LaunchNoise(self.cost.host, s.seed + index) if s.launch_jitter else None,
+                    on_finish=self._record,
+                    index=index,
+                )
+            )
+
+    def _check_lengths(self, limit_tokens: int) -> None:
+        total = self.trace.prompt_tokens + self.trace.output_tokens
+        long = np.flatnonzero(total > limit_tokens)
+        if long.size:
+            first = int(long[0])
+            raise ValueError(
+                f"{self.trace.name}: {long.size} of {len(total)} requests are longer than max_model_len={limit_tokens};"
+                f" the first is request {first + 1} with {self.trace.prompt_tokens[first]} prompt +"
+                f" {self.trace.output_tokens[first]} output tokens. Give --over-context drop or truncate, or raise"
+                " --max-model-len."
+            )
+
+    # ---------------------------------------------------------------------------------------------------- sending
+
+    def run(self) -> Result:
+        started_s = time.perf_counter()
+        requests = self._requests()
+        ahead = self.scenario.concurrency is None and self._children is None
+        ahead = ahead and getattr(self.router, "stateless", False)
+        if ahead:
+            count = len(self.replicas)
+            if count == 1:
+                feeds: list[Iterator[Request]] = [requests]
+            else:
+                feeds = [self._own_requests(index) for index in range(count)]
+            for replica, feed in zip(self.replicas, feeds, strict=True):
+                replica.start(feed)
+        else:
+            for replica in self.replicas:
+                replica.start()
+            if self.scenario.concurrency is None:
+                self.env.process(self._open_loop(requests))
+            else:
+                self._waiting_clients = requests
+                self._slots = self.scenario.concurrency
+                self.env.process(self._first_round())
+        self.env.run()
+        return self._result(time.perf_counter() - started_s)
+
+    def _requests(self, indices: Iterator[int] | None = None) -> Iterator[Request]:
+        """Requests in order of arrival, made as they are needed."""
+        trace = self.trace
+        arrival_s = trace.arrival_s.tolist()
+        prompt, output = trace.prompt_tokens.tolist(), trace.output_tokens.tolist()
+        priority = trace.priority.tolist() if trace.priority is not None else None
+        ids, answer_ids = trace.block_ids, trace.output_block_ids
+        for i in indices if indices is not None else range(len(prompt)):
+            request = Request(i, arrival_s[i], prompt[i], output[i])
+            if priority is not None:
+                request.priority = priority[i]
+            if ids is not None:
+                request.prefix_ids, request.identity_tokens = ids[i], prompt[i]
+                if answer_ids is not None and answer_ids[i]:
+                    request.prefix_ids += answer_ids[i]
+                    request.identity_tokens += output[i]
+            yield request
+
+    def _own_requests(self, index: int) -> Iterator[Request]:
+        """What a stateless router gives one replica; each replica reads with a router of its own."""
+        router = load_router(self.scenario.router)
+        mine = self.replicas[index]
+        replicas = self.replicas
+        return (r for r in self._requests() if router.route(r, replicas, r.arrival_s) is mine)
+
+    def _open_loop(self, requests: Iterator[Request]) -> Generator[simpy.Event, None, None]:
+        env = self.env
+        self._turns = {}
+        for request in requests:
+            if isnan(request.arrival_s):
+                self._turns[request.id] = request  # sent when its parent has finished
+                continue
+            if request.arrival_s > env.now:
+                yield env.timeout(request.arrival_s - env.now)
+            self._send(request)
+
+    def _first_round(self) -> Generator[simpy.Event, None, None]:
+        yield self.env.timeout(0.0)
+        for request in islice(self._waiting_clients, self._slots):
+            request.arrival_s = self.env.now
+            self._send(request)
+
+    def _send(self, request: Request) -> None:
+        replica = self.router.route(request, self.replicas, self.env.now)
+        self._ints["replica"][request.id] = replica.index
+        replica.submit(request)
+
+    def _send_at(self, request: Request, at_s: float) -> None:
+        def send(_: simpy.Event) -> None:
+            request.arrival_s = at_s
+            self._send(request)
+
+        timer = self.env.timeout(max(0.0, at_s - self.env.now))
+        assert timer.callbacks is not None
+        timer.callbacks.append(send)
+
+    # ------------------------------------------------------------------------------------------------- collecting
+
+    def _record(self, request: Request, replica: Replica) -> None:
+        """A request has been answered, or rejected (its times stay nan)."""
+        i, floats, ints = request.id, self._floats, self._ints
+        floats["arrival_s"][i] = request.arrival_s
+        floats["scheduled_s"][i] = request.scheduled_s
+        floats["first_token_s"][i] = request.first_token_s
+        floats["finish_s"][i] = request.finish_s
+        floats["preempted_s"][i] = request.preempted_s
+        floats["preempted_before_first_s"][i] = request.preempted_before_first_s
+        ints["replica"][i] = replica.index
+        ints["cached_tokens"][i] = request.cached_tokens
+        ints["preemptions"][i] = request.preemptions
+        self._finished += 1
+        if self.progress is not None and self._finished % PROGRESS_EVERY == 0:
+            self.progress(self._finished, len(self.trace), request.finish_s)
+        if self._slots:
+            follower = next(self._waiting_clients, None)
+            if follower is not None:
+                self._send_at(follower, _known(request))
+        elif self._children is not None:
+            for child in self._children.get(i, ()):
+                think_s = 0.0 if self._think_s is None else float(self._think_s[child])
+                self._send_at(self._turns.pop(child), _known(request) + (0.0 if isnan(think_s) else think_s))
+
+    def _result(self, wall_s: float) -> Result:
+        trace = self.trace
+        requests: dict[str, Any] = {
+            "id": np.arange(len(trace)),
+            "prompt_tokens": trace.prompt_tokens,
+            "output_tokens": trace.output_tokens,
+        }
+        requests |= {name: np.frombuffer(column, dtype=np.float64) for name, column in self._floats.items()}
+        requests |= {name: np.frombuffer(column, dtype=np.int64) for name, column in self._ints.items()}
+        iterations = _table([r.iterations for r in self.replicas], ITERATION_COLUMNS)
+        rows = [len(r.iterations) // len(ITERATION_COLUMNS) for r in self.replicas]
+        iterations["replica"] = np.repeat(np.arange(len(self.replicas)), rows)
+        stats = {
+            "preemptions": sum(r.preemptions for r in self.replicas),
+            "queried_tokens": sum(r.queried_tokens for r in self.replicas),
+            "hit_tokens": sum(r.hit_tokens for r in self.replicas),
+            "evicted_blocks": sum(r.kv.evicted_blocks for r in self.replicas),
+            "rejected": int(np.isnan(requests["finish_s"]).sum()),
+        }
+        gaps = _table([r.gaps for r in self.replicas], GAP_COLUMNS)
+        return Result(requests, iterations, gaps, self.scenario, self.cost, self.blocks, wall_s, stats)
+
+
+def _known(request: Request) -> float:
+    """When the client knows that a request has ended; a rejected one, at once."""
+    return request.arrival_s if isnan(request.finish_s) else request.finish_s
+
+
+def _children(trace: Trace) -> dict[int, list[int]] | None:
+    """Turns that wait for each request; None if no request waits."""
+    if trace.parent is None or not np.isnan(trace.arrival_s).any():
+        return None
+    children: dict[int, list[int]] = {}
+    for child in np.flatnonzero(np.isnan(trace.arrival_s)):
+        children.setdefault(int(trace.parent[child]), []).append(int(child))
+    return children
+
+
+def _table(logs: list[array[float]], columns: tuple[str, ...]) -> dict[str, Any]:
+    """Row-wise logs of several replicas as columns."""
+    rows = np.concatenate([np.frombuffer(log, dtype=np.float64) for log in logs]) if logs else np.empty(0)
+    table = rows.reshape(-1, len(columns))
+    return {
+        name: table[:, i].astype(np.int64) if name in INTEGER_LOGS else np.ascontiguousarray(table[:, i])
+        for i, name in enumerate(columns)
+    }
