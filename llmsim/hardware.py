@@ -13,8 +13,9 @@ Weights of one layer, in elements (H hidden, h heads, g KV heads, d head size, I
 
 Under tensor parallelism heads, MLP widths and the vocabulary are split; KV heads are repeated when there are fewer of
 them than ranks, and norms, routers and MLA's latent projections stay whole on every rank. Quantised formats cover the
-matmul weights of the layers (mxfp4: of MoE models the experts only); embeddings, LM head and norms keep the 2-byte dtype. A batch of
-t tokens reaches E (1 - (1 - k/E)^t) distinct experts if each token picks k of E evenly. Multimodal towers are left out.
+matmul weights of the layers (mxfp4: of MoE models the experts only); embeddings, LM head and norms keep the 2-byte
+dtype. A batch of t tokens reaches E (1 - (1 - k/E)^t) distinct experts if each token picks k of E evenly. Multimodal
+towers are left out.
 """
 
 from __future__ import annotations
@@ -134,8 +135,8 @@ class Model:
         if tp < 1 or not self._splits(tp):
             sizes = ", ".join(str(size) for size in self.tensor_parallel_sizes(max(8, min(tp, 64))))
             raise ValueError(
-                f"tensor_parallel={tp} does not divide the {self.heads} heads, {self.kv_heads} KV heads and MLP widths of "
-                f"{self.name}. Use one of {sizes}"
+                f"tensor_parallel={tp} does not divide the {self.heads} heads, {self.kv_heads} KV heads and MLP widths "
+                f"of {self.name}. Use one of {sizes}"
             )
 
     # ---- elements on one rank ---------------------------------------------------------------------------------
@@ -159,6 +160,11 @@ class Model:
 
     def _mlp_params(self, width: float) -> float:
         return 3 * self.hidden * width
+
+    @property
+    def mlp_width(self) -> int:
+        """Intermediate elements of one token in a layer, the wider kind of layer standing for all."""
+        return max(self.intermediate, self.experts_per_token * self.expert_intermediate + self.shared_intermediate)
 
     @property
     def dense_layers(self) -> int:
@@ -217,7 +223,7 @@ class Model:
 
     @property
     def active_params(self) -> int:
-        """Weights one token passes through, with both embedding tables, as published counts of MoE models do."""
+        """Weights one token passes through, with both embedding tables."""
         return self.linear_params + self.embedding_params + self._small_params
 
     # ---- bytes ------------------------------------------------------------------------------------------------
@@ -272,6 +278,13 @@ class Model:
         if self.mla:
             return 2 * self.heads * (self.nope_head_dim + self.rope_head_dim + self.v_head_dim)
         return 4 * self.heads * self.head_dim
+
+    @property
+    def decode_flops_per_pair(self) -> int:
+        """The same for a decoding token. MLA then attends in the latent space, where every head reads all of c + r."""
+        if self.mla:
+            return 2 * self.heads * (2 * self.kv_lora_rank + self.rope_head_dim)
+        return self.layer_flops_per_pair
 
     @property
     def attention_flops_per_pair(self) -> int:

@@ -1,0 +1,88 @@
+"""Which cost model a scenario's `cost` names.
+
+auto              the shipped profile measured on this GPU; the roofline where there is none, and for MoE, MLA and
+                  sliding-window models
+roofline          data-sheet facts only
+constant:SECONDS  the same for every iteration
+NAME or PATH      a shipped profile, or a profile file (JSON)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from math import isfinite
+from typing import Any
+
+from llmsim.cost import CostModel, Host
+from llmsim.cost.graphs import Graphs
+from llmsim.hardware import Gpu, Model
+
+
+@dataclass(frozen=True)
+class CostSettings:
+    tensor_parallel: int
+    dtype: str  # of the weights: "bfloat16", "fp8", ...
+    kv_dtype: str
+    graphs: Graphs
+    host_scale: float = 1.0  # 2: everything the host does takes twice as long
+
+    def __post_init__(self) -> None:
+        if not (isfinite(self.host_scale) and self.host_scale >= 0):
+            raise ValueError(f"host_scale={self.host_scale} must be 0 or more. 1 is the host of the cost model")
+
+
+def load_cost(spec: str, model: Model, gpu: Gpu, settings: CostSettings) -> CostModel:
+    if spec == "roofline":
+        return _roofline(model, gpu, settings)
+    if spec.partition(":")[0] == "constant":
+        return _constant(spec, settings)
+    from llmsim.cost.profile import ProfileCost, load_profile
+
+    name = _shipped_profile(model, gpu) if spec == "auto" else spec
+    if name is None:
+        return _roofline(model, gpu, settings)
+    return ProfileCost(load_profile(name), model, gpu, settings)
+
+
+def _shipped_profile(model: Model, gpu: Gpu) -> str | None:
+    """The shipped profile of this GPU, one of this very model first; None for models that no profile is scaled to."""
+    from llmsim.cost.profile import load_profile, profile_names
+
+    if model.experts or model.mla or model.sliding_layers:
+        return None
+    here = [name for name in profile_names() if load_profile(name).gpu == gpu.name]
+    return min(here, key=lambda name: load_profile(name).model != model.name, default=None)
+
+
+def scaled_host(host: Host, factor: float) -> Host:
+    """The host with every time multiplied by `factor`."""
+
+    def times(value: Any) -> Any:
+        return tuple(times(item) for item in value) if isinstance(value, tuple) else value * factor
+
+    return replace(host, **{item.name: times(getattr(host, item.name)) for item in fields(host)})
+
+
+def _roofline(model: Model, gpu: Gpu, settings: CostSettings) -> CostModel:
+    from llmsim.cost.roofline import RooflineCost, default_host
+
+    return RooflineCost(
+        model,
+        gpu,
+        tensor_parallel=settings.tensor_parallel,
+        dtype=settings.dtype,
+        kv_dtype=settings.kv_dtype,
+        graphs=settings.graphs,
+        host=scaled_host(default_host(model.layers), settings.host_scale),
+    )
+
+
+def _constant(spec: str, settings: CostSettings) -> CostModel:
+    from llmsim.cost.constant import ConstantCost
+
+    given = spec.partition(":")[2]
+    try:
+        seconds = float(given)
+    except ValueError:
+        raise ValueError(f"cost={spec} needs seconds after the colon, as in constant:0.01") from None
+    return ConstantCost(seconds, settings.graphs)

@@ -1,0 +1,99 @@
+"""Rooms are stacked: a module imports only from floors below its own room's, and libraries stay in their rooms."""
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent / "llmsim"
+
+FLOORS = {  # imports must go down; imports for type checkers only are exempt, those inside functions are not
+    "model_config": -1,  # the cellar: knows dictionaries only
+    **dict.fromkeys(("request", "hardware", "plugins", "scenario_file", "vllm_flags"), 0),
+    **dict.fromkeys(("cost", "memory", "batch", "kvcache", "queue", "trace"), 1),
+    **dict.fromkeys(("schedulers", "routers", "metrics", "recording", "synth"), 2),
+    **dict.fromkeys(("replica", "scenario"), 3),
+    "simulate": 4,
+    **dict.fromkeys(("plan", "sweep", "testing", "validate", "oracle", "report", "runs", "fromvllm"), 5),
+    "cli": 6,
+    "__main__": 7,
+}
+ROOMS = {  # modules that share a room may import each other, as may the files of a package and `room_*` modules
+    **dict.fromkeys(("readers",), "trace"),
+    **dict.fromkeys(("gaps", "rates", "utilisation", "timeline"), "metrics"),
+    **dict.fromkeys(("recorded", "benchmark_result"), "recording"),
+}
+FORBIDDEN = {"torch", "streamlit", "altair"}
+SIMPY_ROOMS = {"replica", "simulate"}
+
+
+def imports(source):
+    """(dotted module, whether importing the file imports it) for all but TYPE_CHECKING blocks."""
+
+    def visit(node, at_once):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            for child in node.orelse:
+                yield from visit(child, at_once)
+            return
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, at_once) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            dotted = "." * node.level + (node.module or "")
+            yield from ((f"{dotted}.{a.name}" if dotted == "llmsim" else dotted, at_once) for a in node.names)
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, at_once and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+
+    return visit(ast.parse(source), True)
+
+
+def room(module):
+    name = ROOMS.get(module, module)
+    return name if name in FLOORS else name.partition("_")[0]
+
+
+def complaints(module, source):
+    """What `source`, as the file or package `module` of llmsim, imports and may not."""
+    here = room(module)
+    if here not in FLOORS:
+        return [f"{module} has no floor: give it one in tests/test_layers.py"]
+    found = []
+    for dotted, at_once in imports(source):
+        top, _, rest = dotted.partition(".")
+        there = room(rest.partition(".")[0])
+        if dotted.startswith("."):
+            found.append(f"{module} imports {dotted}: write the full name")
+        if top in FORBIDDEN or (top == "simpy" and here not in SIMPY_ROOMS):
+            found.append(f"{module} imports {top}")
+        if top == "pandas" and at_once:
+            found.append(f"{module} imports pandas on import: import it in the function that needs it")
+        if top == "llmsim" and there in FLOORS and there != here and FLOORS[there] >= FLOORS[here]:
+            found.append(f"{here} (floor {FLOORS[here]}) imports {there} (floor {FLOORS[there]})")
+    return found
+
+
+def test_every_module_imports_only_from_floors_below():
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        module = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        if module != "__init__":  # the public names, loaded on first use, from every floor
+            found += complaints(module, path.read_text(encoding="utf-8"))
+    assert not found, "\n".join(found)
+
+
+def test_the_rule_sees_what_it_forbids():
+    assert complaints("cost", "from llmsim.replica import Replica") == ["cost (floor 1) imports replica (floor 3)"]
+    assert complaints("cost", "def f():\n    from llmsim import replica") == [
+        "cost (floor 1) imports replica (floor 3)"
+    ]
+    assert complaints("batch", "import llmsim.kvcache") == ["batch (floor 1) imports kvcache (floor 1)"]
+    assert complaints("cost", "import torch.nn") == ["cost imports torch"]
+    assert complaints("routers", "import simpy") == ["routers imports simpy"]
+    assert complaints("metrics", "import pandas as pd") == [
+        "metrics imports pandas on import: import it in the function that needs it"
+    ]
+    assert complaints("attic", "") == ["attic has no floor: give it one in tests/test_layers.py"]
+
+
+def test_the_rule_allows_what_it_should():
+    assert complaints("replica", "import simpy\nfrom llmsim.cost import Ramp") == []
+    assert complaints("metrics", "def f():\n    import pandas") == []
+    assert complaints("routers", "if TYPE_CHECKING:\n    from llmsim.replica import Replica") == []
+    assert complaints("cli_replay", "from llmsim.cli_options import Known") == []
