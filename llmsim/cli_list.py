@@ -80,9 +80,20 @@ def routers() -> list[Row]:
 
 
 def profiles() -> list[Row]:
-    from llmsim.cost.profile import load_profile, profile_names
+    from llmsim.cost.profile import profile_names, read_profile
 
-    return [{"name": name, "label": load_profile(name).label} for name in profile_names()]
+    return [
+        {
+            "name": profile.name,
+            "gpu": profile.gpu,
+            "fitted_on": profile.model,
+            "dtype": profile.dtype,
+            "engine": profile.provenance.engine,
+            "recorded": profile.provenance.recorded,
+            "id": profile.id,
+        }
+        for profile in map(read_profile, profile_names())
+    ]
 
 
 def _described(name: str, home: str) -> Row:

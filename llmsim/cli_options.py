@@ -79,7 +79,7 @@ def _routers() -> list[str]:
     return list(BUILTIN)
 
 
-def _costs() -> list[str]:
+def cost_specs() -> list[str]:
     from llmsim.cost.profile import profile_names
 
     return ["auto", "roofline", *profile_names()]
@@ -135,7 +135,7 @@ SCENARIO_FLAGS: list[Callable[[Any], Any]] = [
     click.option("--cudagraph", type=_choice(CUDAGRAPHS), help=_words(CUDAGRAPHS, CUDAGRAPHS[0])),
     click.option("--enforce-eager", is_flag=True, help="vLLM's name for --cudagraph none."),
     click.option(
-        "--cost", type=Known(_costs), metavar="SPEC", help="auto, roofline, constant:SECONDS or a profile. [auto]"
+        "--cost", type=Known(cost_specs), metavar="SPEC", help="auto, roofline, constant:SECONDS or a profile. [auto]"
     ),
     _switch("launch_jitter", "launch-jitter", "Draw launch times from their measured spread. [on]"),
     click.option("--host-scale", type=float, help="2: a host half as fast as the measured one. [1]"),

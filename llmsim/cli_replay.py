@@ -170,12 +170,12 @@ class Progress:
         self.live = sys.stderr.isatty()
         self.shown = False
 
-    def __call__(self, done: int, total: int) -> None:
+    def __call__(self, done: int, total: int, simulated_s: float) -> None:
         now_s = time.monotonic()
         if now_s < self.next_s:
             return
         self.next_s = now_s + (0.5 if self.live else 10.0)
-        text = f"{done} of {total} requests ({100 * done // max(total, 1)} %), {now_s - self.started_s:.0f} s"
+        text = f"{done} of {total} requests answered, {simulated_s:.0f} s simulated in {now_s - self.started_s:.0f} s"
         print(f"\r{text}" if self.live else text, end="" if self.live else "\n", file=sys.stderr, flush=True)
         self.shown = True
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from llmsim.cli_options import CONTEXT, GPU, MODEL, json_option
+from llmsim.cli_options import CONTEXT, GPU, MODEL, Known, cost_specs, json_option
 
 RAW = {**CONTEXT, "ignore_unknown_options": True, "allow_interspersed_args": False, "token_normalize_func": None}
 
@@ -61,8 +61,9 @@ def _scenario_text(fields: dict[str, Any], flags: list[str], not_modelled: list[
 @click.argument("paths", metavar="PATH…", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--model", type=MODEL, metavar="NAME", help="Model of a recording that does not name a known one.")
 @click.option("--gpu", type=GPU, metavar="NAME", help="GPU of a recording that does not name a known one.")
+@click.option("--cost", type=Known(cost_specs), metavar="SPEC", default="auto", help="As for replay. [auto]")
 @json_option
-def validate(paths: tuple[Path, ...], model: str | None, gpu: str | None, as_json: bool) -> int:
+def validate(paths: tuple[Path, ...], model: str | None, gpu: str | None, cost: str, as_json: bool) -> int:
     """Check llmsim against what real engines did.
 
     PATH is a recorded schedule (JSON: every step must be equal), a recording folder, or the result file of
@@ -78,7 +79,7 @@ def validate(paths: tuple[Path, ...], model: str | None, gpu: str | None, as_jso
         for file in _expand(path):
             document = _schedule(file)
             if document is None:
-                measured += _measured(file, model, gpu, as_json)
+                measured += _measured(file, model, gpu, cost, as_json)
             else:
                 cases.append(_replayed(file, document, as_json))
     differs = [case for case in cases if case["difference"] is not None]
@@ -93,14 +94,11 @@ def _expand(path: Path) -> list[Path]:
     """A folder of recorded schedules is its files; any other folder is a recording and stays one path."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder: give a recorded schedule or a recording")
-    if path.is_dir() and not (path / "engine.json").exists():
-        files = sorted(path.glob("*.json"))
-        if not files:
-            raise ValueError(
-                f"{path}: neither a recording (no engine.json) nor recorded schedules (no .json): give another path"
-            )
-        return files
-    return [path]
+    if not path.is_dir():
+        return [path]
+    files = sorted(path.glob("*.json"))
+    schedules = [file for file in files if file.name != "engine.json" and _schedule(file) is not None]
+    return schedules or [path]
 
 
 def _schedule(path: Path) -> dict[str, Any] | None:
@@ -127,10 +125,13 @@ def _replayed(path: Path, document: dict[str, Any], as_json: bool) -> dict[str, 
     return {"path": str(path), "name": document.get("name", path.stem), "difference": difference}
 
 
-def _measured(path: Path, model: str | None, gpu: str | None, as_json: bool) -> list[dict[str, Any]]:
+def _measured(path: Path, model: str | None, gpu: str | None, cost: str, as_json: bool) -> list[dict[str, Any]]:
     from llmsim.validate import report, validate
 
-    outcome = validate(path, model=model, gpu=gpu)
+    notes: list[str] = []
+    outcome = validate(path, model, gpu, cost, notes=notes)
+    for note in notes:
+        click.echo(note, err=True)
     if not as_json:
         click.echo(report(outcome))
     scenarios: list[dict[str, Any]] = outcome["scenarios"]
