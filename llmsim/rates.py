@@ -44,6 +44,7 @@ def _token_instants(iterations: Columns, gaps: Columns, origin_s: float) -> Iter
     else:
         end_s, count, weight = (iterations[name] for name in ("gpu_end_s", "iterations", "seqs"))
         gap_s, growth_s = (end_s - iterations["start_s"]) / np.maximum(count, 1), np.zeros(len(end_s))
+    count = count.astype(np.int64)  # an engine may log all columns as floats
     first_s = end_s - (gap_s * (count - 1) + growth_s * (count * (count - 1) / 2))
     whole = np.floor(end_s - origin_s) == np.floor(first_s - origin_s)  # a run within one second needs no expansion
     yield end_s[whole], (count * weight)[whole].astype(np.float64)
@@ -87,7 +88,7 @@ def stability(requests: Columns, concurrency: int | None) -> tuple[bool | None, 
     growth = (quarters[3] - quarters[1]) / (sent_s.size / 2)  # part of the arrivals that was not served
     waiting = int(backlog[-1])
     if quarters[1] < quarters[2] < quarters[3] and growth > UNSERVED:
-        rate = sent_s.size / span_s
+        rate = (sent_s.size - 1) / span_s
         return False, (
             f"unstable: of {rate:.3g} requests/s about {(1 - growth) * rate:.3g} were served, "
             f"the queue grew to {waiting}; latencies depend on the length of the trace"

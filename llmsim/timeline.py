@@ -107,11 +107,12 @@ def _rows(iterations: Columns, start_s: float, stop_s: float) -> Iterator[str]:
     for begin_s, replica, at_s, n, mode, seqs, kv, prefills, tokens, end_s, running, waiting, blocks in zip(
         begins_s, *columns, strict=True
     ):
+        duration_s = end_s - begin_s
         name = f"prefill {tokens}" if tokens else "decode" if n == 1 else f"decode x{n}"
         yield (
             '{"ph":"X","name":"%s","pid":%d,"tid":0,"ts":%.3f,"dur":%.3f,"args":{"iterations":%d,"mode":"%s","decodes":%d,'
             '"kv_tokens":%d,"prefill_requests":%d,"prefill_tokens":%d}}'
-            % (name, replica, begin_s * 1e6, (end_s - begin_s) * 1e6, n, MODE_NAMES[mode], seqs, kv, prefills, tokens)
+            % (name, replica, begin_s * 1e6, duration_s * 1e6, n, MODE_NAMES[int(mode)], seqs, kv, prefills, tokens)
         )
         yield '{"ph":"C","name":"requests","pid":%d,"ts":%.3f,"args":{"running":%d,"waiting":%d}}' % (
             replica, at_s * 1e6, running, waiting,

@@ -112,7 +112,8 @@ def _kv_usage(iterations: Columns, active_s: Floats, kv_blocks: int, replica_s: 
 
 
 def _batch_size(iterations: Columns) -> dict[str, float | None]:
-    sizes, times = iterations["seqs"] + iterations["prefill_requests"], iterations["iterations"]
+    sizes = (iterations["seqs"] + iterations["prefill_requests"]).astype(np.int64)
+    times = iterations["iterations"]
     total = int(times.sum())
     if not total:
         return {"mean": None, "p50": None, "p99": None}

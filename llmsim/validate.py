@@ -33,23 +33,35 @@ LATENCIES = (("ttft_ms", "TTFT"), ("tpot_ms", "TPOT"), ("itl_ms", "ITL"), ("e2el
 
 
 def validate(
-    recording: str | Path | Sequence[RecordedScenario], model: str, gpu: str, cost: str = "auto", **overrides: Any
+    recording: str | Path | Sequence[RecordedScenario],
+    model: str | None = None,
+    gpu: str | None = None,
+    cost: str = "auto",
+    *,
+    notes: list[str] | None = None,
+    **overrides: Any,
 ) -> dict[str, Any]:
     """{"scenarios": [{"name", "metrics": {metric: {statistic: {"predicted", "measured", "error"}}}}]}.
 
-    `overrides` are Scenario fields that the recording does not know or that are to differ from it.
+    Without `model` or `gpu` the recording's own description has to name a known one. `overrides` are Scenario fields
+    that the recording does not know or that are to differ from it. `notes` collects what was left out, a line each.
     """
-    scenarios = load_recording(recording) if isinstance(recording, str | Path) else recording
-    return {
-        "scenarios": [
-            {"name": recorded.name, "metrics": compare(predicted(recorded, model, gpu, cost, **overrides), recorded)}
-            for recorded in scenarios
-        ]
-    }
+    recorded_scenarios = load_recording(recording) if isinstance(recording, str | Path) else recording
+    scenarios = []
+    for recorded in recorded_scenarios:
+        result = predicted(recorded, model, gpu, cost, **overrides)
+        scenarios.append({"name": recorded.name, "metrics": compare(result, recorded)})
+        if notes is not None:
+            notes.extend(note for note in recorded.notes if note not in notes)
+    return {"scenarios": scenarios}
 
 
-def predicted(recorded: RecordedScenario, model: str, gpu: str, cost: str = "auto", **overrides: Any) -> Result:
+def predicted(
+    recorded: RecordedScenario, model: str | None = None, gpu: str | None = None, cost: str = "auto", **overrides: Any
+) -> Result:
     """The recorded load, replayed."""
+    model = model or _named_in(recorded, "model", model_names())
+    gpu = gpu or _named_in(recorded, "gpu", gpu_names())
     settings = recorded.settings | {"concurrency": recorded.concurrency} | overrides
     return simulate(recorded.trace, Scenario.from_dict({"model": model, "gpu": gpu, "cost": cost} | settings))
 
@@ -110,18 +122,18 @@ def _named(values: list[float]) -> Statistics:
     return dict(zip(("mean", *(f"p{percent}" for percent in PERCENTS)), values, strict=True))
 
 
-def recorded_hardware(recorded: RecordedScenario) -> tuple[str | None, str | None]:
-    """(model, GPU) names that occur in what the recording says of itself; None where none or several do."""
-    names = []
-    for key, known in (("model", model_names()), ("gpu", gpu_names())):
-        text = str(recorded.engine.get(key, "")).lower().replace("_", "-")
-        matches = [name for name in known if all(part in text for part in name.lower().split("-"))]
-        longest = [name for name in matches if not any(name != other and name in other for other in matches)]
-        names.append(longest[0] if len(longest) == 1 else None)
-    return names[0], names[1]
+def _named_in(recorded: RecordedScenario, key: str, known: list[str]) -> str:
+    """The known model or GPU whose name occurs, part by part, in what the recording says of itself."""
+    text = str(recorded.engine.get(key, "")).lower().replace("_", "-")
+    matches = [name for name in known if all(part in text for part in name.lower().split("-"))]
+    longest = [name for name in matches if not any(name != other and name in other for other in matches)]
+    if len(longest) != 1:
+        found = f"could be any of {', '.join(longest)}" if longest else "is no known one (see `llmsim list`)"
+        raise ValueError(f"{recorded.name}: its {key} {text!r} {found}; give {key} (--{key} NAME)")
+    return longest[0]
 
 
-def table(comparison: dict[str, Any]) -> str:
+def report(comparison: dict[str, Any]) -> str:
     """One line a scenario and metric: predicted, measured (ms; tokens/s) and error of each statistic."""
     columns = ("mean", *(f"p{percent}" for percent in PERCENTS))
     width = max([len("scenario"), *(len(scenario["name"]) for scenario in comparison["scenarios"])])
