@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from array import array
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from itertools import islice
 from math import isnan, nan
@@ -127,6 +128,8 @@ class Fleet:
         self._finished = 0
         self._children = _children(trace)
         self._think_s = trace.delay_s
+        self._turns: dict[int, Request] = {}  # turns that wait for their parent
+        self._waiting_clients: Iterator[Request] = iter(())
         self._slots = 0  # closed loop: clients without a request under way
         n = len(trace)
         self._floats = {name: array("d", [nan]) * n for name in FLOAT_COLUMNS}
@@ -173,11 +176,7 @@ class Fleet:
         ahead = self.scenario.concurrency is None and self._children is None
         ahead = ahead and getattr(self.router, "stateless", False)
         if ahead:
-            count = len(self.replicas)
-            if count == 1:
-                feeds: list[Iterator[Request]] = [requests]
-            else:
-                feeds = [self._own_requests(index) for index in range(count)]
+            feeds = [requests] if len(self.replicas) == 1 else self._dealt(requests)
             for replica, feed in zip(self.replicas, feeds, strict=True):
                 replica.start(feed)
         else:
@@ -192,14 +191,14 @@ class Fleet:
         self.env.run()
         return self._result(time.perf_counter() - started_s)
 
-    def _requests(self, indices: Iterator[int] | None = None) -> Iterator[Request]:
+    def _requests(self) -> Iterator[Request]:
         """Requests in order of arrival, made as they are needed."""
         trace = self.trace
         arrival_s = trace.arrival_s.tolist()
         prompt, output = trace.prompt_tokens.tolist(), trace.output_tokens.tolist()
         priority = trace.priority.tolist() if trace.priority is not None else None
         ids, answer_ids = trace.block_ids, trace.output_block_ids
-        for i in indices if indices is not None else range(len(prompt)):
+        for i in range(len(prompt)):
             request = Request(i, arrival_s[i], prompt[i], output[i])
             if priority is not None:
                 request.priority = priority[i]
@@ -210,16 +209,24 @@ class Fleet:
                     request.identity_tokens += output[i]
             yield request
 
-    def _own_requests(self, index: int) -> Iterator[Request]:
-        """What a stateless router gives one replica; each replica reads with a router of its own."""
-        router = load_router(self.scenario.router)
-        mine = self.replicas[index]
-        replicas = self.replicas
-        return (r for r in self._requests() if router.route(r, replicas, r.arrival_s) is mine)
+    def _dealt(self, requests: Iterator[Request]) -> list[Iterator[Request]]:
+        """What a stateless router gives each replica, routed as far ahead as some replica reads."""
+        dealt: list[deque[Request]] = [deque() for _ in self.replicas]
+
+        def feed(index: int) -> Iterator[Request]:
+            mine = dealt[index]
+            while True:
+                while not mine:
+                    request = next(requests, None)
+                    if request is None:
+                        return
+                    dealt[self.router.route(request, self.replicas, request.arrival_s).index].append(request)
+                yield mine.popleft()
+
+        return [feed(index) for index in range(len(self.replicas))]
 
     def _open_loop(self, requests: Iterator[Request]) -> Generator[simpy.Event, None, None]:
         env = self.env
-        self._turns = {}
         for request in requests:
             if isnan(request.arrival_s):
                 self._turns[request.id] = request  # sent when its parent has finished
