@@ -183,7 +183,7 @@ def _suspect_unit(trace: Trace, unit: str) -> Trace:
     span_s = float(stamps[-1]) if len(stamps) else 0.0
     if len(stamps) < 3 or span_s == 0.0:
         return trace
-    per_s = (len(stamps) - 1) / span_s
+    per_s = len(stamps) / span_s
     if RATE_LIMITS[0] <= per_s <= RATE_LIMITS[1]:
         return trace
     words = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}

@@ -112,21 +112,11 @@ def _arrivals(table: Table, rows: Rows, arrival: str | None, columns: dict[str, 
         rows.arrival_s = table.times(arrival, unit_s)
         rows.time_unit = None if named or dated else options.time_unit or "s"
         return
-    stamped = _subset(table, ~waits)
+    stamped = table.where(~waits)
     rows.arrival_s = np.full(len(table), np.nan)
     if len(stamped):
         rows.arrival_s[~waits] = stamped.times(arrival, unit_s)
     rows.time_unit = None if named else options.time_unit or "s"
-
-
-def _subset(table: Table, mask: Any) -> Table:
-    from llmsim.readers.table import CsvTable, Records
-
-    if isinstance(table, CsvTable):
-        return CsvTable(table.name, table.names, table.lines[mask], table._arrow.filter(mask))
-    records = [dict(zip(table.names, values, strict=True)) for values in zip(*map(table.raw, table.names), strict=True)]
-    kept = [record for record, keep in zip(records, mask, strict=True) if keep]
-    return Records(table.name, kept, table.lines[mask], table.unit)
 
 
 def _plain_columns(table: Table, rows: Rows, columns: dict[str, str]) -> None:
@@ -161,7 +151,7 @@ def _sparse(table: Table, column: str) -> FloatArray:
         return table.floats(column)
     filled = np.full(len(table), np.nan)
     if not empty.all():
-        filled[~empty] = _subset(table, ~empty).floats(column)
+        filled[~empty] = table.where(~empty).floats(column)
     return filled
 
 

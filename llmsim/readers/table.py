@@ -1,6 +1,6 @@
 """Rows and columns, whatever file they came from: columns are asked for by name and checked as a whole.
 
-A `Table` converts a column in one sweep (Arrow casts for CSV, one pass over the types for JSON). Only when that fails
+A `Table` converts a column in one sweep (Arrow for CSV, one pass over the types for JSON). Only when that fails
 does it go value by value (`values.py`) to accept what is harmless and to name the lines that are not. The sweep is
 strictly narrower than the careful way, so it can never let through what the careful way refuses.
 """
@@ -10,10 +10,11 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llmsim.readers import values
 from llmsim.readers.rows import MAX_TOKENS, FloatArray, IntArray, bad_rows, shown
@@ -21,6 +22,9 @@ from llmsim.readers.source import Source, not_utf8
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+
+Parse = Callable[[str, str, str], "NDArray[Any] | None"]  # (column, Arrow type, dtype) -> values, None: does not fit
 
 
 class Table:
@@ -89,8 +93,7 @@ class Table:
         if whole is not None and whole.min() >= 0:
             # Subtracted as integers: nanoseconds since 1970 do not fit a double.
             return (whole - whole.min()) * unit_s
-        first = next((value for value in self.raw(column) if value is not None), None)
-        if self._dated(first):
+        if self.is_dated(column):
             swept = self._stamp_sweep(column)
             if swept is not None:
                 return swept
@@ -98,13 +101,21 @@ class Table:
         numbers = self.floats(column)
         return np.asarray((numbers - numbers.min()) * unit_s)
 
-    def _dated(self, value: object) -> bool:
-        return values.stamp_of(value) is not None
+    def first(self, column: str) -> object:
+        """The first value that is there."""
+        return next((value for value in self.raw(column) if value not in (None, "")), None)
 
     def is_dated(self, column: str) -> bool:
         """Whether the column holds dates (and so needs no unit)."""
-        first = next((value for value in self.raw(column)[:1000] if value not in (None, "")), None)
-        return self._dated(first)
+        return values.stamp_of(self.first(column)) is not None
+
+    def where(self, mask: NDArray[np.bool_]) -> Table:
+        """The rows of the mask, under their old line numbers."""
+        kept = np.flatnonzero(mask).tolist()
+        columns = {name: [column[row] for row in kept] for name in self.names for column in (self.raw(name),)}
+        part = Columns(self.name, columns, self.lines[mask], self.unit)
+        part.text = self.text
+        return part
 
     def texts(self, column: str) -> list[str]:
         """A column as text; absent is the empty string."""
@@ -140,57 +151,40 @@ class Records(Table):
 
 
 class CsvTable(Table):
-    """CSV held as Arrow text columns."""
+    """CSV: the text of every column, and typed columns parsed from the same bytes when asked for.
+
+    Typed columns are parsed again rather than cast: `pyarrow.compute` and Arrow's `to_numpy` (which imports pandas) cost
+    ten times as long to import as a 20,000-row file takes to read.
+    """
 
     text = True
 
-    def __init__(self, name: str, names: Sequence[str], lines: IntArray, arrow: pa.Table) -> None:
+    def __init__(self, name: str, names: Sequence[str], lines: IntArray, texts: pa.Table, parse: Parse) -> None:
         super().__init__(name, names, lines)
-        self._arrow = arrow
-
-    def _column(self, column: str) -> Any:
-        return self._arrow.column(self.names.index(column))
+        self._texts = texts
+        self._parse = parse
 
     def raw(self, column: str) -> list[Any]:
-        texts: list[Any] = self._column(column).to_pylist()
+        texts: list[Any] = self._texts.column(self.names.index(column)).to_pylist()
         return texts
 
-    def is_dated(self, column: str) -> bool:
-        first = next((text for text in self._column(column).slice(0, 1000).to_pylist() if text.strip()), None)
-        return values.stamp_of(first) is not None
+    def first(self, column: str) -> object:
+        head = self._texts.column(self.names.index(column)).slice(0, 1000).to_pylist()
+        return next((text for text in head if text.strip()), None)
 
-    def _cast(self, column: str, kind: Any) -> Any:
-        import pyarrow as pa
-        import pyarrow.compute as pc
-
-        texts = self._column(column)
-        try:
-            # Arrow reads 0x10 as sixteen; nobody writes tokens so on purpose.
-            if pa.types.is_integer(kind) and pc.any(pc.match_substring(texts, "x", ignore_case=True)).as_py():
-                return None
-            return pc.cast(texts, kind)
-        except pa.ArrowInvalid:
-            return None
+    def _typed(self, column: str, kind: str, dtype: str) -> NDArray[Any] | None:
+        return self._parse(str(self.names.index(column)), kind, dtype)
 
     def _int_sweep(self, column: str) -> IntArray | None:
-        import pyarrow as pa
-
-        cast = self._cast(column, pa.int64())
-        return None if cast is None else np.asarray(cast.to_numpy())
+        return self._typed(column, "int64", "int64")
 
     def _float_sweep(self, column: str) -> FloatArray | None:
-        import pyarrow as pa
-
-        cast = self._cast(column, pa.float64())
-        return None if cast is None else np.asarray(cast.to_numpy())
+        return self._typed(column, "float64", "float64")
 
     def _stamp_sweep(self, column: str) -> FloatArray | None:
-        import pyarrow as pa
-
-        for kind in (pa.timestamp("ns"), pa.timestamp("ns", "UTC")):
-            cast = self._cast(column, kind)
-            if cast is not None:
-                nanoseconds = np.asarray(cast.cast(pa.int64()).to_numpy())
+        for kind in ("timestamp[ns]", "timestamp[ns, UTC]"):
+            nanoseconds = self._typed(column, kind, "int64")
+            if nanoseconds is not None:
                 return np.asarray((nanoseconds - nanoseconds.min()) * 1e-9)
         return None
 
@@ -207,19 +201,43 @@ def read_csv(source: Source, data: bytes | None = None, first_line: int = 1) -> 
 
     data = source.data if data is None else data
     head = data[: data.find(b"\n")] if b"\n" in data else data
-    header = _header(source, head if head.count(b'"') % 2 == 0 else data[:65536], first_line)
-    delimiter, names = header
+    delimiter, names = _header(source, head if head.count(b'"') % 2 == 0 else data[:65536], first_line)
     body = data.rstrip()
     quoted = b'"' in body
-    options = {
-        "parse_options": pacsv.ParseOptions(delimiter=delimiter, newlines_in_values=quoted, ignore_empty_lines=True),
-        "read_options": pacsv.ReadOptions(column_names=[str(i) for i in range(len(names))], skip_rows_after_names=1),
-        "convert_options": pacsv.ConvertOptions(
-            column_types={str(i): pa.string() for i in range(len(names))}, strings_can_be_null=False
-        ),
-    }
+    parse_options = pacsv.ParseOptions(delimiter=delimiter, newlines_in_values=quoted, ignore_empty_lines=True)
+    read_options = pacsv.ReadOptions(column_names=[str(i) for i in range(len(names))], skip_rows_after_names=1)
+
+    def parsed(convert_options: Any) -> pa.Table:
+        return pacsv.read_csv(
+            pa.BufferReader(pa.py_buffer(body)),
+            read_options=read_options,
+            parse_options=parse_options,
+            convert_options=convert_options,
+        )
+
+    def typed(column: str, kind: str, dtype: str) -> NDArray[Any] | None:
+        if kind == "int64" and (b"0x" in body or b"0X" in body):
+            return None  # Arrow reads 0x10 as sixteen; nobody writes tokens so on purpose
+        kinds = {"timestamp[ns]": pa.timestamp("ns"), "timestamp[ns, UTC]": pa.timestamp("ns", "UTC")}
+        arrow_type = kinds.get(kind) or pa.type_for_alias(kind)
+        try:
+            only = parsed(
+                pacsv.ConvertOptions(column_types={column: arrow_type}, include_columns=[column], null_values=[])
+            )
+        except pa.ArrowInvalid:
+            return None
+        chunks = [
+            np.frombuffer(chunk.buffers()[1], dtype=dtype)[chunk.offset : chunk.offset + len(chunk)]
+            for chunk in only.column(0).chunks
+            if len(chunk)
+        ]
+        return np.concatenate(chunks) if chunks else np.empty(0, dtype=dtype)
+
+    every = pacsv.ConvertOptions(
+        column_types={str(i): pa.string() for i in range(len(names))}, strings_can_be_null=False
+    )
     try:
-        arrow = pacsv.read_csv(pa.BufferReader(pa.py_buffer(body)), **options)
+        arrow = parsed(every)
     except pa.ArrowInvalid as error:
         if len(body.split(b"\n", 1)) == 1:
             raise ValueError(f"{source.name}: the trace has a header but no requests") from None
@@ -234,7 +252,7 @@ def read_csv(source: Source, data: bytes | None = None, first_line: int = 1) -> 
         lines = np.array(starts[1:], dtype=np.int64)
     if len(lines) != arrow.num_rows:
         raise ValueError(f"{source.name}: quoting is inconsistent: {len(lines)} or {arrow.num_rows} rows; re-export it")
-    return CsvTable(source.name, names, lines, arrow)
+    return CsvTable(source.name, names, lines, arrow, typed)
 
 
 def _header(source: Source, head: bytes, first_line: int) -> tuple[str, list[str]]:
