@@ -358,9 +358,10 @@ class PlainEngine:
             + host.schedule_per_token_s * new_tokens
         )
         launch_s = host.launch_s[mode] + host.launch_per_request_s[mode] * requests
-        if mode != FULL:
-            launch_s += self.noise(mode, step.launch_s)
-        step.launched_s = self._slowed(step.launch_s, step.launch_s + launch_s)
+        step.launched_s = step.launch_s + launch_s
+        if mode != FULL:  # a full graph's short launch hides behind the GPU: neither noise nor interference
+            step.launched_s += self.noise(mode, step.launch_s)
+            step.launched_s = self._slowed(step.launch_s, step.launched_s)
         if chunks:
             step.gpu_time_s = self.cost.mixed_s(chunks, step.seqs, step.kv_tokens)
         else:
