@@ -4,7 +4,6 @@ One JSON object, or one a line when it was written with --append-result. Lists h
 
     input_lens, output_lens   tokens
     start_times               when it was sent, on a clock of its own (older versions lack it)
-    queue_times               how long the client's concurrency limit held it back before that (newer versions)
     ttfts, itls               first chunk - sent; gaps between chunks. e2el = ttft + the sum of its gaps
     errors                    "" or why it failed
 
@@ -33,7 +32,6 @@ class _Bench(msgspec.Struct):
     ttfts: list[float] | None = None
     itls: list[list[float]] | None = None
     start_times: list[float] | None = None
-    queue_times: list[float] | None = None
     errors: list[str] | None = None
     label: str | None = None
     model_id: str | None = None
@@ -106,7 +104,7 @@ def _checked(where: str, bench: _Bench) -> dict[str, Any]:
             f"{where}: summary only: no input_lens/output_lens/ttfts. Re-run vllm bench serve with --save-detailed"
         )
     rows = len(bench.input_lens)
-    for name in (*NEEDED, "start_times", "queue_times", "errors"):
+    for name in (*NEEDED, "start_times", "errors"):
         values = getattr(bench, name)
         if values is None and name in NEEDED:
             raise ValueError(f"{where}: {name} is missing; re-run vllm bench serve with --save-detailed")
@@ -140,10 +138,8 @@ def _sends(where: str, name: str, bench: _Bench, rows: int) -> tuple[Floats, int
     start_s = np.array(bench.start_times, dtype=np.float64)
     if bench.max_concurrency is None:
         return start_s, None, ()
-    if bench.queue_times is None:
-        note = (
-            f"{name}: max_concurrency={bench.max_concurrency} held requests back, no queue_times say how long: "
-            "replayed by its start times, which hides that queue"
-        )
-        return start_s, None, (note,)
-    return start_s - np.array(bench.queue_times), bench.max_concurrency, ()
+    note = (
+        f"{name}: max_concurrency={bench.max_concurrency} held some of its {bench.request_rate} requests/s back: "
+        "replayed by its start times, which followed the measured system"
+    )
+    return start_s, None, (note,)
