@@ -36,22 +36,12 @@ def load_cost(spec: str, model: Model, gpu: Gpu, settings: CostSettings) -> Cost
         return _roofline(model, gpu, settings)
     if spec.partition(":")[0] == "constant":
         return _constant(spec, settings)
-    from llmsim.cost.profile import ProfileCost, load_profile
+    from llmsim.cost.profile import find_profile, load_profile
 
-    name = _shipped_profile(model, gpu) if spec == "auto" else spec
+    name = find_profile(model, gpu, settings) if spec == "auto" else spec
     if name is None:
         return _roofline(model, gpu, settings)
-    return ProfileCost(load_profile(name), model, gpu, settings)
-
-
-def _shipped_profile(model: Model, gpu: Gpu) -> str | None:
-    """The shipped profile of this GPU, one of this very model first; None for models that no profile is scaled to."""
-    from llmsim.cost.profile import load_profile, profile_names
-
-    if model.experts or model.mla or model.sliding_layers:
-        return None
-    here = [name for name in profile_names() if load_profile(name).gpu == gpu.name]
-    return min(here, key=lambda name: load_profile(name).model != model.name, default=None)
+    return load_profile(name, model, gpu, settings)
 
 
 def scaled_host(host: Host, factor: float) -> Host:
