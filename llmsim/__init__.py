@@ -10,7 +10,9 @@ Names are imported when they are first used: `import llmsim` itself loads nothin
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -35,7 +37,6 @@ _HOMES = {
     "find_gpu": "llmsim.hardware",
     "find_model": "llmsim.hardware",
     "load_trace": "llmsim.trace",
-    "simulate": "llmsim.simulate",
 }
 
 __all__ = [
@@ -52,6 +53,22 @@ __all__ = [
     "load_trace",
     "simulate",
 ]
+
+
+class _Package(ModuleType):
+    """`llmsim.simulate` is the function, also once the module of that name has been imported: an import binds a
+    submodule to its package's attribute, which this property takes no notice of."""
+
+    @property
+    def simulate(self) -> Any:
+        return import_module("llmsim.simulate").simulate
+
+    @simulate.setter
+    def simulate(self, module: ModuleType) -> None:
+        pass
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

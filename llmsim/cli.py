@@ -33,8 +33,24 @@ COMMANDS = {
 }
 
 
+class PipeClosedError(Exception):
+    """A broken pipe under a name of our own: click would turn it into exit status 1 and swap the streams."""
+
+
 class LazyGroup(click.Group):
     """A group whose commands are imported when they are asked for."""
+
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        try:
+            return super().make_context(*args, **extra)
+        except BrokenPipeError as error:
+            raise PipeClosedError from error
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            raise PipeClosedError from error
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -85,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status = _run(args)
         sys.stdout.flush()
-    except BrokenPipeError:
+    except (PipeClosedError, BrokenPipeError):
         _abandon(sys.stdout)
         return PIPE_CLOSED
     except (KeyboardInterrupt, click.Abort):
@@ -112,9 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: list[str]) -> int:
     try:
         status = cli.main(args=args, prog_name="llmsim", standalone_mode=False, obj=args)
-    except SystemExit as error:  # click turns a broken pipe and shell completion into one
-        if isinstance(error.__context__, BrokenPipeError):
-            raise error.__context__ from None
+    except SystemExit as error:  # how click ends shell completion
         status = error.code
     return status if isinstance(status, int) else OK
 

@@ -101,8 +101,8 @@ def demo(model: str, gpu: str, as_json: bool) -> None:
     \b
     llmsim demo --gpu h200-sxm
     """
-    path = demo_trace()
     scenario = Scenario(model=model, gpu=gpu).resolved()
+    path = demo_trace()
     result = _simulate(_load(str(path), scenario, {}), scenario)
     summary = result.summary({"ttft": 500.0, "tpot": 50.0})
     _print(summary, None, as_json)

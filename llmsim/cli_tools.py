@@ -77,11 +77,10 @@ def validate(paths: tuple[Path, ...], model: str | None, gpu: str | None, cost: 
     measured: list[dict[str, Any]] = []
     for path in paths:
         for file in _expand(path):
-            document = _schedule(file)
-            if document is None:
-                measured += _measured(file, model, gpu, cost, as_json)
+            if _is_schedule(file):
+                cases.append(_replayed(file, as_json))
             else:
-                cases.append(_replayed(file, document, as_json))
+                measured += _measured(file, model, gpu, cost, as_json)
     differs = [case for case in cases if case["difference"] is not None]
     if as_json:
         click.echo(json.dumps({**({"cases": cases} if cases else {}), **({"scenarios": measured} if measured else {})}))
@@ -94,35 +93,28 @@ def _expand(path: Path) -> list[Path]:
     """A folder of recorded schedules is its files; any other folder is a recording and stays one path."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder: give a recorded schedule or a recording")
-    if not path.is_dir():
-        return [path]
-    files = sorted(path.glob("*.json"))
-    schedules = [file for file in files if file.name != "engine.json" and _schedule(file) is not None]
+    schedules = [file for file in sorted(path.glob("*.json")) if _is_schedule(file)] if path.is_dir() else []
     return schedules or [path]
 
 
-def _schedule(path: Path) -> dict[str, Any] | None:
-    """The document of a recorded schedule; None if the path holds something else."""
+def _is_schedule(path: Path) -> bool:
+    from llmsim.oracle import is_case
+
     if path.is_dir() or path.suffix != ".json":
-        return None
+        return False
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        return is_case(json.loads(path.read_text(encoding="utf-8")))
     except ValueError:
-        return None  # not one JSON document: the recording reader says what is wrong with it
-    known = isinstance(document, dict) and {"config", "requests", "steps"} <= document.keys()
-    return document if known else None
+        return False  # not one JSON document: the recording reader says what is wrong with it
 
 
-def _replayed(path: Path, document: dict[str, Any], as_json: bool) -> dict[str, Any]:
+def _replayed(path: Path, as_json: bool) -> dict[str, Any]:
     from llmsim.oracle import replay_case
 
-    try:
-        difference = replay_case(document)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a complete recorded schedule ({type(error).__name__}: {error})") from error
+    difference = replay_case(path)
     if not as_json:
         click.echo(f"{path}: {difference or 'equal'}")
-    return {"path": str(path), "name": document.get("name", path.stem), "difference": difference}
+    return {"path": str(path), "difference": difference}
 
 
 def _measured(path: Path, model: str | None, gpu: str | None, cost: str, as_json: bool) -> list[dict[str, Any]]:
