@@ -262,17 +262,19 @@ class KVCache:
 
         A request that `resumes` (preempted) will look for its own blocks again.
         """
-        self.free_blocks += blocks
         if not self.prefix_caching:
+            self.free_blocks += blocks
             return
         stored = full_tokens // self.block_tokens
         held: Held | None = request.held
         if held is None:
             if not resumes:
+                self.free_blocks += blocks
                 self._forget(stored)
                 return
             held = request.held = Held([], 0)
         self.store(request, full_tokens)
+        self.free_blocks += blocks - held.stored_blocks  # of the stored ones, those that nobody else holds, below
         own = stored - held.stored_blocks
         if own > 0 and resumes:
             if held.private is None:
@@ -300,6 +302,7 @@ class KVCache:
         for part in reversed(parts):
             part.refs -= 1
             if not part.refs:
+                self.free_blocks += part.end - part.start
                 self._link(part)
 
     def _forget(self, blocks: int) -> None:

@@ -85,6 +85,8 @@ class _Plan(NamedTuple):
         """Iterations that are scheduled before a request that becomes schedulable at `ready_s` is seen."""
         if ready_s <= self.second_s:
             return 1
+        if ready_s == inf:
+            return self.steps
         return min(self.steps, 2 + self.pace.steps_within(ready_s - self.base_s))
 
     def scheduled_s(self, steps: int) -> float:
@@ -309,11 +311,12 @@ class Replica:
 
     def _cut(self, request: Request) -> None:
         """A request stops decoding for now: remember when its last token was seen, once that is known."""
-        if isnan(request.last_token_s):
-            if self._flight is None:
+        flight = self._flight
+        if flight is None:
+            if isnan(request.last_token_s):
                 request.last_token_s = self._emitted_s
-            else:
-                self._cut_off.append(request)
+        elif isnan(request.last_token_s) or request in flight.late or request in flight.firsts:
+            self._cut_off.append(request)
 
     def _publish(self) -> None:
         """Register what running requests with a known answer have generated, as far as vLLM would know it by now."""
@@ -503,13 +506,11 @@ class Replica:
     def _finish_step(self, step: _Step) -> None:
         """Book one iteration; its results are in flight, or taken at once if scheduling is synchronous."""
         self._log(step, 1, step.gpu_end_s)
-        late, decodes = self._late, self.decoding
-        if late:
-            if decodes:
-                decodes -= len(late)
-                self._late = []
-            else:
-                late = []
+        late: list[Request] = []
+        decodes = self.decoding
+        if decodes and self._late:
+            late, self._late = self._late, []
+            decodes -= len(late)
         if not self.decoding and self.batch.size:  # an iteration of prompts only: the next gap is longer for these
             for request in self.batch:
                 if request not in self._late:
