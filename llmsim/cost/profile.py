@@ -1,0 +1,336 @@
+"""Cost of iterations from a profile: coefficients fitted to recordings of a real engine, scaled by shapes.
+
+    pure decodes      T = G(n) + b_full * kv_tokens
+    with chunks       T = G(n) + b_mixed(new) * kv_tokens + sum over chunks max(a * pairs, b_mixed(new) * context)
+
+T GPU seconds; n tokens of the iteration, padded in graph modes; new tokens of its chunks. G: table of seconds over
+tokens, linear between its knots: linear layers, norms, sampling. a: seconds per (query, key) pair of prefill attention.
+b: seconds per cached token that a decode reads. In a full graph b is one number, the bandwidth; beside chunks the
+decodes run in the prefill's attention kernel, less well, so b_mixed is a table over `new`. A short chunk over a long
+context costs at least what a decode of that context does.
+
+Another dense model, dtype or tensor-parallel size is scaled by shapes. G by the ratio of
+
+    F(n) = layers * o + (M^p + C(n)^p)^(1/p) + all-reduce
+
+M weight bytes / bandwidth, C(n) n * FLOPs per token / rate, o seconds per layer, p sharpness of the change from
+memory-bound to compute-bound; bandwidth, rate and p fitted to G. a is scaled by attention FLOPs, b by KV bytes, both
+per rank; launches of piecewise and eager iterations by layers (every layer is so many kernels). Above the last knot G
+grows with F. Left out: skew of context lengths inside a batch, MoE, MLA and sliding windows (refused), overlap of
+all-reduce with compute, pipeline parallelism.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from llmsim.cost import FULL, PIECEWISE, Host, Ramp
+from llmsim.hardware import ELEMENT_BYTES, Gpu, Model, find_model
+
+if TYPE_CHECKING:
+    from llmsim.cost.load import CostSettings
+
+FORMAT = "llmsim-profile"
+VERSION = 1
+# An all-reduce over NVLink costs about this before bytes count (NCCL tests, small messages).
+ALL_REDUCE_LATENCY_S = 8e-6
+
+
+class GpuClock(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    tokens: tuple[int, ...]  # knots of G
+    linear_s: tuple[float, ...]
+    pair_s: float
+    full_kv_token_s: float
+    mixed_new_tokens: tuple[int, ...]  # knots of b_mixed
+    mixed_kv_token_s: tuple[float, ...]
+    layer_overhead_s: float
+    bandwidth_bytes_per_s: float
+    flops_per_s: float
+    sharpness: float
+
+
+class HostClock(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The fields of `llmsim.cost.Host`, every one of them."""
+
+    schedule_s: float
+    schedule_per_request_s: float
+    schedule_per_token_s: float
+    launch_s: tuple[float, float, float]
+    launch_per_request_s: tuple[float, float, float]
+    launch_jitter_s: tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]
+    launch_drift_s: tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]
+    drift_hold_s: float
+    update_s: float
+    update_per_output_s: float
+    interference_per_token_s: float
+    lead_s: tuple[float, float, float]
+    tail_s: tuple[float, float, float]
+    receive_busy_s: float
+    receive_per_token_s: float
+    receive_s: float
+    respond_s: float
+    respond_per_output_s: float
+
+
+class Measured(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The largest values among the steps the fit has seen."""
+
+    tokens: int
+    seqs: int
+    kv_tokens: int
+    context_tokens: int  # of one prompt, chunk included
+
+
+class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    engine: str
+    gpu: str
+    recorded: str
+    fitted: str
+    fitter: str
+    scenarios: tuple[str, ...]
+    recordings: dict[str, str]  # file -> sha256
+
+
+class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    format: str
+    version: int
+    name: str
+    gpu: str
+    model: str
+    dtype: str
+    kv_dtype: str
+    tensor_parallel: int
+    gpu_clock: GpuClock
+    host_clock: HostClock
+    measured: Measured
+    provenance: Provenance
+    error: dict[str, float]  # residuals on the fitted recordings and, by scenario, on those held out
+
+    @property
+    def id(self) -> str:
+        """Hash of the content: two profiles with one id give the same numbers."""
+        return hashlib.sha256(msgspec.json.encode(self, order="sorted")).hexdigest()[:12]
+
+
+def profile_names() -> list[str]:
+    return sorted(
+        file.name[:-5] for file in files("llmsim").joinpath("profiles").iterdir() if file.name[-5:] == ".json"
+    )
+
+
+@cache
+def read_profile(path_or_name: str) -> Profile:
+    path = Path(path_or_name)
+    if path.suffix == ".json":
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path}: no such profile. Fit one (python -m calibration fit) or name a shipped one"
+            )
+        return decode_profile(path.read_bytes(), str(path))
+    if path_or_name not in profile_names():
+        known = ", ".join(profile_names())
+        raise ValueError(f"unknown profile {path_or_name!r}. Use one of {known}, or the path of a .json file")
+    shipped = files("llmsim").joinpath("profiles", f"{path_or_name}.json")
+    return decode_profile(shipped.read_bytes(), f"profile {path_or_name}")
+
+
+def find_profile(model: Model, gpu: Gpu, settings: CostSettings) -> str | None:
+    """The shipped profile of this GPU that can be scaled to the model, one fitted on the model itself first."""
+    if model.experts or model.mla or model.sliding_layers:
+        return None
+    fitting = [name for name in profile_names() if read_profile(name).gpu == gpu.name]
+    return min(fitting, key=lambda name: (read_profile(name).model != model.name, name), default=None)
+
+
+def load_profile(path_or_name: str, model: Model, gpu: Gpu, settings: CostSettings) -> ProfileCost:
+    return ProfileCost(read_profile(path_or_name), model, gpu, settings)
+
+
+def decode_profile(text: bytes, where: str) -> Profile:
+    try:
+        profile = msgspec.json.decode(text, type=Profile)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{where}: not a profile: {error}. Fit it again with: python -m calibration fit") from None
+    if profile.format != FORMAT or profile.version != VERSION:
+        found = f"format={profile.format!r} version={profile.version}"
+        raise ValueError(f"{where}: {found}; this llmsim reads {FORMAT} version {VERSION}. Fit it again")
+    clock = profile.gpu_clock
+    for label, knots, values in (
+        ("tokens", clock.tokens, clock.linear_s),
+        ("mixed_new_tokens", clock.mixed_new_tokens, clock.mixed_kv_token_s),
+    ):
+        if not knots or len(knots) != len(values) or list(knots) != sorted(set(knots)):
+            raise ValueError(f"{where}: gpu_clock.{label}={list(knots)} must rise and have one value per knot")
+        if min(values) <= 0.0:
+            raise ValueError(f"{where}: gpu_clock.{label} has a value {min(values)} that is not above 0 s")
+    if list(clock.linear_s) != sorted(clock.linear_s):
+        raise ValueError(f"{where}: gpu_clock.linear_s must not fall as tokens rise")
+    return profile
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the form of G needs of a model on one rank."""
+
+    layers: int
+    weight_bytes: float  # read by every iteration: linear layers and LM head
+    flops_per_token: float
+    flops_ratio: float  # peak of its dtype over the peak of the fitted dtype
+    pair_flops: float
+    kv_token_bytes: float
+    all_reduce_bytes_per_token: float
+    link_bytes_per_s: float
+    tensor_parallel: int
+
+    def form_s(self, clock: GpuClock, tokens: float) -> float:
+        memory_s = self.weight_bytes / clock.bandwidth_bytes_per_s
+        compute_s = tokens * self.flops_per_token / (clock.flops_per_s * self.flops_ratio)
+        p = clock.sharpness
+        reduce_s = 0.0
+        if self.tensor_parallel > 1:
+            reduce_s = 2 * self.layers * ALL_REDUCE_LATENCY_S
+            reduce_s += tokens * self.all_reduce_bytes_per_token / self.link_bytes_per_s
+        return float(self.layers * clock.layer_overhead_s + (memory_s**p + compute_s**p) ** (1 / p) + reduce_s)
+
+
+def model_shape(model: Model, gpu: Gpu, dtype: str, kv_dtype: str, tensor_parallel: int, fitted_dtype: str) -> Shape:
+    for feature, there in (
+        ("MoE", model.experts),
+        ("latent attention", model.mla),
+        ("sliding windows", model.sliding_layers),
+    ):
+        if there:
+            raise ValueError(f"model={model.name} has {feature}; profiles scale dense models only. Use cost=roofline")
+    model.check_tensor_parallel(tensor_parallel)
+    tp, plain = tensor_parallel, model.plain_bytes(dtype)
+    stored = gpu.compute_dtype(model.weight_format(dtype))
+    return Shape(
+        layers=model.layers,
+        weight_bytes=model.linear_bytes(dtype, tp) + model.lm_head_params / tp * plain,
+        flops_per_token=model.linear_flops_per_token / tp,
+        flops_ratio=gpu.flops_per_s[stored] / gpu.flops_per_s[gpu.compute_dtype(fitted_dtype)],
+        pair_flops=model.attention_flops_per_pair / tp,
+        kv_token_bytes=model.kv_bytes_per_token(kv_dtype, tp),
+        # two all-reduces a layer; each rank sends and receives 2 (tp - 1) / tp of the activations
+        all_reduce_bytes_per_token=2 * model.layers * 2 * (tp - 1) / tp * model.hidden * ELEMENT_BYTES["bfloat16"],
+        link_bytes_per_s=gpu.link_bytes_per_s,
+        tensor_parallel=tp,
+    )
+
+
+def scaled_host(clock: HostClock, layers_ratio: float, host_scale: float) -> Host:
+    """Piecewise and eager launches beyond a graph's own cost grow with the layers; `host_scale` slows everything."""
+    graph_s = clock.launch_s[FULL]
+    launch = [graph_s, *(graph_s + max(t - graph_s, 0.0) * layers_ratio for t in clock.launch_s[PIECEWISE:])]
+    growth = [now / before if before > 0.0 else 1.0 for now, before in zip(launch, clock.launch_s, strict=True)]
+
+    def noise(tables: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
+        pairs = zip(tables, growth, strict=True)
+        return tuple(tuple(value * factor * host_scale for value in table) for table, factor in pairs)
+
+    plain = {name: getattr(clock, name) for name in clock.__struct_fields__}
+    for name, value in plain.items():
+        if isinstance(value, float) and name != "drift_hold_s":
+            plain[name] = value * host_scale
+        elif isinstance(value, tuple) and not isinstance(value[0], tuple):
+            plain[name] = tuple(part * host_scale for part in value)
+    plain["launch_s"] = (launch[0] * host_scale, launch[1] * host_scale, launch[2] * host_scale)
+    plain["launch_jitter_s"] = noise(clock.launch_jitter_s)
+    plain["launch_drift_s"] = noise(clock.launch_drift_s)
+    return Host(**plain)
+
+
+class ProfileCost:
+    """A profile applied to one model, dtype, tensor-parallel size and set of CUDA graphs."""
+
+    kind = "profile"
+
+    def __init__(self, profile: Profile, model: Model, gpu: Gpu, settings: CostSettings) -> None:
+        if gpu.name != profile.gpu:
+            raise ValueError(f"gpu={gpu.name}: profile {profile.name} was measured on {profile.gpu}. Use that GPU")
+        self.profile, clock = profile, profile.gpu_clock
+        source = find_model(profile.model)
+        fitted = model_shape(source, gpu, profile.dtype, profile.kv_dtype, profile.tensor_parallel, profile.dtype)
+        shape = model_shape(model, gpu, settings.dtype, settings.kv_dtype, settings.tensor_parallel, profile.dtype)
+        self._shape, self._fitted, self._clock = shape, fitted, clock
+        self.scaled = shape != fitted
+        self.label = self._describe(model, settings)
+        self.host = scaled_host(profile.host_clock, shape.layers / fitted.layers, settings.host_scale)
+        self.mode = settings.graphs.mode
+        self._padded, self._largest_graph = settings.graphs.padded, settings.graphs.largest
+
+        self._knots = list(clock.tokens)
+        ratios = [shape.form_s(clock, n) / fitted.form_s(clock, n) for n in self._knots]
+        self._linear_s = [t * ratio for t, ratio in zip(clock.linear_s, ratios, strict=True)]
+        self._last = self._knots[-1]
+        self._beyond = self._linear_s[-1] / shape.form_s(clock, self._last)
+        kv_ratio = shape.kv_token_bytes / fitted.kv_token_bytes
+        self._pair_s = clock.pair_s * shape.pair_flops / fitted.pair_flops / shape.flops_ratio
+        self._full_kv_s = clock.full_kv_token_s * kv_ratio
+        self._mixed_knots = list(clock.mixed_new_tokens)
+        self._mixed_kv_s = [b * kv_ratio for b in clock.mixed_kv_token_s]
+        self._decode_s = [0.0, *(self.linear_s(self._padded(n)) for n in range(1, self._largest_graph + 1))]
+
+    def _describe(self, model: Model, settings: CostSettings) -> str:
+        profile = self.profile
+        error = profile.error.get("fit_decode_step_median")
+        shown = "" if error is None else f", decode steps within {error:.1%} (median) of those it was fitted to"
+        scaled = f", scaled from {profile.model} by shapes to {model.name}" if self.scaled else ""
+        if self.scaled and settings.tensor_parallel != profile.tensor_parallel:
+            scaled += f" with tensor_parallel={settings.tensor_parallel}"
+        return f"profile {profile.name} ({profile.id}), {profile.provenance.engine}{scaled}{shown}"
+
+    def linear_s(self, tokens: int) -> float:
+        """G: seconds of everything but attention for `tokens` rows."""
+        knots, values = self._knots, self._linear_s
+        if tokens >= self._last:
+            return self._beyond * self._shape.form_s(self._clock, tokens)
+        i = bisect_right(knots, tokens)
+        if i == 0:
+            return values[0]
+        share = (tokens - knots[i - 1]) / (knots[i] - knots[i - 1])
+        return values[i - 1] + share * (values[i] - values[i - 1])
+
+    def _mixed_kv_token_s(self, new_tokens: int) -> float:
+        knots, values = self._mixed_knots, self._mixed_kv_s
+        i = bisect_right(knots, new_tokens)
+        if i == 0 or i == len(knots):
+            return values[min(i, len(knots) - 1)]
+        share = (new_tokens - knots[i - 1]) / (knots[i] - knots[i - 1])
+        return values[i - 1] + share * (values[i] - values[i - 1])
+
+    def decode_ramp(self, seqs: int, kv_tokens: int) -> Ramp:
+        linear_s = self._decode_s[seqs] if seqs <= self._largest_graph else self.linear_s(seqs)
+        kv_s = self._full_kv_s
+        return Ramp(linear_s + kv_s * kv_tokens, kv_s * seqs)
+
+    def mixed_s(self, chunks: Sequence[tuple[int, int]], seqs: int, kv_tokens: int) -> float:
+        new_tokens = 0
+        for new, _ in chunks:
+            new_tokens += new
+        kv_s, pair_s = self._mixed_kv_token_s(new_tokens), self._pair_s
+        seconds = kv_s * kv_tokens
+        for new, done in chunks:
+            seconds += max(pair_s * new * (done + 0.5 * (new + 1)), kv_s * done)
+        tokens = new_tokens + seqs
+        return seconds + self.linear_s(self._padded(tokens))
+
+    def outside_measured(self, iterations: dict[str, Any]) -> Any:
+        """Rows with more tokens, decodes, cached tokens or prompt context than any step the profile was fitted to."""
+        measured = self.profile.measured
+        last_kv_tokens = iterations["kv_tokens"] + iterations["seqs"] * (iterations["iterations"] - 1)
+        return (
+            (iterations["seqs"] + iterations["prefill_tokens"] > measured.tokens)
+            | (iterations["seqs"] > measured.seqs)
+            | (last_kv_tokens > measured.kv_tokens)
+            | (iterations["prefill_context"] > measured.context_tokens)
+        )
