@@ -1,4 +1,4 @@
-"""A Hugging Face `config.json` -> the fields of `llmsim.hardware.Model`.
+"""A Hugging Face `config.json` -> the fields of `llmsim.model.Model`.
 
 Every architecture spells its shapes in its own keys, and leaves out those that equal its configuration class's
 default (transformers, `configuration_*.py`). `FAMILIES` says what differs from the plain decoder (Llama). A key that is

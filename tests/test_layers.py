@@ -6,7 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "llmsim"
 
 FLOORS = {  # imports must go down; imports for type checkers only are exempt, those inside functions are not
-    "model_config": -1,  # the cellar: knows dictionaries only
+    **dict.fromkeys(("model", "model_config"), -1),  # the cellar
     **dict.fromkeys(("request", "hardware", "plugins", "scenario_file", "vllm_flags"), 0),
     **dict.fromkeys(("cost", "memory", "batch", "kvcache", "queue", "trace"), 1),
     **dict.fromkeys(("schedulers", "routers", "metrics", "recording", "synth"), 2),
@@ -22,7 +22,7 @@ ROOMS = {  # modules that share a room may import each other, as may the files o
     **dict.fromkeys(("recorded", "benchmark_result"), "recording"),
 }
 FORBIDDEN = {"torch", "streamlit", "altair"}
-SIMPY_ROOMS = {"replica", "simulate"}
+SIMPY_ROOMS = {"replica", "simulate", "oracle"}  # the oracle puts a replica through recorded steps, on no clock
 
 
 def imports(source):
