@@ -167,7 +167,7 @@ TRACE_FLAGS: list[Callable[[Any], Any]] = [
         type=_choice(("error", "drop", "truncate")),
         help="Requests longer than the model's context: error, drop or truncate. [error]",
     ),
-    click.option("--trace-block-tokens", "block_tokens", type=INT, help="Tokens of one prefix hash. [recognised]"),
+    click.option("--block-tokens", type=INT, help="Tokens of one prefix hash. [recognised]"),
     click.option("--strict-order", is_flag=True, default=None, help="Fail if arrivals are not in order of time."),
     click.option(
         "--sharegpt-mode", type=_choice(("multi-turn", "first-pair")), help="ShareGPT: multi-turn or first-pair."

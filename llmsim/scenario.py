@@ -26,7 +26,7 @@ from llmsim.scenario_file import toml_line
 GIB = 2**30
 LARGE_GPU_BYTES = 70 * GIB  # vLLM's line between small and large default limits
 DTYPES = ("auto", "bfloat16", "float16", "half", "float32", "float")  # auto: bfloat16
-KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2")
+KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32", "fp8", "fp8_e4m3", "fp8_e5m2")
 # of the weights; activations of the 4-bit formats stay in `dtype`
 QUANTIZATIONS = ("fp8", "int8", "int4", "mxfp4", "awq", "awq_marlin", "gptq", "gptq_marlin")
 CUDAGRAPHS = ("full_and_piecewise", "piecewise", "none")
@@ -209,9 +209,10 @@ def _check_ranges(s: Scenario) -> None:
         )
     if not 0.0 <= s.watermark < 1.0:
         raise ValueError(f"watermark={s.watermark} is not a fraction of the KV blocks: give 0 or more, less than 1")
-    if not s.host_scale > 0.0:
+    if not 0.0 < s.host_scale <= 1000.0:
         raise ValueError(
-            f"host_scale={s.host_scale} is not above 0: give 1 for the measured host, 2 for half its speed"
+            f"host_scale={s.host_scale} is not a factor for the host's times: give 1 for the measured host, 2 for half "
+            "its speed, at most 1000"
         )
 
 

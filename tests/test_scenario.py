@@ -73,6 +73,7 @@ def test_element_types() -> None:
     quantised = scenario(quantization="awq", kv_cache_dtype="fp8_e5m2", dtype="half")
     assert (quantised.weight_dtype, quantised.kv_dtype) == ("int4", "fp8")
     assert scenario(dtype="half").kv_dtype == "float16"
+    assert scenario(dtype="float").resolved().kv_dtype == "float32"
 
 
 def test_published_quantisation_is_taken_over() -> None:
@@ -98,7 +99,8 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"gpu_memory_utilization": float("nan")}, ["gpu_memory_utilization=nan", "not finite"]),
     ({"watermark": 1.0}, ["watermark=1.0", "less than 1"]),
     ({"watermark": -0.1}, ["watermark=-0.1", "0 or more"]),
-    ({"host_scale": 0.0}, ["host_scale=0.0", "above 0"]),
+    ({"host_scale": 0.0}, ["host_scale=0.0", "half its speed"]),
+    ({"host_scale": 1e308}, ["host_scale=1e+308", "at most 1000"]),
     ({"host_scale": float("inf")}, ["host_scale=inf", "not finite"]),
     ({"scheduling_policy": "sjf"}, ["scheduling_policy='sjf'", "fcfs, priority"]),
     ({"cudagraph": "full"}, ["cudagraph='full'", "full_and_piecewise"]),
