@@ -17,10 +17,13 @@ T = max_num_batched_tokens rows, S = max_num_seqs rows sampled, V vocabulary, al
                  distribution
     runtime      what no shape explains: CUDA modules of the kernels, cuBLAS and attention workspaces, input buffers
 
-`runtime` is RUNTIME_BYTES, the mean of what two recordings leave (Llama-3.1-8B on two H100 SXM machines, vLLM 0.25.1:
-28,240 and 28,123 blocks of 2 MiB, hence 0.35 and 0.58 GiB), plus COMMUNICATION_BYTES on each rank of a tensor-parallel
-group: an assumption, NCCL and custom all-reduce buffers. An error of 0.5 GiB is 1 % of an H100's capacity beside an 8B
-model.
+`runtime` is RUNTIME_BYTES plus, on each rank of a tensor-parallel group, COMMUNICATION_BYTES: an assumption, NCCL and
+custom all-reduce buffers. RUNTIME_BYTES lies in the middle of what recorded engines leave (vLLM 0.25.1; 28,240 and 28,123
+blocks of Llama-3.1-8B on two H100 SXM machines, 56,057 on an H200, 49,626 of Qwen3-8B on an H200: 0.35, 0.58, 0.56 and
+0.82 GiB); with it all four come out within 0.3 %. An error of 0.5 GiB is 1 % of an H100's capacity beside an 8B model.
+
+Left out: vLLM's V1 model runner, which serves most MoE and sliding-window models, also deducts an estimate of its CUDA
+graphs, about half a GiB to one and a half.
 
 Sliding-window layers keep only a window of each context. One block table per request cannot show that, so blocks are
 counted in the better of two ways, each a lower bound of what the engine fits: all layers keep every token; or the
@@ -35,7 +38,7 @@ from math import ceil
 from llmsim.hardware import Gpu, Model
 
 GIB = 2**30
-RUNTIME_BYTES = int(0.46 * GIB)
+RUNTIME_BYTES = int(0.51 * GIB)
 COMMUNICATION_BYTES = int(0.2 * GIB)
 LOGIT_BYTES = 2 + 4 + 4  # the logit, its float32 copy, and one more float32 for the distribution
 

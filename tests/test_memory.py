@@ -28,16 +28,26 @@ def blocks(model=LLAMA, gpu=H100, **changes):
     return kv_blocks(model, gpu, **(settings | changes))
 
 
-def test_recorded_engines_had_as_many_blocks_within_half_a_percent():
-    engines = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(RECORDINGS.rglob("engine.json"))]
-    assert len(engines) >= 2
+@pytest.mark.parametrize(
+    ("gpu", "model", "max_model_len", "recorded"),
+    [  # vLLM 0.25.1 with gpu_memory_utilization 0.9, 8192 tokens, 256 requests
+        ("h100-sxm", "llama-3.1-8b", 131072, 28240),
+        ("h100-sxm", "llama-3.1-8b", 131072, 28123),  # another machine
+        ("h200-sxm", "llama-3.1-8b", 131072, 56057),
+        ("h200-sxm", "qwen3-8b", 40960, 49626),
+    ],
+)
+def test_recorded_engines_had_as_many_blocks_within_half_a_percent(gpu, model, max_model_len, recorded):
+    assert blocks(find_model(model), find_gpu(gpu), max_model_len=max_model_len) == pytest.approx(recorded, rel=0.005)
+
+
+def test_the_recorded_h100s_are_those_of_the_recordings():
+    folders = sorted(RECORDINGS.glob("vllm-0.25.1_h100-sxm_llama-3.1-8b_bf16*"))
+    engines = [json.loads((folder / "engine.json").read_text(encoding="utf-8")) for folder in folders]
+    assert [engine["num_gpu_blocks"] for engine in engines] == [28240, 28123]
     for engine in engines:
-        counted = blocks(
-            max_num_batched_tokens=engine["max_num_batched_tokens"],
-            max_num_seqs=engine["max_num_seqs"],
-            max_model_len=engine["max_model_len"],
-            gpu_memory_utilization=engine["gpu_memory_utilization"],
-        )
+        names = ("max_num_batched_tokens", "max_num_seqs", "max_model_len", "gpu_memory_utilization")
+        counted = blocks(**{name: engine[name] for name in names})
         assert counted == pytest.approx(engine["num_gpu_blocks"], rel=0.005)
 
 
