@@ -109,7 +109,10 @@ class Result:
 
     def summary(self, goodput: dict[str, float] | None = None) -> dict[str, Any]:
         """vLLM's keys, then llmsim's own. `goodput`: targets in milliseconds, e.g. {"ttft": 500, "tpot": 50}."""
-        done = {name: column[self.finished] for name, column in self.requests.items()}
+        finished = self.finished
+        done = self.requests  # a copy of a million rows only where some have to leave
+        if not finished.all():
+            done = {name: column[finished] for name, column in done.items()}
         latency_s, gaps = latencies_s(done), GapRuns.of(self.gaps)
         duration_s = self.duration_s
         summary = _setting(self) | _throughput(self, done, duration_s) | _goodput(self, done, latency_s, goodput)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from llmsim.hardware import Gpu
     from llmsim.scenario import Scenario
 
+ROWS_AT_ONCE = 1 << 18
 Columns = dict[str, NDArray[Any]]
 Floats = NDArray[np.float64]
 
@@ -81,14 +82,14 @@ def busy_seconds(iterations: Columns) -> Floats:
 
 
 def active_seconds(iterations: Columns) -> Floats:
-    """Seconds each row had its replica to itself: from its start to its end, or to the start of the row after it (under
-    asynchronous scheduling the next iteration is scheduled while this one runs)."""
-    active_s: Floats = iterations["gpu_end_s"] - iterations["start_s"]
-    order = np.lexsort((iterations["start_s"], iterations["replica"]))
+    """Seconds each row had its GPU to itself: from its start, or the end of the row before it if that is later (under
+    asynchronous scheduling the next iteration is scheduled while this one runs), to its end."""
+    begin_s: Floats = iterations["start_s"].copy()
+    order = np.lexsort((iterations["gpu_end_s"], iterations["replica"]))
     before, after = order[:-1], order[1:]
     same = iterations["replica"][before] == iterations["replica"][after]
-    to_next_s = iterations["start_s"][after] - iterations["start_s"][before]
-    active_s[before] = np.where(same, np.minimum(active_s[before], to_next_s), active_s[before])
+    begin_s[after] = np.where(same, np.maximum(begin_s[after], iterations["gpu_end_s"][before]), begin_s[after])
+    active_s: Floats = iterations["gpu_end_s"] - begin_s
     return active_s
 
 
@@ -128,22 +129,18 @@ def _batch_size(iterations: Columns) -> dict[str, float | None]:
 
 
 def _work(iterations: Columns, scenario: Scenario, gpu: Gpu, busy_s: Floats, active_s: Floats) -> dict[str, Any]:
-    from llmsim.cost.roofline import work
-    from llmsim.hardware import find_model
-
-    flops, moved_bytes = work(find_model(scenario.model), scenario, iterations)
+    totals = _phase_totals(iterations, scenario, busy_s, active_s)
     peak_flops_per_s = gpu.flops_per_s[gpu.compute_dtype(scenario.weight_dtype)]
     peak_bytes_per_s = gpu.bandwidth_bytes_per_s
-    prefill = iterations["prefill_tokens"] > 0
+    all_busy_s = sum(float(total[2]) for total in totals.values())
     phases: dict[str, Any] = {}
-    for name, rows in (("prefill", prefill), ("decode", ~prefill)):
-        seconds = float(busy_s[rows].sum())
+    for name, (flops, moved_bytes, seconds, under_way_s) in totals.items():
         if not seconds:
             continue
-        compute_s, memory_s = flops[rows].sum() / peak_flops_per_s, moved_bytes[rows].sum() / peak_bytes_per_s
-        waited = 1.0 - seconds / max(float(active_s[rows].sum()), seconds)
+        compute_s, memory_s = flops / peak_flops_per_s, moved_bytes / peak_bytes_per_s
+        waited = 1.0 - seconds / max(under_way_s, seconds)
         phases[name] = {
-            "share_of_busy": seconds / float(busy_s.sum()),
+            "share_of_busy": seconds / all_busy_s,
             "mfu": compute_s / seconds,
             "mbu": memory_s / seconds,
             "gpu_waited_frac": waited,
@@ -151,8 +148,27 @@ def _work(iterations: Columns, scenario: Scenario, gpu: Gpu, busy_s: Floats, act
         }
     main = max(phases, key=lambda name: phases[name]["share_of_busy"], default=None)
     return {
-        "mfu": _ratio(flops.sum() / peak_flops_per_s, busy_s.sum()),
-        "mbu": _ratio(moved_bytes.sum() / peak_bytes_per_s, busy_s.sum()),
+        "mfu": _ratio(sum(total[0] for total in totals.values()) / peak_flops_per_s, all_busy_s),
+        "mbu": _ratio(sum(total[1] for total in totals.values()) / peak_bytes_per_s, all_busy_s),
         "phases": phases,
         "bottleneck": None if main is None else f"{main} {phases[main]['bottleneck']}",
     }
+
+
+def _phase_totals(
+    iterations: Columns, scenario: Scenario, busy_s: Floats, active_s: Floats
+) -> dict[str, tuple[float, float, float, float]]:
+    """By phase: FLOPs, bytes, busy seconds, seconds under way. In parts: the work of a row takes a dozen temporaries."""
+    from llmsim.cost.roofline import work
+    from llmsim.hardware import find_model
+
+    model = find_model(scenario.model)
+    sums = {"prefill": np.zeros(4), "decode": np.zeros(4)}
+    for first in range(0, busy_s.size, ROWS_AT_ONCE):
+        part = slice(first, first + ROWS_AT_ONCE)
+        flops, moved_bytes = work(model, scenario, {name: column[part] for name, column in iterations.items()})
+        prefill = iterations["prefill_tokens"][part] > 0
+        for name, rows in (("prefill", prefill), ("decode", ~prefill)):
+            columns = (flops, moved_bytes, busy_s[part], active_s[part])
+            sums[name] += [float(column[rows].sum()) for column in columns]
+    return {name: (float(a), float(b), float(c), float(d)) for name, (a, b, c, d) in sums.items()}
