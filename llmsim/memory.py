@@ -20,8 +20,8 @@ T = max_num_batched_tokens rows, S = max_num_seqs rows sampled, V vocabulary, al
 `runtime` is RUNTIME_BYTES plus, on each rank of a tensor-parallel group, COMMUNICATION_BYTES: an assumption, NCCL and
 custom all-reduce buffers. RUNTIME_BYTES lies in the middle of what recorded engines leave (vLLM 0.25.1; 28,240 and
 28,123 blocks of Llama-3.1-8B on two H100 SXM machines, 56,057 on an H200, 49,626 of Qwen3-8B on an H200: 0.35, 0.58,
-0.56 and 0.82 GiB); with it all four come out within 0.3 %. An error of 0.5 GiB is 1 % of an H100's capacity beside an 8B
-model.
+0.56 and 0.82 GiB); with it all four come out within 0.3 %. An error of 0.5 GiB is 1 % of an H100's capacity beside an
+8B model.
 
 Left out: vLLM's V1 model runner, which serves most MoE and sliding-window models, also deducts an estimate of its CUDA
 graphs, about half a GiB to one and a half.
