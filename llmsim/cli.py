@@ -109,7 +109,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except click.ClickException as error:
         return _fail(_usage_line(error), WRONG_INPUT, debug)
     except OSError as error:
-        if error.filename is None:
+        try:
+            sys.stdout.flush()
+        except OSError:  # it was standard output that could not be written
             _abandon(sys.stdout)
         return _fail(_os_line(error), WRONG_INPUT, debug)
     except ValueError as error:
@@ -155,7 +157,7 @@ def _os_line(error: OSError) -> str:
     if isinstance(error, FileNotFoundError) and error.errno is None:
         return str(error)  # raised by llmsim itself, already a sentence
     reason = error.strerror or str(error)
-    return f"{where}{reason}" if where else f"cannot write the output: {reason}"
+    return f"{where}{reason}" if where else f"cannot write: {reason}"
 
 
 def _abandon(stream: IO[str]) -> None:

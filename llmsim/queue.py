@@ -16,15 +16,16 @@ from llmsim.request import Request
 class WaitingQueue:
     """Requests in order of `order(request)` (a key fixed while it waits), or in order of arrival if there is none."""
 
-    __slots__ = ("_first", "_order", "_requests")
+    __slots__ = ("_first", "_order", "_requests", "size")
 
     def __init__(self, order: Callable[[Request], Any] | None = None) -> None:
         self._order = order
         self._requests: list[Request] = []
         self._first = 0  # front of the queue in _requests; what lies before it has left
+        self.size = 0  # = len(self), which costs a call
 
     def __len__(self) -> int:
-        return len(self._requests) - self._first
+        return self.size
 
     def __iter__(self) -> Iterator[Request]:
         """From the front; a copy, so that requests may leave meanwhile."""
@@ -36,6 +37,13 @@ class WaitingQueue:
 
     def append(self, request: Request) -> None:
         """A new arrival: to its place, or to the end if the policy has no order."""
+        self.size += 1
+        if self._order is None:
+            self._requests.append(request)
+        else:
+            self._insert(request)
+
+    def _insert(self, request: Request) -> None:
         requests, order = self._requests, self._order
         if order is None or len(requests) == self._first or order(requests[-1]) <= order(request):
             requests.append(request)
@@ -44,8 +52,9 @@ class WaitingQueue:
 
     def put_back(self, request: Request) -> None:
         """A preempted request: to its place, or to the very front if the policy has no order."""
+        self.size += 1
         if self._order is not None:
-            self.append(request)
+            self._insert(request)
         elif self._first:
             self._first -= 1
             self._requests[self._first] = request
@@ -56,6 +65,7 @@ class WaitingQueue:
         """Take the front request."""
         first, requests = self._first, self._requests
         request = requests[first]
+        self.size -= 1
         first += 1
         if first > 1024 and first * 2 > len(requests):
             del requests[:first]
@@ -73,3 +83,4 @@ class WaitingQueue:
         while requests[at] is not request:
             at += 1
         del requests[at]
+        self.size -= 1

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from math import inf, isnan, nan
 from typing import Any, NamedTuple
 
@@ -48,14 +48,17 @@ class Limits(NamedTuple):
     max_num_batched_tokens: int
 
 
-class _Flight(NamedTuple):
+class _Flight:
     """An iteration (or the last of a run) whose results the host has not taken."""
 
-    outputs: int
-    decodes: int  # of them, those whose previous token came with the iteration before
-    firsts: list[Request]  # whose prompt this iteration completed
-    late: list[Request]  # decodes whose previous token is older
-    ended: list[Request]
+    __slots__ = ("decodes", "ended", "firsts", "late", "outputs")
+
+    def __init__(self) -> None:
+        self.outputs = 0
+        self.decodes = 0  # of the outputs, those whose previous token came with the iteration before
+        self.firsts: Sequence[Request] = ()  # whose prompt this iteration completed
+        self.late: Sequence[Request] = ()  # decodes whose previous token is older
+        self.ended: Sequence[Request] = ()
 
 
 class _Step:
@@ -73,13 +76,16 @@ class _Step:
         self.kv_blocks = self.kv_tokens = self.mode = self.new_tokens = self.running = self.seqs = self.waiting = 0
 
 
-class _Plan(NamedTuple):
+class _Plan:
     """Iterations k .. k+steps-1 of a run: S(k+1) = second_s, S(k+j) = base_s + pace.elapsed_s(j - 2) from j = 2 on."""
 
-    steps: int
-    second_s: float
-    base_s: float
-    pace: Ramp
+    __slots__ = ("base_s", "gpu_bound", "pace", "second_s", "steps")
+
+    def __init__(self) -> None:
+        self.steps = 1
+        self.second_s = self.base_s = 0.0
+        self.pace = Ramp(0.0, 0.0)
+        self.gpu_bound = True  # which clock sets the pace
 
     def steps_until(self, ready_s: float) -> int:
         """Iterations that are scheduled before a request that becomes schedulable at `ready_s` is seen."""
@@ -87,7 +93,8 @@ class _Plan(NamedTuple):
             return 1
         if ready_s == inf:
             return self.steps
-        return min(self.steps, 2 + self.pace.steps_within(ready_s - self.base_s))
+        steps = 2 + self.pace.steps_within(ready_s - self.base_s)
+        return steps if steps < self.steps else self.steps
 
     def scheduled_s(self, steps: int) -> float:
         """S(k + steps)."""
@@ -119,6 +126,7 @@ class Replica:
         self.batch = RunningBatch(kv.block_tokens)
         # What the policy has decided for the iteration at hand.
         self.decoding = 0
+        self._blocks_taken = 0
         self.chunks: list[tuple[Request, int, int]] = []  # request, tokens, computed before
         self.preempted_now: list[Request] = []
         self.paused_now: list[Request] = []
@@ -152,6 +160,8 @@ class Replica:
         self._timer: simpy.Event | None = None
         self._wake_s = inf
         self._plan: _Plan | None = None
+        # One of each is alive at a time; making new ones for every iteration cost a tenth of the run time.
+        self._own_plan, self._own_flight, self._own_step = _Plan(), _Flight(), _Step()
         self._story = self._run()
 
     # --------------------------------------------------------------------------------------------- from the outside
@@ -195,14 +205,22 @@ class Replica:
 
     def decode(self) -> None:
         """Every decoding request makes a token in this iteration; the newest are preempted while blocks run short."""
+        while not self.decode_if_room():
+            self.preempt(self._victim(self) if self._victim else next(reversed(self.running)))
+
+    def decode_if_room(self) -> bool:
+        """Every decoding request makes a token in this iteration, if all the KV blocks that takes are free."""
         if self.decoding:
             raise PolicyError(f"{self._policy} called decode() twice for one iteration.")
         batch, kv = self.batch, self.kv
-        while (blocks := batch.blocks_needed(1)) > kv.free_blocks:
-            self.preempt(self._victim(self) if self._victim else next(reversed(self.running)))
+        blocks = batch.blocks_needed(1)
+        if blocks > kv.free_blocks:
+            return False
         if blocks:
             kv.take(blocks)
+        self._blocks_taken = blocks
         self.decoding = batch.size
+        return True
 
     def decode_one(self, request: Request) -> None:
         """One decoding request makes a token; end the pass with `pause_others()`."""
@@ -350,7 +368,7 @@ class Replica:
         batch = self.batch
         if self.decoding:
             if steps > 1:
-                blocks = batch.blocks_needed(steps) - batch.blocks_needed(1)  # the first iteration's are taken
+                blocks = batch.blocks_needed(steps) - self._blocks_taken  # the first iteration's are taken
                 if blocks:
                     self.kv.take(blocks)
             ended = batch.advance(steps)
@@ -398,25 +416,25 @@ class Replica:
                 step = self._compose(t)
                 if step.mode != FULL and host.interference_per_token_s:
                     yield from self._interfere(step)
-                step.gpu_end_s = max(
-                    max(self._gpu_s, step.launch_s + host.lead_s[step.mode]) + step.gpu.first_s,
-                    step.launched_s + host.tail_s[step.mode],
-                )
+                begin_s = step.launch_s + host.lead_s[step.mode]
+                gpu_end_s = (self._gpu_s if self._gpu_s > begin_s else begin_s) + step.gpu.first_s
+                launch_tail_s = step.launched_s + host.tail_s[step.mode]
+                step.gpu_end_s = gpu_end_s if gpu_end_s > launch_tail_s else launch_tail_s
                 t = self._launched_asynchronously(step) if self.asynchronous else self._launched(step)
-                if hold and step.mode == FULL and not (self.chunks or self._late or (self.waiting and self._to_free)):
-                    plan = self._plan = self._long_run(step, t)
-                    if plan.steps > 1:
+                if hold and step.mode == FULL and not (self.chunks or self._late or (self._to_free and self.waiting)):
+                    plan = self._long_run(step, t)
+                    if plan is not None:
                         steps = plan.steps_until(self.next_ready_s)
                         t = plan.scheduled_s(steps)
                         if peek() <= t:
+                            self._plan = plan
                             yield t
+                            self._plan = None
                             steps = plan.steps_until(self.next_ready_s)
                             t = plan.scheduled_s(steps)
-                        self._plan = None
                         if steps > 1:
                             self._finish_run(step, plan, steps)
                             continue
-                    self._plan = None
                 self._finish_step(step)
             elif self._flight is not None:  # nothing to schedule: wait for the results in flight
                 taken_s = max(self._gpu_s, t)
@@ -435,14 +453,17 @@ class Replica:
 
     def _compose(self, t: float) -> _Step:
         """What the iteration consists of and when its launch begins and, arrivals apart, ends."""
-        host, cost, batch = self.cost.host, self.cost, self.batch
-        step = _Step()
+        cost = self.cost
+        host = cost.host
+        step = self._own_step
         step.schedule_s = t
-        step.running = len(self.running)
-        step.waiting = len(self.waiting)
+        step.running = running = len(self.running)
+        step.waiting = self.waiting.size
         step.kv_blocks = self.kv.total_blocks - self.kv.free_blocks
+        if step.chunks:
+            step.chunks = []
         seqs = requests = self.decoding
-        kv_tokens = batch.kv_tokens if seqs else 0
+        kv_tokens = self.batch.kv_tokens if seqs else 0
         new_tokens = 0
         if self.chunks:
             requests += len(self.chunks)
@@ -460,12 +481,9 @@ class Replica:
             mode = cost.mode(seqs, 0)
             step.gpu = cost.decode_ramp(seqs, kv_tokens)
         step.mode, step.seqs, step.kv_tokens, step.new_tokens = mode, seqs, kv_tokens, new_tokens
-        launch_s = (
-            t
-            + host.schedule_s
-            + host.schedule_per_request_s * step.running
-            + host.schedule_per_token_s * new_tokens
-        )
+        launch_s = t + host.schedule_s + host.schedule_per_request_s * running
+        if new_tokens:
+            launch_s += host.schedule_per_token_s * new_tokens
         step.launch_s = launch_s
         step.launched_s = launch_s + host.launch_s[mode] + host.launch_per_request_s[mode] * requests
         if mode != FULL and self._noise is not None:
@@ -506,7 +524,7 @@ class Replica:
     def _finish_step(self, step: _Step) -> None:
         """Book one iteration; its results are in flight, or taken at once if scheduling is synchronous."""
         self._log(step, 1, step.gpu_end_s)
-        late: list[Request] = []
+        late: Sequence[Request] = ()
         decodes = self.decoding
         if decodes and self._late:
             late, self._late = self._late, []
@@ -516,66 +534,82 @@ class Replica:
                 if request not in self._late:
                     self._cut(request)
                     self._late.append(request)
-        firsts = [
-            request for request, _, _ in self.chunks if request.computed_tokens == request.prefill_tokens
-        ] if self.chunks else []
+        firsts: list[Request] = []
+        for request, _, _ in self.chunks:
+            if request.computed_tokens == request.prompt_tokens + request.generated_tokens:
+                firsts.append(request)
         ended = self.commit(1)
         self._gpu_s = step.gpu_end_s
-        flight = _Flight(self.decoding + len(firsts), decodes, firsts, late, ended)
+        flight = self._own_flight
+        flight.outputs = self.decoding + len(firsts)
+        flight.decodes, flight.firsts, flight.late, flight.ended = decodes, firsts, late, ended
         if self.asynchronous:
             self._flight = flight
         else:
             self._take(flight, max(step.gpu_end_s, step.launched_s))
 
-    def _long_run(self, step: _Step, second_s: float) -> _Plan:
-        """How iterations k+1, k+2, ... follow this one while nothing changes: the slower clock sets the pace."""
-        host = self.cost.host
-        steps = self.batch.steps_to_finish() - (0 if self.asynchronous else 1)
+    def _long_run(self, step: _Step, second_s: float) -> _Plan | None:
+        """How iterations k+1, k+2, ... follow this one while nothing changes; None if no closed form holds yet."""
+        batch = self.batch
+        steps = batch.steps_to_finish() - (0 if self.asynchronous else 1)
         if steps > 1:
-            steps = self.batch.steps_that_fit(steps, self.kv.free_blocks + self.batch.blocks_needed(1))
+            steps = batch.steps_that_fit(steps, self.kv.free_blocks + self._blocks_taken)
         if steps <= 1:
-            return _Plan(1, second_s, second_s, step.gpu)
+            return None
         if self._to_free:
             self._free()
-        first_s, growth_s = step.gpu.first_s + step.gpu.growth_s, step.gpu.growth_s  # of iteration k+1
-        schedule_s = host.schedule_s + host.schedule_per_request_s * len(self.running)
-        launch_s = host.launch_s[FULL] + host.launch_per_request_s[FULL] * step.seqs
-        update_s = host.update_s + host.update_per_output_s * step.seqs
-        lead_s, tail_s = host.lead_s[FULL], host.tail_s[FULL]
+        host, seqs, plan = self.cost.host, step.seqs, self._own_plan
         gpu_s = step.gpu_end_s
+        first_s, growth_s = step.gpu
+        first_s += growth_s  # of iteration k+1
+        schedule_s = host.schedule_s + host.schedule_per_request_s * len(self.running)
+        launch_s = host.launch_s[FULL] + host.launch_per_request_s[FULL] * seqs
+        update_s = host.update_s + host.update_per_output_s * seqs
+        lead_s, tail_s = host.lead_s[FULL], host.tail_s[FULL]
+        plan.second_s, plan.steps = second_s, steps
         if not self.asynchronous:
-            floor_s = schedule_s + launch_s + max(tail_s, 0.0)
-            begin_s = schedule_s + lead_s
-            if begin_s + first_s >= floor_s:
-                pace = Ramp(begin_s + first_s + update_s, growth_s)
-            else:
-                pace = Ramp(floor_s + update_s, 0.0)
-                steps = min(steps, _steps_below(first_s, growth_s, floor_s - begin_s) + 1)
-            return _Plan(steps, second_s, second_s + pace.first_s, Ramp(pace.first_s + pace.growth_s, pace.growth_s))
+            self._plan_synchronous(plan, schedule_s + lead_s, schedule_s + launch_s + max(tail_s, 0.0), first_s, growth_s)
+            plan.pace = Ramp(plan.pace.first_s + update_s, plan.pace.growth_s)
+            plan.base_s = second_s + plan.pace.first_s
+            plan.pace = Ramp(plan.pace.first_s + plan.pace.growth_s, plan.pace.growth_s)
+            return plan
         host_s = update_s + schedule_s + launch_s
         launch_at_s = second_s + schedule_s
         launched_s = launch_at_s + launch_s
-        gpu_bound = (
+        if (  # the GPU sets the pace: every launch is through before the GPU needs it
             launched_s <= gpu_s
+            and host_s <= first_s
             and launch_at_s + lead_s <= gpu_s
             and launched_s + tail_s <= gpu_s + first_s
-            and host_s <= first_s
             and update_s + schedule_s + lead_s <= first_s
             and host_s + tail_s <= first_s + first_s
-        )
-        if gpu_bound:
-            return _Plan(steps, second_s, gpu_s + update_s, Ramp(first_s, growth_s))
-        host_bound = (
+        ):
+            plan.gpu_bound = True
+            plan.base_s = gpu_s + update_s
+            plan.pace = Ramp(first_s, growth_s)
+            return plan
+        if (  # the host sets the pace: the GPU is idle when the next launch reaches it
             gpu_s <= launched_s
             and gpu_s <= launch_at_s + lead_s
             and first_s <= host_s
             and lead_s + first_s <= launch_s + host_s
             and tail_s <= update_s + schedule_s + lead_s
-        )
-        if host_bound:
-            steps = min(steps, _steps_below(first_s, growth_s, min(host_s, launch_s + host_s - lead_s)) + 1)
-            return _Plan(steps, second_s, launched_s + update_s, Ramp(host_s, 0.0))
-        return _Plan(1, second_s, second_s, step.gpu)
+        ):
+            plan.gpu_bound = False
+            plan.base_s = launched_s + update_s
+            plan.pace = Ramp(host_s, 0.0)
+            plan.steps = min(steps, _steps_below(first_s, growth_s, min(host_s, launch_s + host_s - lead_s)) + 1)
+            return plan
+        return None
+
+    @staticmethod
+    def _plan_synchronous(plan: _Plan, begin_s: float, floor_s: float, first_s: float, growth_s: float) -> None:
+        """From S(k) to the end of iteration k: the GPU's time after `begin_s`, or the launch's `floor_s` if longer."""
+        if begin_s + first_s >= floor_s:
+            plan.pace = Ramp(begin_s + first_s, growth_s)
+        else:
+            plan.pace = Ramp(floor_s, 0.0)
+            plan.steps = min(plan.steps, _steps_below(first_s, growth_s, floor_s - begin_s) + 1)
 
     def _finish_run(self, step: _Step, plan: _Plan, steps: int) -> None:
         """Book a run of iterations; the last one's results are in flight, or taken if scheduling is synchronous."""
@@ -600,7 +634,7 @@ class Replica:
         self._emitted_s = first_seen_s + pace.elapsed_s(steps - 2)
         if steps > 2:
             gaps.extend((pace.first_s, pace.growth_s, steps - 2.0, seqs, self._emitted_s))
-        if pace.growth_s or pace.first_s == first_s + growth_s:  # the GPU sets the pace
+        if plan.gpu_bound:
             gpu_s = step.gpu_end_s + pace.elapsed_s(steps - 1)
         else:
             launched_s = plan.base_s - update_s + (steps - 2) * pace.first_s
@@ -608,7 +642,10 @@ class Replica:
             gpu_s = launched_s + max(host.lead_s[FULL] + last_s - launch_s, host.tail_s[FULL])
         self._log(step, steps, gpu_s)
         self._gpu_s = gpu_s
-        self._flight = _Flight(seqs, seqs, [], [], self.commit(steps))
+        flight = self._flight = self._own_flight
+        flight.outputs = flight.decodes = seqs
+        flight.firsts = flight.late = ()
+        flight.ended = self.commit(steps)
 
     def _take(self, flight: _Flight, taken_s: float) -> float:
         """The host takes an iteration's results: tokens go out; returns when it is done."""
@@ -647,12 +684,14 @@ class Replica:
 
     def _log(self, step: _Step, steps: int, gpu_end_s: float) -> None:
         pairs = context = 0
-        for tokens, computed in step.chunks:
+        chunks = step.chunks
+        for tokens, computed in chunks:
             pairs += tokens * computed + tokens * (tokens + 1) // 2
             context += computed
+        first_s, growth_s = step.gpu
         self.iterations.extend((
-            step.schedule_s, steps, step.mode, step.seqs, step.kv_tokens, len(step.chunks), step.new_tokens, pairs,
-            context, step.gpu.first_s, step.gpu.growth_s, gpu_end_s, step.running, step.waiting, step.kv_blocks,
+            step.schedule_s, steps, step.mode, step.seqs, step.kv_tokens, len(chunks), step.new_tokens, pairs,
+            context, first_s, growth_s, gpu_end_s, step.running, step.waiting, step.kv_blocks,
         ))  # fmt: skip
 
     # ------------------------------------------------------------------------------------------ arrivals and sleeping

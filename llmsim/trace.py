@@ -220,7 +220,13 @@ def _report_ties(trace: Trace) -> Trace:
     )
 
 
-def _subset(trace: Trace, order: NDArray[np.int64]) -> Trace:
+def in_time_order(trace: Trace) -> Trace:
+    """Sorted by arrival, stable."""
+    return subset(trace, np.argsort(trace.arrival_s, kind="stable"))
+
+
+def subset(trace: Trace, order: NDArray[np.int64]) -> Trace:
+    """The requests in `order`; a parent left out becomes none."""
     from llmsim.readers.settle import renumbered
 
     changed: dict[str, object] = {}
@@ -249,7 +255,7 @@ def window(trace: Trace, start_s: float = 0.0, duration_s: float | None = None) 
         raise ValueError(
             f"{trace.name}: no request arrives in [{start_s:g}, {end_s:g}) s; the trace spans {trace.span_s:.6g} s"
         )
-    kept = _subset(trace, inside)
+    kept = subset(trace, inside)
     return replace(kept, arrival_s=kept.arrival_s - np.nanmin(kept.arrival_s)).with_notes(
         f"window [{start_s:g}, {end_s:g}) s: {len(kept)} of {len(trace)} requests"
     )
@@ -261,7 +267,7 @@ def limited(trace: Trace, limit: int) -> Trace:
         raise ValueError(f"limit={limit} must be at least 1 request")
     if limit >= len(trace):
         return trace
-    return _subset(trace, np.arange(limit)).with_notes(f"limit: the first {limit} of {len(trace)} requests")
+    return subset(trace, np.arange(limit)).with_notes(f"limit: the first {limit} of {len(trace)} requests")
 
 
 def time_scaled(trace: Trace, time_scale: float) -> Trace:

@@ -129,8 +129,11 @@ def _batch_size(iterations: Columns) -> dict[str, float | None]:
 
 
 def _work(iterations: Columns, scenario: Scenario, gpu: Gpu, busy_s: Floats, active_s: Floats) -> dict[str, Any]:
+    from llmsim.hardware import find_model
+
     totals = _phase_totals(iterations, scenario, busy_s, active_s)
-    peak_flops_per_s = gpu.flops_per_s[gpu.compute_dtype(scenario.weight_dtype)]
+    weights = find_model(scenario.model).weight_format(scenario.weight_dtype)
+    peak_flops_per_s = gpu.flops_per_s[gpu.compute_dtype(weights)]
     peak_bytes_per_s = gpu.bandwidth_bytes_per_s
     all_busy_s = sum(float(total[2]) for total in totals.values())
     phases: dict[str, Any] = {}
@@ -158,7 +161,7 @@ def _work(iterations: Columns, scenario: Scenario, gpu: Gpu, busy_s: Floats, act
 def _phase_totals(
     iterations: Columns, scenario: Scenario, busy_s: Floats, active_s: Floats
 ) -> dict[str, tuple[float, float, float, float]]:
-    """By phase: FLOPs, bytes, busy seconds, seconds under way. In parts: the work of a row takes a dozen temporaries."""
+    """By phase: FLOPs, bytes, busy seconds, seconds under way. In parts: the work of a row takes many temporaries."""
     from llmsim.cost.roofline import work
     from llmsim.hardware import find_model
 

@@ -475,7 +475,7 @@ def test_a_full_disk_is_one_line() -> None:
         command = [sys.executable, "-m", "llmsim", "list", "gpus"]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment, check=False)
     assert done.returncode == 2
-    assert done.stderr == "error: cannot write the output: No space left on device\n"
+    assert done.stderr == "error: cannot write: No space left on device\n"
 
 
 def test_interrupting_a_replay_leaves_nothing_behind(tmp_path: Path) -> None:

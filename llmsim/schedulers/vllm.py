@@ -58,14 +58,10 @@ class VllmScheduler:
         if replica.prefilling or size > budget:
             budget = self._running(replica, budget)
         elif size:
-            if batch.blocks_needed(1) <= replica.kv.free_blocks:
-                replica.decode()
-                budget -= size
-            else:
-                budget = self._one_by_one(replica, budget)
+            budget = budget - size if replica.decode_if_room() else self._one_by_one(replica, budget)
         if replica.preempted_now:
             return None
-        if replica.waiting and budget > 0:
+        if replica.waiting.size and budget > 0:
             self._admit(replica, budget)
         return None if replica.paused_now else HOLD
 
@@ -134,7 +130,7 @@ class VllmScheduler:
         waiting, running, kv = replica.waiting, replica.running, replica.kv
         block_tokens = kv.block_tokens
         limits = replica.limits
-        while waiting and budget > 0 and len(running) < limits.max_num_seqs:
+        while waiting.size and budget > 0 and len(running) < limits.max_num_seqs:
             request = waiting.head
             known = request.prompt_tokens + request.generated_tokens
             hit = replica.look_up(request)
