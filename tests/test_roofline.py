@@ -73,6 +73,26 @@ def test_the_recorded_h100_is_met_within_a_tenth():
     assert slope_us - head_us == pytest.approx(22.7, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("context", "seqs", "timed_ms"),
+    [
+        (148, 1, 4.585),
+        (16_404, 1, 5.147),
+        (1044, 16, 5.269),
+        (16_403, 16, 12.614),
+        (147, 64, 5.506),
+        (1043, 64, 7.147),
+        (4116, 64, 13.057),
+        (148, 256, 10.187),
+        (1044, 256, 17.143),
+    ],
+)
+def test_decodes_timed_on_an_h200_are_met_within_a_tenth(context, seqs, timed_ms):
+    """GPU milliseconds of Llama-3.1-8B full-graph decodes, vLLM 0.25.1, CUDA events, medians."""
+    cost = roofline(gpu="h200-sxm", cudagraph="full_and_piecewise")
+    assert cost.decode_ramp(seqs, seqs * context).first_s * 1e3 == pytest.approx(timed_ms, rel=0.1)
+
+
 def test_the_ridge_is_the_larger_side_away_from_it():
     assert ridge(3.0, 4.0) == 5.0
     assert ridge(1.0, 0.1) == pytest.approx(1.0, rel=0.01)
