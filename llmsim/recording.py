@@ -2,7 +2,8 @@
 
 A recording folder holds engine.json (the settings the engine ran with) and, per scenario, NAME.requests.json.gz:
 
-    {"scenario": {"name", "concurrency"?, "hash_block_tokens"?},
+    {"engine"? (file with the settings, if not engine.json),
+     "scenario": {"name", "concurrency"?, "hash_block_tokens"?},
      "requests": [{"prompt", "output" (tokens), "submit" (s, when it was sent), "hash_ids"?,
                    "t": [[s, tokens], ...] as the client received them}, ...]}
 
@@ -77,6 +78,7 @@ class _Load(msgspec.Struct):
 class _File(msgspec.Struct):
     requests: list[_Request]
     scenario: _Load = msgspec.field(default_factory=_Load)
+    engine: str = "engine.json"
 
 
 class _Batch(msgspec.Struct):
@@ -96,16 +98,17 @@ def load_recording(path: str | Path) -> list[RecordedScenario]:
     if not files:
         inside = ", ".join(sorted(p.parent.name for p in folder.glob("*/engine.json"))) or "none"
         raise ValueError(f"{folder}: no NAME.requests.json.gz in it; give a recording folder (inside it: {inside})")
-    settings, engine, notes = read_settings(folder / "engine.json")
     scenarios: list[RecordedScenario] = []
     for file in files:
         if file.name == GRID:
+            engine = read_settings(folder / "engine.json")
             for batch in decoded(file, list[_Batch]):
-                scenarios.append(_scenario(file, batch.name, batch.requests, _Load(), settings, engine, ()))
+                scenarios.append(_scenario(file, batch.name, batch.requests, _Load(), *engine))
         else:
             held: _File = decoded(file, _File)
             name = held.scenario.name or file.name.split(".requests.json")[0]
-            scenarios.append(_scenario(file, name, held.requests, held.scenario, settings, engine, notes))
+            engine = read_settings(folder / held.engine)
+            scenarios.append(_scenario(file, name, held.requests, held.scenario, *engine))
     return scenarios
 
 

@@ -64,13 +64,19 @@ def utilisation(
         "replicas": scenario.replicas,
         "gpus": gpus,
         "gpu_hours": gpu_hours,
-        "calibration": {
-            "id": getattr(cost, "id", None),
-            "kind": cost.kind,
-            "label": cost.label,
-            "error": getattr(cost, "error", None),
-        },
+        "calibration": _calibration(cost),
         "extrapolated": extrapolated(iterations, cost, busy_s),
+    }
+
+
+def _calibration(cost: CostModel) -> dict[str, Any]:
+    """What the result rests on; a profile says which one (hash of its content) and the errors it was measured to have."""
+    profile = getattr(cost, "profile", None)
+    return {
+        "id": None if profile is None else profile.id,
+        "kind": cost.kind,
+        "label": cost.label,
+        "error": None if profile is None else dict(profile.error),
     }
 
 
