@@ -239,8 +239,9 @@ def scenario_from(flags: dict[str, Any], defaults: dict[str, Any] | None = None)
             raise ValueError(f"--enforce-eager contradicts --cudagraph {given['cudagraph']}: give one of them")
         given["cudagraph"] = "none"
     values |= {name: value for name, value in given.items() if value is not None}
-    if pairs:
-        values["scheduler_args"] = {**values.get("scheduler_args", {}), **dict(_argument(pair) for pair in pairs)}
+    in_file = values.get("scheduler_args", {})
+    if pairs and isinstance(in_file, dict):  # anything else is for Scenario to refuse
+        values["scheduler_args"] = in_file | dict(_argument(pair) for pair in pairs)
     for name in ("model", "gpu"):
         if name not in values:
             raise ValueError(f"no {name}: add --{name} NAME (llmsim list {name}s)")

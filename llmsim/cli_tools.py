@@ -111,7 +111,10 @@ def _is_schedule(path: Path) -> bool:
 def _replayed(path: Path, as_json: bool) -> dict[str, Any]:
     from llmsim.oracle import replay_case
 
-    difference = replay_case(path)
+    try:
+        difference = replay_case(path)
+    except (AttributeError, KeyError, TypeError) as error:  # a field of another kind than recorders write
+        raise ValueError(f"{path}: damaged ({type(error).__name__}: {error}): record the schedule again") from error
     if not as_json:
         click.echo(f"{path}: {difference or 'equal'}")
     return {"path": str(path), "difference": difference}

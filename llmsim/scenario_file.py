@@ -56,17 +56,17 @@ def read_scenario(path: str | Path) -> dict[str, Any]:
 
 
 def _parse(path: Path, text: str) -> Any:
-    if path.suffix == ".toml":
-        import tomllib
-
-        try:
-            return tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise ValueError(f"{path}: not valid TOML: {error}") from error
+    kind = path.suffix[1:].upper()
     try:
+        if kind == "TOML":
+            import tomllib
+
+            return tomllib.loads(text)
         return json.loads(text, object_pairs_hook=_unique_keys)
     except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
+        raise ValueError(f"{path}: not valid {kind}: {error}") from error
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deeply: a scenario is one field a line") from None
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

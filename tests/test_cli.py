@@ -456,6 +456,14 @@ def test_validate_a_changed_schedule_exits_1_and_names_the_step(
     assert "step" in cases["changed.json"]
 
 
+@pytest.mark.parametrize("field", ["config", "requests", "steps", "outputs"])
+def test_a_damaged_schedule_is_refused(field: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    document = json.loads(oracle_case().read_text())
+    document[field] = 3
+    (tmp_path / "damaged.json").write_text(json.dumps(document))
+    assert "damaged.json" in refused(capsys, "validate", "damaged.json")
+
+
 # ---- the process ----------------------------------------------------------------------------------------------------
 
 

@@ -204,6 +204,7 @@ def test_files_in_toml_and_json_say_the_same(tmp_path: Path) -> None:
         ("a.json", b'{"model": 1', "not valid JSON"),
         ("a.json", b'{"seed": 1, "seed": 2}', "'seed' is given twice"),
         ("a.json", b"[1]", "not a list"),
+        ("a.json", b"[" * 100_000, "nested too deeply"),
         ("a.json", b"\xff\xfe", "not UTF-8"),
         ("a.yaml", b"model: x", ".toml or .json"),
     ],
