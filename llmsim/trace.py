@@ -123,7 +123,9 @@ def load_trace(
     )  # fmt: skip
     source = open_source(path)
     rows = readers.read(source, options, format)
-    guess = f"{source.name}: read as {rows.format}" if format is None else f"{source.name}: format {rows.format} as given"
+    guess = (
+        f"{source.name}: read as {rows.format}" if format is None else f"{source.name}: format {rows.format} as given"
+    )
     rows.notes.insert(0, guess)
     rows, read, dropped = settle(source.name, rows, Keeping(failed, over_context, context_tokens))
     regenerated = rows.arrival_s is None
@@ -201,7 +203,9 @@ def with_waits_capped(trace: Trace, max_wait_s: float) -> Trace:
     if trace.delay_s is None:
         return trace
     long = int((trace.delay_s > max_wait_s).sum())
-    note = f"{long} waits longer than {max_wait_s:g} s cut to it" if long else f"no wait is longer than {max_wait_s:g} s"
+    note = (
+        f"{long} waits longer than {max_wait_s:g} s cut to it" if long else f"no wait is longer than {max_wait_s:g} s"
+    )
     return replace(trace, delay_s=np.minimum(trace.delay_s, max_wait_s)).with_notes(note)
 
 
@@ -247,7 +251,9 @@ def window(trace: Trace, start_s: float = 0.0, duration_s: float | None = None) 
     from llmsim.readers.settle import session_starts
 
     if start_s < 0 or (duration_s is not None and not duration_s > 0):
-        raise ValueError(f"window start_s={start_s:g}, duration_s={duration_s}: the start must be >= 0, the duration > 0")
+        raise ValueError(
+            f"window start_s={start_s:g}, duration_s={duration_s}: the start must be >= 0, the duration > 0"
+        )
     end_s = math.inf if duration_s is None else start_s + duration_s
     starts = session_starts(trace.arrival_s, trace.parent)
     inside = np.flatnonzero((starts >= start_s) & (starts < end_s))

@@ -13,7 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from llmsim.readers import (
-    blis, delimited, generic, json_text, llmservingsim, mooncake, qwen, results, servegen, sharegpt, weka,
+    blis,
+    delimited,
+    generic,
+    json_text,
+    llmservingsim,
+    mooncake,
+    qwen,
+    results,
+    servegen,
+    sharegpt,
+    weka,
 )  # fmt: skip
 from llmsim.readers.rows import ReadOptions, Rows, listed
 from llmsim.readers.source import PARQUET, Source, open_source
@@ -130,7 +140,9 @@ def _choose(source: Source, shape: str, keys: set[str], options: ReadOptions, fo
     chosen = next(one for one in FORMATS if one.name == format)
     if shape not in chosen.shapes:
         needed = " or ".join(SHAPES[one] for one in sorted(chosen.shapes))
-        raise ValueError(f"{source.name}: --format {format} needs {needed}, but this is {SHAPES[shape]}; leave --format out")
+        raise ValueError(
+            f"{source.name}: --format {format} needs {needed}, but this is {SHAPES[shape]}; leave --format out"
+        )
     return chosen
 
 

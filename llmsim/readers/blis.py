@@ -21,7 +21,9 @@ def fits(keys: set[str]) -> bool:
 
 
 def is_preamble(source: Source) -> bool:
-    return b"trace_version" in source.data[:2048].split(b"\n", 2)[0] + b"\n" + source.data[:2048].split(b"\n", 2)[-1][:512]
+    return (
+        b"trace_version" in source.data[:2048].split(b"\n", 2)[0] + b"\n" + source.data[:2048].split(b"\n", 2)[-1][:512]
+    )
 
 
 def read_with_preamble(source: Source) -> CsvTable:
@@ -53,7 +55,12 @@ def read(table: Table, options: ReadOptions) -> Rows:
     if lengths.any():
         rows.block_tokens = options.block_tokens or PREFIX_BLOCK_TOKENS
         rows.block_ids = prefix_blocks(groups, lengths.tolist(), rows.prompt_tokens.tolist(), rows.block_tokens)
-    for column, field in (("session_id", "session"), ("tenant_id", "tenant"), ("slo_class", "slo_class"), ("model", "model")):
+    for column, field in (
+        ("session_id", "session"),
+        ("tenant_id", "tenant"),
+        ("slo_class", "slo_class"),
+        ("model", "model"),
+    ):
         found = table.find(column)
         if found:
             setattr(rows, field, table.texts(found))

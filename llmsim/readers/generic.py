@@ -15,7 +15,6 @@ import numpy as np
 from llmsim.readers.links import check_unique, fitting_sizes, forked_ids, link_parents
 from llmsim.readers.rows import UNITS_S, Blocks, FloatArray, ReadOptions, Rows, bad_rows, shown
 from llmsim.readers.table import Table
-from llmsim.readers.values import seconds_of
 
 ARRIVAL = ("arrival_time_s", "arrival_time_ms", "arrival_time_us", "arrival_time_ns", "arrival", "arrived_at",
            "timestamp", "time", "start_time")  # fmt: skip
@@ -106,7 +105,9 @@ def _arrivals(table: Table, rows: Rows, arrival: str | None, columns: dict[str, 
     unit_s = UNITS_S[named] if named and options.time_unit is None else options.unit_s("s")
     waits = np.zeros(len(table), dtype=bool)
     if "parent_id" in columns or ("session_id" in columns and "delay_s" in columns):
-        waits = np.array([value is None or (isinstance(value, str) and not value.strip()) for value in table.raw(arrival)])
+        waits = np.array(
+            [value is None or (isinstance(value, str) and not value.strip()) for value in table.raw(arrival)]
+        )
     if not waits.any():
         dated = table.is_dated(arrival)
         rows.arrival_s = table.times(arrival, unit_s)
@@ -120,7 +121,12 @@ def _arrivals(table: Table, rows: Rows, arrival: str | None, columns: dict[str, 
 
 
 def _plain_columns(table: Table, rows: Rows, columns: dict[str, str]) -> None:
-    for kind, field in (("session_id", "session"), ("slo_class", "slo_class"), ("tenant", "tenant"), ("model", "model")):
+    for kind, field in (
+        ("session_id", "session"),
+        ("slo_class", "slo_class"),
+        ("tenant", "tenant"),
+        ("model", "model"),
+    ):
         if kind in columns:
             setattr(rows, field, table.texts(columns[kind]))
     for kind, field in (("slo_ttft_ms", "slo_ttft_s"), ("slo_tpot_ms", "slo_tpot_s")):
@@ -241,7 +247,9 @@ def _block_tokens(table: Table, rows: Rows, columns: dict[str, str], options: Re
     if "block_tokens" in columns:
         sizes = np.unique(table.ints(columns["block_tokens"]))
         if len(sizes) != 1 or sizes[0] < 1:
-            raise ValueError(f"{table.name}: column block_tokens holds {shown(sizes.tolist())}; a trace has one block size")
+            raise ValueError(
+                f"{table.name}: column block_tokens holds {shown(sizes.tolist())}; a trace has one block size"
+            )
         stated = stated or int(sizes[0])
     if stated is None:
         fitting = fitting_sizes(rows.block_ids, rows.prompt_tokens)
@@ -249,7 +257,9 @@ def _block_tokens(table: Table, rows: Rows, columns: dict[str, str], options: Re
             found = f"sizes {fitting} all fit" if fitting else "no usual size fits the number of ids on every row"
             raise ValueError(f"{table.name}: hash_ids: the block size is unknown ({found}); give --block-tokens N")
         stated = fitting[0]
-        rows.notes.append(f"hash_ids: block size {stated} tokens, the only one that fits the number of ids on every row")
+        rows.notes.append(
+            f"hash_ids: block size {stated} tokens, the only one that fits the number of ids on every row"
+        )
     check_hash_counts(table, columns["hash_ids"], rows.block_ids, rows.prompt_tokens, stated, stated)
     return stated
 
@@ -262,7 +272,11 @@ def _shared_prefixes(table: Table, rows: Rows, columns: dict[str, str]) -> None:
     if len(over):
         bad = [(int(table.lines[row]), int(lengths[row])) for row in over]
         raise bad_rows(
-            table.name, bad, columns["prefix_tokens"], f"at most the prompt ({rows.prompt_tokens[over[0]]})", unit=table.unit
+            table.name,
+            bad,
+            columns["prefix_tokens"],
+            f"at most the prompt ({rows.prompt_tokens[over[0]]})",
+            unit=table.unit,
         )
     rows.block_ids = prefix_blocks(names, lengths.tolist(), rows.prompt_tokens.tolist(), rows.block_tokens)
 

@@ -116,7 +116,9 @@ def check_hash_counts(
             f"give --block-tokens {sizes[0]}"
         )
     row = int(wrong[0])
-    more = f" ({len(wrong) - 1} more rows are wrong, next {table.unit} {table.lines[wrong[1]]})" if len(wrong) > 1 else ""
+    more = (
+        f" ({len(wrong) - 1} more rows are wrong, next {table.unit} {table.lines[wrong[1]]})" if len(wrong) > 1 else ""
+    )
     raise ValueError(
         f"{table.name}: {table.unit} {table.lines[row]}: input_length {prompt_tokens[row]} needs "
         f"ceil({prompt_tokens[row]}/{block_tokens}) = {needed[row]} {column}, found {held[row]}{more}. "

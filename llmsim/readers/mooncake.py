@@ -25,7 +25,14 @@ NAMES = {"arrival": "timestamp", "prompt": "input_length", "output": "output_len
 
 
 def fits(keys: set[str]) -> bool:
-    elsewhere = keys & {"arrival_time_s", "arrival_time_ms", "arrival_time_us", "arrival_time_ns", "arrival", "arrived_at"}
+    elsewhere = keys & {
+        "arrival_time_s",
+        "arrival_time_ms",
+        "arrival_time_us",
+        "arrival_time_ns",
+        "arrival",
+        "arrived_at",
+    }
     return ("input_length" in keys and not elsewhere) or bool(keys & set(TEXT_FIELDS))
 
 

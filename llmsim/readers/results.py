@@ -49,7 +49,9 @@ def read_vllm(table: Records, options: ReadOptions) -> Rows:
     for field, column in (("output_lens", outputs), ("start_times", starts), ("errors", errors)):
         if column is not None and (not isinstance(column, list) or len(column) != len(prompts)):
             held = len(column) if isinstance(column, list) else "no list"
-            raise ValueError(f"{table.name}: input_lens has {len(prompts)} entries but {field} has {held}; the file is damaged")
+            raise ValueError(
+                f"{table.name}: input_lens has {len(prompts)} entries but {field} has {held}; the file is damaged"
+            )
     line = np.arange(1, len(prompts) + 1, dtype=np.int64)
     rows = Rows("vllm-result", line, *_pair(table.name, line, prompts, outputs), unit="entry")
     if errors is not None:
@@ -107,7 +109,9 @@ def read_guidellm(table: Records, options: ReadOptions) -> Rows:
         failed = requests.get(kind) if isinstance(requests, dict) else None
         if isinstance(failed, list) and failed:
             rows.dropped[f"{kind} in the benchmark"] = len(failed)
-    version = document.get("metadata", {}).get("guidellm_version") if isinstance(document.get("metadata"), dict) else None
+    version = (
+        document.get("metadata", {}).get("guidellm_version") if isinstance(document.get("metadata"), dict) else None
+    )
     rows.notes.append(f"GuideLLM version {version or 'not stated'}; fields matched by the end of their names")
     return rows
 
@@ -148,7 +152,9 @@ def _value(metric: object) -> object:
 
 
 def read_bench(table: Records, options: ReadOptions) -> Rows:
-    rows = Rows("llmservingsim-bench", table.lines, table.ints("input_toks"), table.ints("output_toks"), unit=table.unit)
+    rows = Rows(
+        "llmservingsim-bench", table.lines, table.ints("input_toks"), table.ints("output_toks"), unit=table.unit
+    )
     rows.arrival_s = table.times(table.find("arrival_time") or "queued_ts", 1.0)
     if table.find("request_id"):
         rows.ids = table.texts("request_id")

@@ -80,7 +80,9 @@ def read_histograms(path: Path) -> dict[float, dict[str, Histogram]]:
     try:
         document = msgspec.json.decode(path.read_bytes(), type=dict[str, dict[str, str]])
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: missing; every chunk-<i>-trace.csv needs its chunk-<i>-dataset.json") from None
+        raise FileNotFoundError(
+            f"{path}: missing; every chunk-<i>-trace.csv needs its chunk-<i>-dataset.json"
+        ) from None
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ValueError(f"{path.name}: not a ServeGen data set ({error})") from None
     windows: dict[float, dict[str, Histogram]] = {}
@@ -88,7 +90,9 @@ def read_histograms(path: Path) -> dict[float, dict[str, Histogram]]:
         at = seconds_of(start, text=True)
         if at is None:
             raise ValueError(f"{path.name}: window {start!r} is not a number of seconds")
-        read = {field: _histogram(path, start, field, text) for field, text in columns.items() if field.endswith("_tokens")}
+        read = {
+            field: _histogram(path, start, field, text) for field, text in columns.items() if field.endswith("_tokens")
+        }
         windows[at] = {field: histogram for field, histogram in read.items() if histogram is not None}
     return windows
 
@@ -125,7 +129,9 @@ def read(source: Source, options: ReadOptions) -> Rows:
     inside_s = end_s - begin_s
     native = sum(w.rate_per_s * max(0.0, min(end_s, w.start_s + WINDOW_S) - max(begin_s, w.start_s)) for w in windows)
     if inside_s <= 0 or native <= 0:
-        raise ValueError(f"{source.name}: no client sends anything in [{begin_s:g}, {end_s:g}) s; choose another window")
+        raise ValueError(
+            f"{source.name}: no client sends anything in [{begin_s:g}, {end_s:g}) s; choose another window"
+        )
     factor = 1.0 if options.rate is None else options.rate * inside_s / native
     if not (factor > 0 and math.isfinite(factor)):
         raise ValueError(f"rate={options.rate} must be finite and above 0 requests/s for a pool of clients")

@@ -96,7 +96,9 @@ def _over_context(name: str, rows: Rows, keeping: Keeping) -> None:
             rows.block_ids[row] = rows.block_ids[row][: -(-int(prompts[row]) // rows.block_tokens)]
     if rows.output_block_ids is not None:
         for row in at:
-            blocks = -(-int(prompts[row] + outputs[row]) // rows.block_tokens) - -(-int(prompts[row]) // rows.block_tokens)
+            blocks = -(-int(prompts[row] + outputs[row]) // rows.block_tokens) - -(
+                -int(prompts[row]) // rows.block_tokens
+            )
             rows.output_block_ids[row] = rows.output_block_ids[row][: max(blocks, 0)]
     rows.notes.append(f"{what}: cut to fit")
 
@@ -163,7 +165,9 @@ def order_in_time(name: str, rows: Rows, strict_order: bool) -> Rows:
                 f"{name}: {len(back)} rows are earlier than the row before them ({rows.unit} {listed(first)}); sort the "
                 "trace by arrival, or leave out --strict-order"
             )
-        rows.notes.append(f"{len(back)} rows are earlier than the row before them (first: {rows.unit} {first[0]}): sorted")
+        rows.notes.append(
+            f"{len(back)} rows are earlier than the row before them (first: {rows.unit} {first[0]}): sorted"
+        )
     starts = session_starts(rows.arrival_s, rows.parent)
     order = np.argsort(starts, kind="stable")
     if rows.parent is not None:

@@ -126,7 +126,8 @@ def _turns(
                 previous = len(line) - 1
             history += tokens
         empty += previous < 0
-    rows = Rows("sharegpt", *(np.array(column, dtype=np.int64) for column in (line, prompts, outputs)), unit=table.unit)
+    lines, asked_tokens, said_tokens = (np.array(column, dtype=np.int64) for column in (line, prompts, outputs))
+    rows = Rows("sharegpt", lines, asked_tokens, said_tokens, unit=table.unit)
     rows.parent, rows.delay_s = np.array(parent, dtype=np.int64), np.zeros(len(line))
     rows.session, rows.ids = session, [str(row) for row in range(len(line))]
     rows.block_tokens, rows.block_ids, rows.output_block_ids = block_tokens, blocks, answers
@@ -137,7 +138,9 @@ def _turns(
         "before, without think time"
     )
     if leading:
-        rows.notes.append(f"{leading} conversations begin with an assistant message: treated as context, not as a request")
+        rows.notes.append(
+            f"{leading} conversations begin with an assistant message: treated as context, not as a request"
+        )
     return rows
 
 

@@ -76,7 +76,9 @@ def _near(place: Path) -> str:
         return f" (there is no directory {place.parent} either)"
     names = [entry.name for entry in place.parent.iterdir()]
     close = difflib.get_close_matches(place.name, names, n=1)
-    return f"; did you mean {place.parent / close[0]}?" if close else "; give the path of a trace, or - for standard input"
+    return (
+        f"; did you mean {place.parent / close[0]}?" if close else "; give the path of a trace, or - for standard input"
+    )
 
 
 def _source(name: str, stored: bytes) -> Source:
@@ -109,7 +111,7 @@ def _unzstd(name: str, stored: bytes) -> bytes:
     try:
         reader = zstandard.ZstdDecompressor().decompressobj(read_across_frames=True)
         data: bytes = reader.decompress(stored)
-        complete = bool(reader.eof) or not reader.unconsumed_tail and _frames_end(stored)
+        complete = bool(reader.eof) or (not reader.unconsumed_tail and _frames_end(stored))
     except zstandard.ZstdError as error:
         raise ValueError(f"{name}: Zstandard data is damaged ({error}); fetch the file again") from None
     if not complete:

@@ -62,9 +62,10 @@ class Table:
         if not set(map(type, self.raw(column))) <= {int, float}:
             return None
         try:
-            return np.array(self.raw(column), dtype=np.float64)
+            swept: FloatArray = np.array(self.raw(column), dtype=np.float64)
         except OverflowError:
             return None
+        return swept
 
     def _stamp_sweep(self, column: str) -> FloatArray | None:
         return None

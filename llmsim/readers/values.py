@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 
@@ -56,9 +56,9 @@ def why_not_count(value: object, *, text: bool) -> tuple[str, str]:
         fix = "write the number without quotes"
     elif isinstance(number, str) and THOUSANDS.fullmatch(number):
         fix = "write numbers without thousands separators"
-    elif isinstance(number, str) and NUMBER.fullmatch(number) and abs(float(number)) > MAX_TOKENS:
-        return f"a plausible token count (at most {MAX_TOKENS})", "is this column really tokens?"
-    elif isinstance(number, int | float) and not isinstance(number, bool) and abs(number) > MAX_TOKENS:
+    elif (isinstance(number, str) and NUMBER.fullmatch(number) and abs(float(number)) > MAX_TOKENS) or (
+        isinstance(number, int | float) and not isinstance(number, bool) and abs(number) > MAX_TOKENS
+    ):
         return f"a plausible token count (at most {MAX_TOKENS})", "is this column really tokens?"
     else:
         fix = "token counts are whole numbers"
@@ -85,7 +85,7 @@ def stamp_of(value: object) -> tuple[int, bool] | None:
     """(nanoseconds since 1970, whether a UTC offset was given), or None. Never through local time."""
     if isinstance(value, datetime):
         zoned = value.tzinfo is not None
-        naive = value.astimezone(timezone.utc).replace(tzinfo=None) if zoned else value
+        naive = value.astimezone(UTC).replace(tzinfo=None) if zoned else value
         return (naive - EPOCH) // timedelta(microseconds=1) * 1000, zoned
     match = STAMP.fullmatch(value.strip()) if isinstance(value, str) else None
     if match is None:

@@ -39,7 +39,9 @@ def read(table: Records, options: ReadOptions) -> Rows:
     for place, (record, line) in enumerate(zip(table.records, table.lines.tolist(), strict=True)):
         name = str(record.get("id", place))
         if name in seen:
-            raise ValueError(f"{table.name}: session id {name} appears on {table.unit}s {seen[name]} and {line}; rename one")
+            raise ValueError(
+                f"{table.name}: session id {name} appears on {table.unit}s {seen[name]} and {line}; rename one"
+            )
         seen[name] = line
         sizes.add(record.get("block_size", BLOCK_TOKENS))
         start = len(calls)
@@ -49,7 +51,9 @@ def read(table: Records, options: ReadOptions) -> Rows:
     if not calls:
         raise ValueError(f"{table.name}: {len(table)} sessions but no requests in them; nothing to replay")
     if len(sizes) != 1 or not all(isinstance(size, int) and size > 0 for size in sizes):
-        raise ValueError(f"{table.name}: block_size must be one whole number for all sessions, found {sorted(map(str, sizes))}")
+        raise ValueError(
+            f"{table.name}: block_size must be one whole number for all sessions, found {sorted(map(str, sizes))}"
+        )
     line = np.array(lines, dtype=np.int64)
     prompts = counts(table.name, "in", [call.get("in") for call in calls], line, text=False, unit=table.unit)
     outputs = counts(table.name, "out", [call.get("out") for call in calls], line, text=False, unit=table.unit)
@@ -65,9 +69,7 @@ def read(table: Records, options: ReadOptions) -> Rows:
     return rows
 
 
-def _walk(
-    table: Table, line: int, requests: Any, before: int, calls: list[dict[str, Any]], parent: list[int]
-) -> int:
+def _walk(table: Table, line: int, requests: Any, before: int, calls: list[dict[str, Any]], parent: list[int]) -> int:
     """Append the calls of a list in order, nested ones too; returns the last, which the next outer one waits for."""
     if not isinstance(requests, list) or not all(isinstance(one, dict) for one in requests):
         raise missing_field(table.name, "requests (a list of objects)", [line], table.unit)
@@ -125,7 +127,9 @@ def read_turns(table: Table, options: ReadOptions) -> Rows:
     """One request a line, in order within its session: the wait before it is `pre_gap_s`, or the last `think_time_s`."""
     prompt = table.find("input_tokens", "input_len", "prompt_tokens")
     if prompt is None:
-        raise ValueError(f"{table.name}: {table.unit} {table.lines[0]}: input_tokens missing (found {', '.join(table.names)})")
+        raise ValueError(
+            f"{table.name}: {table.unit} {table.lines[0]}: input_tokens missing (found {', '.join(table.names)})"
+        )
     output = table.find("output_tokens") or "output_tokens"
     rows = Rows("agent-turns", table.lines, table.ints(prompt), table.ints(output), unit=table.unit)
     rows.session = table.texts(table.find("session_id") or "session_id")

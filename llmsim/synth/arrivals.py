@@ -47,7 +47,8 @@ def _cv(spec: Spec, default: float | None = None) -> float:
 
 
 def _gamma_gaps(mean_s: float, cv: float, size: int, rng: Rng) -> FloatArray:
-    return rng.gamma(1.0 / cv**2, cv**2 * mean_s, size=size)
+    gaps_s: FloatArray = rng.gamma(1.0 / cv**2, cv**2 * mean_s, size=size)
+    return gaps_s
 
 
 def constant(spec: Spec, requests: int, rng: Rng) -> FloatArray:
@@ -190,7 +191,8 @@ def spike(spec: Spec, requests: int, rng: Rng) -> FloatArray:
 
 
 def pulse(spec: Spec, requests: int, rng: Rng) -> FloatArray:
-    return (np.arange(requests) // spec.count("size")) * spec.number("every", above=0)
+    pulses = np.arange(requests, dtype=np.float64) // spec.count("size")
+    return pulses * spec.number("every", above=0)
 
 
 def batch(spec: Spec, requests: int, rng: Rng) -> FloatArray:

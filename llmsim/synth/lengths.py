@@ -25,7 +25,9 @@ def quantile(text: str) -> Quantile:
     """The quantile function `text` spells, in real numbers (also used for think times)."""
     spec = parse(text)
     if spec.name not in DISTRIBUTIONS:
-        raise ValueError(f"lengths {text!r}: {spec.name!r} is not one of {', '.join((*DISTRIBUTIONS, 'empirical', 'ratio'))}")
+        raise ValueError(
+            f"lengths {text!r}: {spec.name!r} is not one of {', '.join((*DISTRIBUTIONS, 'empirical', 'ratio'))}"
+        )
     if spec.name in ("normal", "uniform", "zipf"):
         inner, low, high = DISTRIBUTIONS[spec.name](spec), -math.inf, math.inf
     else:

@@ -12,8 +12,10 @@ users without history: each sends its next request `think` after its answer.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llmsim.readers.rows import Blocks, FloatArray, IntArray
 from llmsim.synth.arrivals import arrivals
@@ -68,7 +70,7 @@ def plan(text: str, process: str, requests: int, arrival_rng: np.random.Generato
     return Turns(session, parent, delay_s, arrival_s, system, shared, history, context)
 
 
-def _running(values: FloatArray, first: FloatArray) -> FloatArray:
+def _running(values: Any, first: Any) -> NDArray[Any]:
     """Sums that start again at each session."""
     total = np.cumsum(values)
     starts = np.flatnonzero(first)
@@ -89,7 +91,8 @@ def blocks(turns: Turns, prompt_tokens: IntArray, output_tokens: IntArray, block
     """Block ids of prompts and answers: one stream for each session, after the blocks of a shared system prompt."""
     common = turns.system_tokens // block_tokens if turns.shared else 0
     fresh = common
-    asked, answered = [], []
+    asked: Blocks = []
+    answered: Blocks = []
     stream: list[int] = []
     session = -1
     rows = zip(turns.session.tolist(), prompt_tokens.tolist(), output_tokens.tolist(), strict=True)

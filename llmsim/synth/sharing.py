@@ -30,7 +30,9 @@ class Prefixes:
             return rng.choice(len(self.tokens), size=requests, p=self.chance).astype(np.int64)
         each = requests // len(self.tokens)
         if each == 0:
-            raise ValueError(f"requests={requests} is below the number of prefixes ({len(self.tokens)}): lower prefixes")
+            raise ValueError(
+                f"requests={requests} is below the number of prefixes ({len(self.tokens)}): lower prefixes"
+            )
         return np.asarray(rng.permutation(np.repeat(np.arange(len(self.tokens)), each)))
 
     def expected_hit_blocks(self, requests: int, block_tokens: int) -> float:

@@ -30,7 +30,9 @@ class Spec:
             raise ValueError(f"{self.text!r}: {self.name} needs {key}=...; for example {self.name}:{key}=10")
         return default
 
-    def number(self, key: str, default: float | None = None, *, least: float = -math.inf, above: float = -math.inf) -> float:
+    def number(
+        self, key: str, default: float | None = None, *, least: float = -math.inf, above: float = -math.inf
+    ) -> float:
         text = self.text_of(key, None if default is None else repr(default))
         return _number(self.text, key, text, least, above)
 

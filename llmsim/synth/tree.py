@@ -46,7 +46,9 @@ def refit(text: str, requests: int, rng: np.random.Generator) -> tuple[IntArray,
         rest = max(round((int(trace.prompt_tokens[source]) - whole * size) * own), 0 if whole else 1)
         prompts[row] = whole * size * prefix + rest
         base = copy * len(names) * prefix
-        shared_ids = [base + names[block] * prefix + k for block in trace.block_ids[source][:whole] for k in range(prefix)]
+        shared_ids = [
+            base + names[block] * prefix + k for block in trace.block_ids[source][:whole] for k in range(prefix)
+        ]
         needed = -(-int(prompts[row]) // size) - len(shared_ids)
         blocks.append((*shared_ids, *range(fresh, fresh + needed)))
         fresh += needed

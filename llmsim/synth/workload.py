@@ -22,7 +22,9 @@ from llmsim.synth.sharing import prefixes as prefixes_of
 from llmsim.synth.spec import parse
 from llmsim.trace import Trace, load_trace
 
-STREAMS = {name: number for number, name in enumerate(("arrivals", "prompts", "outputs", "prefixes", "sessions", "classes"))}
+STREAMS = {
+    name: number for number, name in enumerate(("arrivals", "prompts", "outputs", "prefixes", "sessions", "classes"))
+}
 BLOCK_TOKENS = 16
 
 
@@ -156,12 +158,12 @@ def _within_context(trace: Trace, plan: turns_of.Turns) -> Trace:
     """A session ends before the first turn that would not fit the context."""
     from llmsim.trace import subset
 
-    over = trace.prompt_tokens + trace.output_tokens > (plan.context_tokens or 0)
+    over = np.asarray(trace.prompt_tokens + trace.output_tokens > (plan.context_tokens or 0))
     first = np.append(True, plan.session[1:] != plan.session[:-1])
     starts = np.flatnonzero(first)
     total = np.cumsum(over)
-    before = total[starts] - over[starts]
-    ended = (total - np.repeat(before, np.diff(np.append(starts, len(over))))) > 0
+    before: IntArray = total[starts] - over[starts]
+    ended = np.asarray(total - np.repeat(before, np.diff(np.append(starts, len(over)))) > 0)
     if ended.all():
         raise ValueError(f"context={plan.context_tokens}: not even the first turn of any session fits; raise it")
     kept = subset(trace, np.flatnonzero(~ended))
@@ -207,5 +209,12 @@ def _tree(requests: int, arrivals: str, prefixes: str, seed: int, name: str) -> 
     prompts, outputs, block_tokens, blocks = refit(prefixes, requests, stream(seed, "prefixes"))
     at_s = arrivals_of(arrivals, requests, stream(seed, "arrivals"))
     return Trace(
-        name, at_s, prompts, outputs, block_tokens=block_tokens, block_ids=blocks, format="synthetic", rows_read=requests
+        name,
+        at_s,
+        prompts,
+        outputs,
+        block_tokens=block_tokens,
+        block_ids=blocks,
+        format="synthetic",
+        rows_read=requests,
     )
