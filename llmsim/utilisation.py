@@ -70,7 +70,7 @@ def utilisation(
 
 
 def _calibration(cost: CostModel) -> dict[str, Any]:
-    """What the result rests on; a profile says which one (hash of its content) and the errors it was measured to have."""
+    """What the result rests on; for a profile also the hash of its content and the errors it was measured to have."""
     profile = getattr(cost, "profile", None)
     return {
         "id": None if profile is None else profile.id,

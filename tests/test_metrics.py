@@ -6,6 +6,7 @@ import json
 import re
 import time
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,10 @@ from llmsim.cost.constant import ConstantCost
 from llmsim.cost.graphs import Graphs
 from llmsim.gaps import GapRuns
 from llmsim.metrics import Result, breakdown_s, latencies_s, parse_goodput
+from llmsim.rates import tokens_per_second
+from llmsim.scenario import Scenario
+from llmsim.simulate import simulate
+from llmsim.trace import Trace
 
 PERCENTS = (50, 90, 95, 99)
 
@@ -268,6 +273,50 @@ def test_a_missing_or_short_column_is_named() -> None:
 def test_frames_have_the_latencies_beside_the_columns() -> None:
     frame = made_result([Served(0.5, [1.0, 2.0, 3.0])]).requests_frame()
     assert frame.loc[0, ["ttft_s", "tpot_s", "e2el_s"]].tolist() == [0.5, 1.0, 2.5]
+
+
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        {},
+        {"async_scheduling": False},
+        {"replicas": 3},
+        {"concurrency": 20},
+        {"num_gpu_blocks_override": 400, "max_model_len": 4096},  # preempts
+    ],
+)
+def test_the_columns_of_a_simulation_agree_with_each_other(scenario: dict[str, Any]) -> None:
+    rng = np.random.default_rng(8)
+    count = 400
+    arrival_s = np.cumsum(rng.exponential(0.05, count))
+    trace = Trace("t", arrival_s - arrival_s[0], rng.integers(1, 1500, count), rng.integers(1, 300, count))
+    result = simulate(trace, Scenario("llama-3.1-8b", "h100-sxm", cost="roofline", **scenario))
+    summary = result.summary()
+    assert summary["completed"] == count
+    assert summary["num_preemptions"] > 0 if "num_gpu_blocks_override" in scenario else summary["num_preemptions"] == 0
+    parts = breakdown_s(result.requests)
+    assert all(values_s.min() >= 0.0 for values_s in parts.values())
+    np.testing.assert_allclose(sum(parts.values()), latencies_s(result.requests)["e2el"], rtol=1e-9)
+    assert summary["samples"]["itl"] == summary["total_output_tokens"] - count
+    tokens = tokens_per_second(result.requests, result.iterations, result.gaps)
+    assert tokens.sum() == summary["total_output_tokens"]
+    # Every gap lies between a first and a last token, so together they are what was waited for.
+    decoding_s = (result.requests["finish_s"] - result.requests["first_token_s"]).sum()
+    assert summary["mean_itl_ms"] * summary["samples"]["itl"] == pytest.approx(1e3 * decoding_s)
+    assert 0.0 < summary["gpu_busy_frac"] <= 1.0
+    assert 0.0 < summary["kv_cache_usage_perc"]["mean"] <= summary["kv_cache_usage_perc"]["max"] <= 1.0
+    assert 0.0 < summary["mfu"] < 1.0 and 0.0 < summary["mbu"] < 1.0
+
+
+def test_a_profile_is_named_with_its_errors() -> None:
+    class Profile:
+        id = "7f3c"
+        error = {"fit_decode_step_median": 0.01}  # noqa: RUF012  (read only)
+
+    cost = Measured(0.01, Graphs.of_engine(256, 8192))
+    cost.profile = Profile()  # type: ignore[attr-defined]
+    calibration = made_result([Served(0.0, [1.0])], cost=cost).summary()["calibration"]
+    assert calibration == {"id": "7f3c", "kind": "profile", "label": cost.label, "error": Profile.error}
 
 
 def many(requests: int, runs: int) -> Result:
