@@ -37,10 +37,11 @@ if TYPE_CHECKING:
 
 FLOAT_COLUMNS = ("arrival_s", "scheduled_s", "first_token_s", "finish_s", "preempted_s", "preempted_before_first_s")
 INT_COLUMNS = ("replica", "cached_tokens", "preemptions")
-INTEGER_LOGS = (
-    "iterations", "mode", "seqs", "kv_tokens", "prefill_requests", "prefill_tokens", "prefill_pairs", "prefill_context",
-    "running", "waiting", "kv_blocks", "count", "weight",
-)  # fmt: skip
+LOG_TYPES: dict[str, Any] = {
+    "iterations": np.int64, "mode": np.int8, "seqs": np.int32, "kv_tokens": np.int64, "prefill_requests": np.int32,
+    "prefill_tokens": np.int32, "prefill_pairs": np.int64, "prefill_context": np.int64, "running": np.int32,
+    "waiting": np.int32, "kv_blocks": np.int32, "count": np.int32, "weight": np.int32,
+}  # fmt: skip
 PROGRESS_EVERY = 1000  # requests
 
 
@@ -290,9 +291,9 @@ class Fleet:
         }
         requests |= {name: np.frombuffer(column, dtype=np.float64) for name, column in self._floats.items()}
         requests |= {name: np.frombuffer(column, dtype=np.int64) for name, column in self._ints.items()}
-        iterations = _table([r.iterations for r in self.replicas], ITERATION_COLUMNS)
         rows = [len(r.iterations) // len(ITERATION_COLUMNS) for r in self.replicas]
-        iterations["replica"] = np.repeat(np.arange(len(self.replicas)), rows)
+        iterations = _table([r.iterations for r in self.replicas], ITERATION_COLUMNS)
+        iterations["replica"] = np.repeat(np.arange(len(self.replicas), dtype=np.int16), rows)
         stats = {
             "preemptions": sum(r.preemptions for r in self.replicas),
             "queried_tokens": sum(r.queried_tokens for r in self.replicas),
@@ -319,11 +320,16 @@ def _children(trace: Trace) -> dict[int, list[int]] | None:
     return children
 
 
-def _table(logs: list[array[float]], columns: tuple[str, ...]) -> dict[str, Any]:
-    """Row-wise logs of several replicas as columns."""
-    rows = np.concatenate([np.frombuffer(log, dtype=np.float64) for log in logs]) if logs else np.empty(0)
-    table = rows.reshape(-1, len(columns))
-    return {
-        name: table[:, i].astype(np.int64) if name in INTEGER_LOGS else np.ascontiguousarray(table[:, i])
-        for i, name in enumerate(columns)
-    }
+def _table(logs: list[array[float]], names: tuple[str, ...]) -> dict[str, Any]:
+    """Row-wise logs of several replicas as columns; each log is emptied once copied, to bound the memory."""
+    rows = [len(log) // len(names) for log in logs]
+    columns = {name: np.empty(sum(rows), dtype=LOG_TYPES.get(name, np.float64)) for name in names}
+    first = 0
+    for log, count in zip(logs, rows, strict=True):
+        table = np.frombuffer(log, dtype=np.float64).reshape(-1, len(names))
+        for i, name in enumerate(names):
+            columns[name][first : first + count] = table[:, i]
+        first += count
+        del table
+        del log[:]
+    return columns
