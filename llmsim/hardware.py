@@ -79,7 +79,7 @@ def find_gpu(name: str) -> Gpu:
 def find_model(name: str) -> Model:
     """A model by name, or by the path of a Hugging Face `config.json` or of the folder that holds one."""
     path = Path(name)
-    if path.is_dir():
+    if (path / "config.json").is_file():
         path = path / "config.json"
     if path.suffix == ".json" or path.is_file():
         return _read_config(path)

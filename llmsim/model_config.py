@@ -66,6 +66,12 @@ class _Config:
         self.keys = keys
         self.where = where
 
+    def positive(self, *spellings: str, default: int | None = None) -> int:
+        value = self.integer(*spellings, default=default)
+        if value == 0:
+            raise ValueError(f"{self.where}: {spellings[0]}=0 must be above 0")
+        return value
+
     def integer(self, *spellings: str, default: int | None = None) -> int:
         for key in spellings:
             value = self.keys.get(key)
@@ -83,21 +89,24 @@ def model_fields(config: dict[str, Any], where: str) -> dict[str, Any]:
     """Fields of Model, except name and source."""
     architecture, family, keys = _family(config, where)
     read = _Config(keys, where)
-    heads = read.integer("num_attention_heads")
-    hidden = read.integer("hidden_size")
-    layers = read.integer("num_hidden_layers")
-    if 0 in (heads, hidden, layers):
-        raise ValueError(f"{where}: num_attention_heads, hidden_size and num_hidden_layers must be above 0")
+    heads = read.positive("num_attention_heads")
+    hidden = read.positive("hidden_size")
+    layers = read.positive("num_hidden_layers")
+    kv_heads = read.positive("num_key_value_heads", default=heads)
+    if heads % kv_heads:
+        raise ValueError(f"{where}: num_attention_heads={heads} is no multiple of num_key_value_heads={kv_heads}")
+    if hidden % heads and keys.get("head_dim") is None and not architecture.startswith("Deepseek"):
+        raise ValueError(f"{where}: key 'head_dim' is missing, and {heads} heads do not divide hidden_size={hidden}")
     fields = {
         "architecture": architecture,
         "layers": layers,
         "hidden": hidden,
         "heads": heads,
-        "kv_heads": read.integer("num_key_value_heads", default=heads),
-        "head_dim": read.integer("head_dim", default=hidden // heads),
-        "vocab": read.integer("vocab_size"),
+        "kv_heads": kv_heads,
+        "head_dim": read.positive("head_dim", default=max(1, hidden // heads)),
+        "vocab": read.positive("vocab_size"),
         "tied_embeddings": bool(keys.get("tie_word_embeddings", False)),
-        "max_context_tokens": read.integer("max_position_embeddings"),
+        "max_context_tokens": read.positive("max_position_embeddings"),
         "norms_per_layer": family.get("norms_per_layer", 2),
         "qkv_bias": bool(keys.get("attention_bias", family.get("qkv_bias", False))),
         "out_bias": bool(keys.get("attention_bias", False)) and architecture == "GptOssForCausalLM",
@@ -140,9 +149,12 @@ def _quantisation(config: dict[str, Any], where: str) -> str | None:
 def _experts(read: _Config, architecture: str, layers: int) -> dict[str, Any]:
     experts = read.integer("num_local_experts", "num_experts", "n_routed_experts", default=0)
     if not experts:
-        return {"intermediate": read.integer("intermediate_size")}
+        return {"intermediate": read.positive("intermediate_size")}
     width = "moe_intermediate_size" if "moe_intermediate_size" in read.keys else "intermediate_size"
-    expert_intermediate = read.integer(width)
+    expert_intermediate = read.positive(width)
+    chosen = read.positive("num_experts_per_tok", "experts_per_token")
+    if chosen > experts:
+        raise ValueError(f"{read.where}: num_experts_per_tok={chosen} is above the {experts} experts")
     shared = read.integer("shared_expert_intermediate_size", default=0)
     shared += read.integer("n_shared_experts", default=0) * expert_intermediate
     every = read.integer("decoder_sparse_step", "moe_layer_freq", default=1)
@@ -153,7 +165,7 @@ def _experts(read: _Config, architecture: str, layers: int) -> dict[str, Any]:
     )
     return {
         "experts": experts,
-        "experts_per_token": read.integer("num_experts_per_tok", "experts_per_token"),
+        "experts_per_token": chosen,
         "expert_intermediate": expert_intermediate,
         "shared_intermediate": shared,
         "moe_layers": moe_layers,
