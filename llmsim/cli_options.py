@@ -159,7 +159,9 @@ TRACE_FLAGS: list[Callable[[Any], Any]] = [
     ),
     click.option("--limit", type=INT, help="First N requests only."),
     click.option("--failed", type=_choice(("drop", "keep")), help="Requests without output: drop or keep. [drop]"),
-    click.option("--trace-model", metavar="NAME", help="Only requests the trace marks with this model."),
+    click.option(
+        "--model-filter", "trace_model", metavar="NAME", help="Only requests the trace marks with this model."
+    ),
     click.option("--log-type", metavar="NAME", help="Only requests the trace marks with this log type."),
     click.option("--spread", type=_choice(("none", "uniform")), help="Simultaneous arrivals: none or uniform. [none]"),
     click.option(
