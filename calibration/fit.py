@@ -1,8 +1,8 @@
 """Fit a profile to recordings: the GPU's clock, the host's, and the way between client and engine.
 
     GPU   decode steps after decode steps: G at the captured sizes and b_full, by robust least squares, G made monotone;
-          steps with chunks that wait for the GPU: G at its larger knots, a, and b_mixed, by robust least squares in
-          relative error; then bandwidth (from b_full), rate and sharpness of the form that scales G to other models
+          steps with chunks that wait for the GPU: G at its larger knots, a, b_mixed and d, by robust least squares
+          in relative error; then bandwidth (from b_full), rate and sharpness of the form that scales G to other models
     host  schedule and update by least squares; launches by mode; their slow drift (the body of the distribution, with
           the time it is held from the autocorrelation) and jitter (the stalls beyond it)
     both  walked and fitted in turn, `ROUNDS` times (calibration.observe)
@@ -14,6 +14,7 @@ Not identifiable from such logs, hence assumed: `TAIL_S` and the lead of piecewi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,15 +23,14 @@ from calibration.observe import Seen, observe
 from calibration.steps import Recording, Scenario, StepRow
 from llmsim.cost import FULL, Host
 from llmsim.cost.graphs import Graphs
-from llmsim.cost.profile import GpuClock, Shape
+from llmsim.cost.profile import GpuClock, Shape, effective_rows
 
 Floats = NDArray[np.float64]
 
 ROUNDS = 4
 LARGE_KNOTS = (512, 1024, 2048, 4096, 8192, 16384)
-MIXED_KNOTS = (256, 1024, 8192)
 FEWEST = 4  # observations that a knot of a table needs
-MARGIN_TOKENS = 1.3  # a knot counts as seen if steps reach this near to it
+NEAR = 1.3  # a knot counts as seen if steps come this near to it
 
 
 def robust(matrix: Floats, target: Floats, scale: float, weight: Floats | None = None) -> Floats:
@@ -69,15 +69,16 @@ def monotone(values: Floats, weights: Floats) -> Floats:
 
 
 def gpu_seconds(clock: GpuClock, graphs: Graphs, step: StepRow) -> float:
-    """GPU seconds of a recorded step, by the equation of llmsim.cost.profile."""
-    linear_s = float(np.interp(graphs.padded(step.tokens), clock.tokens, clock.linear_s))
-    if step.tokens > clock.tokens[-1]:
-        linear_s = clock.linear_s[-1] * step.tokens / clock.tokens[-1]
+    """GPU seconds of a recorded step without stalls, by the equation of llmsim.cost.profile."""
+    rows = effective_rows(graphs.padded(step.tokens))
+    linear_s = float(np.interp(rows, clock.tokens, clock.linear_s))
+    if rows > clock.tokens[-1]:
+        linear_s = clock.linear_s[-1] * rows / clock.tokens[-1]
     if not step.chunks:
         return linear_s + clock.full_kv_token_s * step.kv_tokens
-    mixed_s = float(np.interp(step.new_tokens, clock.mixed_new_tokens, clock.mixed_kv_token_s))
-    attention_s = sum(max(clock.pair_s * (n * c + 0.5 * n * (n + 1)), mixed_s * c) for n, c in step.chunks)
-    return linear_s + mixed_s * step.kv_tokens + attention_s
+    kv_s, pair_s = clock.mixed_kv_token_s, clock.pair_s
+    attention_s = sum(max(pair_s * (n * c + 0.5 * n * (n + 1)), kv_s * c) for n, c in step.chunks)
+    return linear_s + kv_s * step.kv_tokens + clock.mixed_request_s * step.seqs + attention_s
 
 
 def first_guess(recordings: Sequence[Recording]) -> GpuClock:
@@ -91,10 +92,10 @@ def first_guess(recordings: Sequence[Recording]) -> GpuClock:
             if step.new_tokens > 2000:
                 per_token.append(gap_s / step.tokens)
     if not gaps or not per_token:
-        raise ValueError("recordings: no steady decode or no step with over 2000 new tokens. Record decode_grid as well")
+        raise ValueError("recordings: no steady decode, or no step with over 2000 new tokens. Record decode_grid too")
     floor_s, token_s = float(np.median(gaps)), float(np.median(per_token))
     linear_s = (floor_s, floor_s * 1.5, max(2048 * token_s, floor_s * 2), max(8192 * token_s, floor_s * 3))
-    return GpuClock((1, 256, 2048, 8192), linear_s, token_s / 1e5, token_s / 500, (1024,), (token_s / 400,), 0, 1, 1, 1)
+    return GpuClock((1, 256, 2048, 8192), linear_s, token_s / 3e4, token_s / 500, token_s / 500, 0.0, 0.0, 1.0, 1.0, 1.0)
 
 
 def fit_decode(seen: Sequence[tuple[str, Seen]], graphs: Graphs) -> tuple[list[int], Floats, float]:
@@ -119,43 +120,43 @@ def fit_decode(seen: Sequence[tuple[str, Seen]], graphs: Graphs) -> tuple[list[i
 
 
 def fit_mixed(seen: Sequence[tuple[str, Seen]], small: GpuClock, graphs: Graphs) -> GpuClock:
-    """The large knots of G, a and b_mixed, the small knots being given."""
+    """The large knots of G, a, b_mixed and d, the small knots and b_full being given."""
     rows = [row for _, row in seen if row.step.chunks and row.gpu_s == row.gpu_s and row.gpu_s > 0]
     steps = [row.step for row in rows]
-    tokens = np.array([graphs.padded(step.tokens) for step in steps], float)
-    largest = small.tokens[-1]
-    near = [knot for knot in LARGE_KNOTS if knot > largest]
-    large = [k for k in near if np.sum((tokens > k / MARGIN_TOKENS) & (tokens < k * MARGIN_TOKENS)) >= FEWEST]
-    linear = hats([*small.tokens, *large], tokens)
+    gemm_rows = np.array([effective_rows(graphs.padded(step.tokens)) for step in steps])
+    near = [knot for knot in LARGE_KNOTS if knot > small.tokens[-1]]
+    large = [k for k in near if np.sum((gemm_rows > k / NEAR) & (gemm_rows < k * NEAR)) >= FEWEST]
+    linear = hats([*small.tokens, *large], gemm_rows)
     known_s = linear[:, : len(small.tokens)] @ np.array(small.linear_s)
-    new_tokens = np.array([step.new_tokens for step in steps], float)
-    decode = hats(MIXED_KNOTS, new_tokens)
     pairs, kv_tokens = np.zeros(len(steps)), np.array([step.kv_tokens for step in steps], float)
-    breakeven = small.mixed_kv_token_s[0] / small.pair_s
+    breakeven = small.mixed_kv_token_s / small.pair_s
     for i, step in enumerate(steps):
         for new, done in step.chunks:
-            if new * done + 0.5 * new * (new + 1) < breakeven * done:
+            own = new * done + 0.5 * new * (new + 1)
+            if own < breakeven * done:
                 kv_tokens[i] += done
             else:
-                pairs[i] += new * done + 0.5 * new * (new + 1)
+                pairs[i] += own
+    # b_mixed is b_full plus something not below 0: alone in a full graph a decode reads at its best
+    known_s += small.full_kv_token_s * kv_tokens
+    seqs = np.array([step.seqs for step in steps], float)
     target = np.array([row.gpu_s for row in rows])
-    matrix = np.column_stack([linear[:, len(small.tokens) :], pairs * 1e-9, decode * kv_tokens[:, None] * 1e-7])
-    coefficients = robust(matrix / target[:, None], (target - known_s) / target, 0.02)
-    values = monotone(np.array([*small.linear_s, *coefficients[: len(large)]]), np.ones(len(small.tokens) + len(large)))
-    mixed = coefficients[len(large) + 1 :] * 1e-7
-    return GpuClock(
-        tokens=(*small.tokens, *large),
-        linear_s=tuple(float(v) for v in values),
-        pair_s=float(coefficients[len(large)] * 1e-9),
-        full_kv_token_s=small.full_kv_token_s,
-        # beside a chunk a decode never reads faster than alone in a full graph
-        mixed_new_tokens=MIXED_KNOTS,
-        mixed_kv_token_s=tuple(max(float(b), small.full_kv_token_s) for b in mixed),
-        layer_overhead_s=0.0,
-        bandwidth_bytes_per_s=1.0,
-        flops_per_s=1.0,
-        sharpness=1.0,
-    )
+    matrix = np.column_stack([linear[:, len(small.tokens) :], pairs * 1e-9, seqs * 1e-5, kv_tokens * 1e-8])
+    extra = [True] * matrix.shape[1]
+    coefficients = np.zeros(matrix.shape[1])
+    for _ in range(2):  # a second time without d or the extra of b, should one of them come out below 0
+        used = np.array(extra)
+        coefficients[:] = 0.0
+        coefficients[used] = robust(matrix[:, used] / target[:, None], (target - known_s) / target, 0.02)
+        extra = [bool(u) and (i < len(large) or c >= 0.0) for i, (u, c) in enumerate(zip(used, coefficients, strict=True))]
+    fields = {name: getattr(small, name) for name in small.__struct_fields__}
+    values = np.array([*small.linear_s, *coefficients[: len(large)]])
+    fields["tokens"] = (*small.tokens, *large)
+    fields["linear_s"] = tuple(float(v) for v in monotone(values, np.ones(len(values))))
+    fields["pair_s"] = float(coefficients[-3] * 1e-9)
+    fields["mixed_request_s"] = float(coefficients[-2] * 1e-5)
+    fields["mixed_kv_token_s"] = small.full_kv_token_s + float(coefficients[-1] * 1e-8)
+    return GpuClock(**fields)
 
 
 def fit_form(clock: GpuClock, shape: Shape) -> GpuClock:
@@ -198,7 +199,7 @@ def fit_gpu(recordings: Sequence[Recording], graphs: Graphs, shape: Shape) -> tu
         given = replace_small(clock, knots, linear_s, full_kv_s)
         clock = fit_mixed(seen, given, graphs)
         seen = walk(scenarios, clock, host, graphs)
-        host = fit_host(scenarios, seen, lambda step: gpu_seconds(clock, graphs, step))
+        host = fit_host(scenarios, seen, partial(gpu_seconds, clock, graphs))
     return fit_form(clock, shape), host
 
 

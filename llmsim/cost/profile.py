@@ -1,23 +1,27 @@
 """Cost of iterations from a profile: coefficients fitted to recordings of a real engine, scaled by shapes.
 
-    pure decodes      T = G(n) + b_full * kv_tokens
-    with chunks       T = G(n) + b_mixed(new) * kv_tokens + sum over chunks max(a * pairs, b_mixed(new) * context)
+    pure decodes      T = (G(n) + b_full * kv_tokens) * (1 + stalls)
+    with chunks       T = G(n) + d * seqs + b_mixed * kv_tokens + sum over chunks max(a * pairs, b_mixed * computed)
 
-T GPU seconds; n tokens of the iteration, padded in graph modes; new tokens of its chunks. G: table of seconds over
-tokens, linear between its knots: linear layers, norms, sampling. a: seconds per (query, key) pair of prefill attention.
-b: seconds per cached token that a decode reads. In a full graph b is one number, the bandwidth; beside chunks the
-decodes run in the prefill's attention kernel, less well, so b_mixed is a table over `new`. A short chunk over a long
-context costs at least what a decode of that context does.
+T GPU seconds; n rows of the iteration: its tokens, padded in graph modes. G: table of seconds over rows, linear between
+its knots: linear layers, norms, sampling. a: seconds per (query, key) pair of prefill attention. b: seconds per cached
+token that a decode reads; beside chunks the decodes run in the prefill's attention kernel, which reads no faster and
+costs d seconds more for each decode. A short chunk over a long context costs at least what a decode of it does. Stalls:
+the share of decode time that the host loses now and then (its own launches never pace a decode, its hiccups do).
+
+GEMMs compute tiles of 128 rows. Above 256 rows, where they pace G, a tile just begun costs a quarter of a full one and
+half a tile costs all of it: measured on Hopper, 1,024 rows to 1,032 cost 0.3 of what 1,024 to 1,152 do, 1,090 cost 0.95.
+So n stands for `effective_rows(n)`. For 60 decodes beside a 1,024-token chunk this is 8 % of the iteration.
 
 Another dense model, dtype or tensor-parallel size is scaled by shapes. G by the ratio of
 
     F(n) = layers * o + (M^p + C(n)^p)^(1/p) + all-reduce
 
 M weight bytes / bandwidth, C(n) n * FLOPs per token / rate, o seconds per layer, p sharpness of the change from
-memory-bound to compute-bound; bandwidth, rate and p fitted to G. a is scaled by attention FLOPs, b by KV bytes, both
-per rank; launches of piecewise and eager iterations by layers (every layer is so many kernels). Above the last knot G
-grows with F. Left out: skew of context lengths inside a batch, MoE, MLA and sliding windows (refused), overlap of
-all-reduce with compute, pipeline parallelism.
+memory-bound to compute-bound; bandwidth, rate and p fitted to G. a is scaled by attention FLOPs, b by KV bytes, d by
+layers, all per rank; launches of piecewise and eager iterations by layers (every layer is so many kernels). Above the
+last knot G grows with F. Left out: skew of context lengths inside a batch, MoE, MLA and sliding windows (refused),
+overlap of all-reduce with compute, pipeline parallelism.
 """
 
 from __future__ import annotations
@@ -41,6 +45,10 @@ if TYPE_CHECKING:
 
 FORMAT = "llmsim-profile"
 VERSION = 1
+TILE_ROWS = 128
+TILE_AT_ONCE = 0.25  # of a full tile's time, as soon as its first row is there
+TILE_PAID_ROWS = 64  # rows after which the whole tile is paid
+FIRST_TILED_ROW = 256  # below, memory paces the GEMMs
 # An all-reduce over NVLink costs about this before bytes count (NCCL tests, small messages).
 ALL_REDUCE_LATENCY_S = 8e-6
 
@@ -50,8 +58,8 @@ class GpuClock(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     linear_s: tuple[float, ...]
     pair_s: float
     full_kv_token_s: float
-    mixed_new_tokens: tuple[int, ...]  # knots of b_mixed
-    mixed_kv_token_s: tuple[float, ...]
+    mixed_kv_token_s: float
+    mixed_request_s: float
     layer_overhead_s: float
     bandwidth_bytes_per_s: float
     flops_per_s: float
@@ -59,8 +67,9 @@ class GpuClock(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class HostClock(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The fields of `llmsim.cost.Host`, every one of them."""
+    """The fields of `llmsim.cost.Host`, every one of them, and the share of decode time lost to stalls."""
 
+    stall_share: float
     schedule_s: float
     schedule_per_request_s: float
     schedule_per_token_s: float
@@ -164,17 +173,21 @@ def decode_profile(text: bytes, where: str) -> Profile:
         found = f"format={profile.format!r} version={profile.version}"
         raise ValueError(f"{where}: {found}; this llmsim reads {FORMAT} version {VERSION}. Fit it again")
     clock = profile.gpu_clock
-    for label, knots, values in (
-        ("tokens", clock.tokens, clock.linear_s),
-        ("mixed_new_tokens", clock.mixed_new_tokens, clock.mixed_kv_token_s),
-    ):
-        if not knots or len(knots) != len(values) or list(knots) != sorted(set(knots)):
-            raise ValueError(f"{where}: gpu_clock.{label}={list(knots)} must rise and have one value per knot")
-        if min(values) <= 0.0:
-            raise ValueError(f"{where}: gpu_clock.{label} has a value {min(values)} that is not above 0 s")
-    if list(clock.linear_s) != sorted(clock.linear_s):
-        raise ValueError(f"{where}: gpu_clock.linear_s must not fall as tokens rise")
+    knots, values = list(clock.tokens), list(clock.linear_s)
+    if not knots or len(knots) != len(values) or knots != sorted(set(knots)):
+        raise ValueError(f"{where}: gpu_clock.tokens={knots} must rise, with one value of linear_s for each")
+    if values != sorted(values) or values[0] <= 0.0:
+        raise ValueError(f"{where}: gpu_clock.linear_s={values} must be above 0 s and must not fall as tokens rise")
     return profile
+
+
+def effective_rows(rows: int) -> float:
+    """Rows of full GEMM tiles that take as long as `rows` do."""
+    if rows <= FIRST_TILED_ROW:
+        return rows
+    full, begun = divmod(rows, TILE_ROWS)
+    share = min(TILE_AT_ONCE + (1.0 - TILE_AT_ONCE) * begun / TILE_PAID_ROWS, 1.0) if begun else 0.0
+    return TILE_ROWS * (full + share)
 
 
 @dataclass(frozen=True)
@@ -237,7 +250,7 @@ def scaled_host(clock: HostClock, layers_ratio: float, host_scale: float) -> Hos
         pairs = zip(tables, growth, strict=True)
         return tuple(tuple(value * factor * host_scale for value in table) for table, factor in pairs)
 
-    plain = {name: getattr(clock, name) for name in clock.__struct_fields__}
+    plain = {name: getattr(clock, name) for name in clock.__struct_fields__ if name != "stall_share"}
     for name, value in plain.items():
         if isinstance(value, float) and name != "drift_hold_s":
             plain[name] = value * host_scale
@@ -275,10 +288,12 @@ class ProfileCost:
         self._beyond = self._linear_s[-1] / shape.form_s(clock, self._last)
         kv_ratio = shape.kv_token_bytes / fitted.kv_token_bytes
         self._pair_s = clock.pair_s * shape.pair_flops / fitted.pair_flops / shape.flops_ratio
-        self._full_kv_s = clock.full_kv_token_s * kv_ratio
-        self._mixed_knots = list(clock.mixed_new_tokens)
-        self._mixed_kv_s = [b * kv_ratio for b in clock.mixed_kv_token_s]
-        self._decode_s = [0.0, *(self.linear_s(self._padded(n)) for n in range(1, self._largest_graph + 1))]
+        self._full_kv_s = clock.full_kv_token_s * kv_ratio * (1.0 + profile.host_clock.stall_share)
+        self._mixed_kv_s = clock.mixed_kv_token_s * kv_ratio
+        self._mixed_request_s = clock.mixed_request_s * shape.layers / fitted.layers
+        self._stalled = 1.0 + profile.host_clock.stall_share
+        sizes = range(1, self._largest_graph + 1)
+        self._decode_s = [0.0, *(self._stalled * self.linear_s(self._padded(n)) for n in sizes)]
 
     def _describe(self, model: Model, settings: CostSettings) -> str:
         profile = self.profile
@@ -292,36 +307,27 @@ class ProfileCost:
     def linear_s(self, tokens: int) -> float:
         """G: seconds of everything but attention for `tokens` rows."""
         knots, values = self._knots, self._linear_s
-        if tokens >= self._last:
-            return self._beyond * self._shape.form_s(self._clock, tokens)
-        i = bisect_right(knots, tokens)
+        rows = effective_rows(tokens)
+        if rows >= self._last:
+            return self._beyond * self._shape.form_s(self._clock, rows)
+        i = bisect_right(knots, rows)
         if i == 0:
             return values[0]
-        share = (tokens - knots[i - 1]) / (knots[i] - knots[i - 1])
-        return values[i - 1] + share * (values[i] - values[i - 1])
-
-    def _mixed_kv_token_s(self, new_tokens: int) -> float:
-        knots, values = self._mixed_knots, self._mixed_kv_s
-        i = bisect_right(knots, new_tokens)
-        if i == 0 or i == len(knots):
-            return values[min(i, len(knots) - 1)]
-        share = (new_tokens - knots[i - 1]) / (knots[i] - knots[i - 1])
+        share = (rows - knots[i - 1]) / (knots[i] - knots[i - 1])
         return values[i - 1] + share * (values[i] - values[i - 1])
 
     def decode_ramp(self, seqs: int, kv_tokens: int) -> Ramp:
-        linear_s = self._decode_s[seqs] if seqs <= self._largest_graph else self.linear_s(seqs)
+        linear_s = self._decode_s[seqs] if seqs <= self._largest_graph else self._stalled * self.linear_s(seqs)
         kv_s = self._full_kv_s
         return Ramp(linear_s + kv_s * kv_tokens, kv_s * seqs)
 
     def mixed_s(self, chunks: Sequence[tuple[int, int]], seqs: int, kv_tokens: int) -> float:
-        new_tokens = 0
-        for new, _ in chunks:
-            new_tokens += new
-        kv_s, pair_s = self._mixed_kv_token_s(new_tokens), self._pair_s
-        seconds = kv_s * kv_tokens
+        kv_s, pair_s = self._mixed_kv_s, self._pair_s
+        seconds = kv_s * kv_tokens + self._mixed_request_s * seqs
+        tokens = seqs
         for new, done in chunks:
+            tokens += new
             seconds += max(pair_s * new * (done + 0.5 * (new + 1)), kv_s * done)
-        tokens = new_tokens + seqs
         return seconds + self.linear_s(self._padded(tokens))
 
     def outside_measured(self, iterations: dict[str, Any]) -> Any:
