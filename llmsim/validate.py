@@ -29,7 +29,7 @@ Floats = NDArray[np.float64]
 Statistics = dict[str, float]
 
 PERCENTS = (50, 90, 99)
-LATENCIES = (("ttft_ms", "TTFT"), ("tpot_ms", "TPOT"), ("itl_ms", "ITL"), ("e2el_ms", "E2EL"))
+LABELS = {"ttft_ms": "TTFT", "tpot_ms": "TPOT", "itl_ms": "ITL", "e2el_ms": "E2EL", "output_throughput": "tok/s"}
 
 
 def validate(
@@ -134,19 +134,32 @@ def _named_in(recorded: RecordedScenario, key: str, known: list[str]) -> str:
 
 
 def report(comparison: dict[str, Any]) -> str:
-    """One line a scenario and metric: predicted, measured (ms; tokens/s) and error of each statistic."""
+    """One line a scenario and metric: predicted, measured (ms; tokens/s) and error of each statistic; of several
+    scenarios also the median size of each metric's errors."""
     columns = ("mean", *(f"p{percent}" for percent in PERCENTS))
-    width = max([len("scenario"), *(len(scenario["name"]) for scenario in comparison["scenarios"])])
+    width = max([len("median |error|"), *(len(scenario["name"]) for scenario in comparison["scenarios"])])
     header = f"{'scenario':<{width}}  {'metric':<10}" + "".join(f"  {c + ' pred / meas  error':>30}" for c in columns)
-    return "\n".join([header, *_rows(comparison, columns, width)])
+    return "\n".join([header, *_rows(comparison, columns, width), *_overall(comparison, columns, width)])
 
 
 def _rows(comparison: dict[str, Any], columns: Sequence[str], width: int) -> Iterator[str]:
-    labels = dict(LATENCIES) | {"output_throughput": "tok/s"}
     for scenario in comparison["scenarios"]:
         for metric, statistics in scenario["metrics"].items():
             cells = [_cell(statistics[column]) for column in columns if column in statistics]
-            yield f"{scenario['name']:<{width}}  {labels[metric]:<10}" + "".join(f"  {cell:>30}" for cell in cells)
+            yield f"{scenario['name']:<{width}}  {LABELS[metric]:<10}" + "".join(f"  {cell:>30}" for cell in cells)
+
+
+def _overall(comparison: dict[str, Any], columns: Sequence[str], width: int) -> Iterator[str]:
+    scenarios = comparison["scenarios"]
+    if len(scenarios) < 2:
+        return
+    for metric, label in LABELS.items():
+        cells = []
+        for column in [c for c in columns if c in scenarios[0]["metrics"][metric]]:
+            errors = [scenario["metrics"][metric][column]["error"] for scenario in scenarios]
+            sizes = [abs(error) for error in errors if error is not None]
+            cells.append(f"{np.median(sizes) * 100:.1f} %" if sizes else "-")
+        yield f"{'median |error|':<{width}}  {label:<10}" + "".join(f"  {cell:>30}" for cell in cells)
 
 
 def _cell(values: dict[str, float | None]) -> str:

@@ -22,6 +22,7 @@ from llmsim.validate import compare, report, validate
 HERE = Path(__file__).parent
 FOLDERS = (HERE / "data" / "recordings", HERE.parents[1] / "shared" / "groundtruth")
 H100 = "vllm-0.25.1_h100-sxm_llama-3.1-8b_bf16"
+METRICS = ("ttft_ms", "tpot_ms", "itl_ms", "e2el_ms", "output_throughput")
 ENGINE = {
     "num_gpu_blocks": 2000,
     "max_num_seqs": 16,
@@ -104,6 +105,18 @@ def test_the_table_has_a_line_for_each_metric(tmp_path: Path) -> None:
     lines = report(validate(folder, cost="constant:0.01")).splitlines()
     assert [line.split()[1] for line in lines[1:]] == ["TTFT", "TPOT", "ITL", "E2EL", "tok/s"]
     assert all("0.0 %" in line for line in lines[1:])
+
+
+def test_several_scenarios_have_a_median_error() -> None:
+    def one(name: str, error: float) -> dict[str, Any]:
+        values = {"predicted": 1.0 + error, "measured": 1.0, "error": error}
+        latencies = {metric: dict.fromkeys(("mean", "p50", "p90", "p99"), values) for metric in METRICS[:4]}
+        return {"name": name, "metrics": latencies | {"output_throughput": {"mean": values}}}
+
+    lines = report({"scenarios": [one("a", 0.02), one("b", -0.05), one("c", 0.04)]}).splitlines()
+    assert len(lines) == 1 + 3 * 5 + 5
+    labels = ("TTFT", "TPOT", "ITL", "E2EL")
+    assert [line.split()[2:] for line in lines[-5:-1]] == [[label, *["4.0", "%"] * 4] for label in labels]
 
 
 def test_notes_are_collected(tmp_path: Path) -> None:
