@@ -56,7 +56,8 @@ SETTINGS = {
 # keys that describe the machine or follow from the settings
 DESCRIPTIONS = (
     "engine", "gpu", "model", "torch", "attention", "cpu", "driver", "date", "recorded", "startup_s", "weights_gib",
-    "kv_cache_gib", "gpu_memory_bytes", "cudagraph_mode", "cudagraph_capture_sizes",
+    "kv_cache_gib", "graphs_gib", "gpu_memory_bytes", "gpu_memory_mib_nvidia_smi", "model_runner", "cudagraph_mode",
+    "cudagraph_capture_sizes", "num_gpu_blocks_override",
 )  # fmt: skip
 CUDAGRAPH_MODES = {"FULL_AND_PIECEWISE": "full_and_piecewise", "PIECEWISE": "piecewise", "NONE": "none"}
 
@@ -98,18 +99,25 @@ def load_recording(path: str | Path) -> list[RecordedScenario]:
     if not files:
         inside = ", ".join(sorted(p.parent.name for p in folder.glob("*/engine.json"))) or "none"
         raise ValueError(f"{folder}: no NAME.requests.json.gz in it; give a recording folder (inside it: {inside})")
+    others = sorted(set(folder.glob("*.json.gz")) - set(files)) if path.is_dir() else []
+    skipped = tuple(f"{other}: neither NAME.requests.json.gz nor {GRID}: skipped" for other in others)
     scenarios: list[RecordedScenario] = []
     for file in files:
         if file.name == GRID:
-            engine = read_settings(folder / "engine.json")
+            engine = _engine(folder / "engine.json", skipped)
             for batch in decoded(file, list[_Batch]):
                 scenarios.append(_scenario(file, batch.name, batch.requests, _Load(), *engine))
         else:
             held: _File = decoded(file, _File)
             name = held.scenario.name or file.name.split(".requests.json")[0]
-            engine = read_settings(folder / held.engine)
+            engine = _engine(folder / held.engine, skipped)
             scenarios.append(_scenario(file, name, held.requests, held.scenario, *engine))
     return scenarios
+
+
+def _engine(path: Path, skipped: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]:
+    settings, engine, notes = read_settings(path)
+    return settings, engine, skipped + notes
 
 
 def read_settings(path: Path) -> tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]:

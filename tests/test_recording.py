@@ -123,6 +123,12 @@ def test_each_batch_of_a_decode_grid_is_a_scenario(tmp_path: Path) -> None:
     assert [one.name for one in load_recording(tmp_path)] == ["load", "grid_0", "grid_1"]
 
 
+def test_other_files_of_a_recording_are_named_as_skipped(tmp_path: Path) -> None:
+    (recording(tmp_path) / "mixed_grid.json.gz").write_bytes(gzip.compress(b"[]"))
+    (one,) = load_recording(tmp_path)
+    assert len(one.notes) == 1 and "mixed_grid.json.gz" in one.notes[0] and "skipped" in one.notes[0]
+
+
 @pytest.mark.parametrize(
     ("requests", "message"),
     [
