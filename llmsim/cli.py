@@ -107,6 +107,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, click.Abort):
         return _fail("interrupted: nothing was written", INTERRUPTED, debug, label="llmsim")
     except click.ClickException as error:
+        if isinstance(error, click.exceptions.NoArgsIsHelpError):  # a command group alone: its help, not a mistake
+            print(error.format_message())
+            return OK
         return _fail(_usage_line(error), WRONG_INPUT, debug)
     except OSError as error:
         try:
@@ -147,9 +150,16 @@ def _fail(message: str, status: int, debug: bool, label: str = "error") -> int:
 def _usage_line(error: click.ClickException) -> str:
     message = error.format_message()
     context = getattr(error, "ctx", None)
-    if context is None or isinstance(error, click.FileError):
+    if isinstance(error, click.NoSuchOption) and context is not None:
+        known = [name for param in context.command.get_params(context) for name in (*param.opts, *param.secondary_opts)]
+        close = get_close_matches(error.option_name, known, n=1)
+        message = (
+            f"no option {error.option_name}. Did you mean {close[0]}?" if close else f"no option {error.option_name}"
+        )
+    if context is None:
         return message
-    return f"{message.rstrip('.')}. See: {context.command_path} --help"
+    stop = "" if message.endswith(("?", ".")) else "."
+    return f"{message}{stop} See: {context.command_path} --help"
 
 
 def _os_line(error: OSError) -> str:

@@ -17,7 +17,7 @@ Row = dict[str, Any]
 
 
 @click.command("list", context_settings=CONTEXT)
-@click.argument("kind", type=click.Choice(KINDS))
+@click.argument("kind", metavar="|".join(KINDS), type=click.Choice(KINDS))
 @json_option
 def list_(kind: str, as_json: bool) -> None:
     """List what llmsim knows, one a line.

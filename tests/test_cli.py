@@ -74,6 +74,11 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         assert re.search(rf"^  {name}  ", text, re.MULTILINE)
 
 
+@pytest.mark.parametrize("group", [[], ["trace"]])
+def test_a_group_alone_prints_its_help(group: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert "Commands:" in printed(capsys, *group)
+
+
 @pytest.mark.parametrize("name", [name for name in cli.COMMANDS if name != "trace"])  # a group: its commands have them
 def test_help_of_a_command_has_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"llmsim {name} " in printed(capsys, name, "--help").partition("\n")[2]
@@ -153,7 +158,7 @@ def test_list_as_a_table_and_as_json(kind: str, expected: str, capsys: pytest.Ca
         (["xyzzy"], "Commands: replay, demo"),
         (["list", "gpu"], "'gpus'"),
         (["replay"], "TRACE"),
-        (["replay", "TRACE", *MACHINE, "--max-num-seq", "8"], "--max-num-seqs"),
+        (["replay", "TRACE", *MACHINE, "--max-num-seq", "8"], "Did you mean --max-num-seqs?"),
         (["replay", "TRACE", "--model", "llama-3.1-8b"], "no gpu: add --gpu NAME"),
         (["replay", "TRACE", "--gpu", "h100-sxm"], "no model: add --model NAME"),
         (["replay", "TRACE", "--gpu", "h10", "--model", "llama-3.1-8b"], "Did you mean h100-sxm"),
