@@ -171,7 +171,7 @@ def _labels(path: str, kind: Any) -> list[Any]:
     data = open_source(path).data
     try:
         plain = msgspec.json.decode(data, type=list[dict[str, Any]])
-        known = {name for name in kind.__dataclass_fields__}
+        known = set(kind.__dataclass_fields__)
         for one in plain:
             unknown = sorted(set(one) - known)
             if unknown:

@@ -189,9 +189,10 @@ def _suspect_unit(trace: Trace, unit: str) -> Trace:
     if RATE_LIMITS[0] <= per_s <= RATE_LIMITS[1]:
         return trace
     words = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
-    scale = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}[unit]
-    fractional = "are fractional and " if bool(((stamps * scale) % 1.0 > 1e-6).any()) else ""
-    other = "s" if unit != "s" else "ms"
+    per_unit = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}
+    fractional = "are fractional and " if bool(((stamps * per_unit[unit]) % 1.0 > 1e-6).any()) else ""
+    plausible = [u for u in per_unit if RATE_LIMITS[0] <= per_s * per_unit[u] / per_unit[unit] <= RATE_LIMITS[1]]
+    other = (plausible or ["s" if unit != "s" else "ms"])[0]
     return trace.with_notes(
         f"timestamps {fractional}span {span_s * 1e3:.6g} ms ({per_s:.4g} req/s): read as {words[unit]} ({trace.format} "
         f"timestamps are {words[unit]}); give --time-unit {other} if these are {words[other]}"

@@ -120,8 +120,8 @@ def _read_directory(source: Source, directory: Path, options: ReadOptions, forma
         return weka.read(records, options)
     held = sorted(others + [path.name for path in sessions])
     raise ValueError(
-        f"{source.name}: a directory, but neither a ServeGen pool (chunk-<i>-trace.csv) nor only Weka sessions (.json); it "
-        f"holds {listed(held) or 'nothing'}; give the trace file itself"
+        f"{source.name}: a directory, but neither a ServeGen pool (chunk-<i>-trace.csv) nor only Weka sessions: "
+        f"it holds {listed(held) or 'nothing'}; give the trace file itself"
     )
 
 

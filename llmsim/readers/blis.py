@@ -34,7 +34,7 @@ def read_with_preamble(source: Source) -> CsvTable:
             return read_csv(source, source.data[at:], number)
         at += len(line) + 1
     raise ValueError(
-        f"{source.name}: a BLIS header without its table; give the CSV file that holds the requests (arrival_time_us, ...)"
+        f"{source.name}: a BLIS header without its table; give the CSV that holds the requests (arrival_time_us, ...)"
     )
 
 

@@ -22,8 +22,8 @@ def require(table: Table, looks_like: str, *columns: str) -> list[str]:
     if missing:
         several = "columns " + ", ".join(missing) + " are" if len(missing) > 1 else f"column {missing[0]} is"
         raise ValueError(
-            f"{table.name}: looks like {looks_like} trace but {several} missing (found {', '.join(table.names)}); add it, "
-            "or map your columns with --columns arrival=...,prompt=...,output=..."
+            f"{table.name}: looks like {looks_like} trace but {several} missing (found {', '.join(table.names)}); add "
+            "it, or map your columns with --columns arrival=...,prompt=...,output=..."
         )
     return [found for column in columns if (found := table.find(column)) is not None]
 
@@ -52,8 +52,8 @@ def read_azure(table: Table, options: ReadOptions) -> Rows:
     if images:
         counted = table.ints(images)
         rows.notes.append(
-            f"NumImages ignored ({int((counted > 0).sum())} requests carry {int(counted.sum())} images): image tokens are "
-            "not modelled"
+            f"NumImages ignored ({int((counted > 0).sum())} requests carry {int(counted.sum())} images): image tokens "
+            "are not modelled"
         )
     return rows
 
@@ -63,7 +63,7 @@ def read_burstgpt(table: Table, options: ReadOptions) -> Rows:
     rows = Rows("burstgpt", table.lines, table.ints(prompt), table.ints(output), tick_s=BURST_TICK_S)
     rows.arrival_s = table.times(stamp, options.unit_s("s"))
     rows.time_unit = options.time_unit or "s"
-    total, session, model, log_type = (table.find(n) for n in ("Total tokens", "Session ID", "Model", "Log Type"))
+    total, session, model = (table.find(name) for name in ("Total tokens", "Session ID", "Model"))
     if total:
         _check_total(table, rows, total)
     if session:
@@ -76,7 +76,8 @@ def read_burstgpt(table: Table, options: ReadOptions) -> Rows:
     if failed.any():
         what = "dropped by default" if options.failed == "drop" else "kept as one-token requests"
         rows.notes.append(
-            f"{int(failed.sum())} of {len(table)} rows have Response tokens = 0 (failed requests): {what}; --failed keep|drop"
+            f"{int(failed.sum())} of {len(table)} rows have Response tokens = 0 (failed requests): {what}; "
+            "--failed keep|drop"
         )
     return rows
 
@@ -87,7 +88,8 @@ def _check_total(table: Table, rows: Rows, column: str) -> None:
         row = int(wrong[0])
         rows.notes.append(
             f"Total tokens is not Request + Response on {len(wrong)} rows (first: line {table.lines[row]}, "
-            f"{table.texts(column)[row]} against {rows.prompt_tokens[row] + rows.output_tokens[row]}): the sum is not used"
+            f"{table.texts(column)[row]} against {rows.prompt_tokens[row] + rows.output_tokens[row]}): "
+            "the sum is not used"
         )
 
 

@@ -28,8 +28,8 @@ OPTIONAL = ("request_id", "session_id", "turn", "parent_id", "delay_s", "priorit
 PREFIX_BLOCK_TOKENS = 16  # for prefix_id + prefix_tokens: vLLM's block, so no shared token is lost to rounding there
 KNOWN = (
     "Known: azure (TIMESTAMP, ContextTokens, GeneratedTokens), burstgpt (Timestamp, Request tokens, Response tokens), "
-    "vidur (arrived_at, num_prefill_tokens, num_decode_tokens), splitwise (arrival_timestamp, prompt_size, token_size), "
-    "blis (arrival_time_us, input_tokens, output_tokens), mooncake (timestamp, input_length, output_length), "
+    "vidur (arrived_at, num_prefill_tokens, num_decode_tokens), splitwise (arrival_timestamp, prompt_size, token_size),"
+    " blis (arrival_time_us, input_tokens, output_tokens), mooncake (timestamp, input_length, output_length), "
     "qwen-bailian (chat_id, parent_chat_id), llmservingsim (input_toks, output_toks, arrival_time_ns), sharegpt "
     "(conversations), generic (arrival_time_s, prompt_tokens, output_tokens)"
 )
@@ -75,9 +75,9 @@ def _main_columns(table: Table, mapping: Mapping[str, str]) -> tuple[str | None,
         lacking = "prompt" if found["prompt"] is None else "output"
         usual = PROMPT if lacking == "prompt" else OUTPUT
         raise ValueError(
-            f"{table.name}: {table.unit} {table.lines[0]}: {usual[0]} missing: looks like a generic trace without a column "
-            f"of {lacking} tokens (found {names}); call it {usual[0]}, {usual[1]} or {usual[2]}, or give --columns "
-            f"{lacking}=NAME"
+            f"{table.name}: {table.unit} {table.lines[0]}: {usual[0]} missing: looks like a generic trace without a "
+            f"column of {lacking} tokens (found {names}); call it {usual[0]}, {usual[1]} or {usual[2]}, or give "
+            f"--columns {lacking}=NAME"
         )
     return found["arrival"], found["prompt"], found["output"]
 

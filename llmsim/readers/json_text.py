@@ -135,6 +135,11 @@ def _cut_array(source: Source, text: str, error: json.JSONDecodeError) -> ValueE
     offset = len(text[:at].encode())
     what = "conversations" if '"conversations"' in text[:4096] else "elements"
     end = len(text.rstrip())
+    if error.msg == "Extra data":
+        return ValueError(
+            f"{source.name}: line {error.lineno}: more data after the JSON array; a trace is one array of objects, or "
+            "one object a line"
+        )
     cut = error.pos >= end - 1 or not text.rstrip().endswith("]")
     return ValueError(
         f"{source.name}: the JSON array {'is cut: file truncated?' if cut else 'is broken:'} byte offset {offset} of "

@@ -2,8 +2,8 @@
 
 Flat: `input_toks`, `output_toks`, `arrival_time_ns`, optionally `input_tok_ids` and `output_tok_ids`. Agentic:
 `session_id`, `arrival_time_ns`, `sub_requests`; each call is followed by `tool_duration_ns`, which begins when the call
-has finished (the last one has no effect). Both may share a file. Token ids become ids of 16-token blocks such that equal
-ids mean equal text up to and including that block. Source: casys-kaist/LLMServingSim, workload format.
+has finished (the last one has no effect). Both may share a file. Token ids become ids of 16-token blocks such that
+equal ids mean equal text up to and including that block. Source: casys-kaist/LLMServingSim, workload format.
 """
 
 from __future__ import annotations

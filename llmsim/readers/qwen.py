@@ -1,6 +1,7 @@
 """Qwen-Bailian JSON lines: conversations with parents and the hashes of 16-token blocks.
 
-    {"chat_id", "parent_chat_id" (-1: first turn), "timestamp" s, "input_length", "output_length", "type", "turn", "hash_ids"}
+    {"chat_id", "parent_chat_id" (-1: first turn), "timestamp" s, "input_length", "output_length", "type", "turn",
+     "hash_ids"}
 
 The last block of a turn may be hashed differently in the next one (padding, and reasoning removed from the history), so
 a turn does not extend its parent exactly: only leading ids are compared. Every turn has a stamp of its own and is sent

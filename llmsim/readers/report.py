@@ -59,7 +59,8 @@ def spread_of(values: Any) -> dict[str, float]:
     """Mean, median, upper percentiles and maximum of a column."""
     p50, p90, p99 = np.percentile(values, (50, 90, 99))
     return {
-        "mean": float(values.mean()), "p50": float(p50), "p90": float(p90), "p99": float(p99), "max": float(values.max()),
+        "mean": float(values.mean()), "p50": float(p50), "p90": float(p90), "p99": float(p99),
+        "max": float(values.max()),
     }  # fmt: skip
 
 

@@ -36,14 +36,15 @@ def fits_bench(keys: set[str]) -> bool:
 def read_vllm(table: Records, options: ReadOptions) -> Rows:
     if len(table) > 1:
         raise ValueError(
-            f"{table.name}: {len(table)} benchmark results in one file (--append-result); keep the line of the run to replay"
+            f"{table.name}: {len(table)} benchmark results in one file (--append-result); keep the line "
+            "of the run to replay"
         )
     result = table.records[0]
     prompts, outputs = result.get("input_lens"), result.get("output_lens")
     if not isinstance(prompts, list) or not isinstance(outputs, list):
         raise ValueError(
-            f"{table.name}: a vLLM benchmark summary only: no input_lens/output_lens/ttfts. Re-run vllm bench serve with "
-            "--save-result --save-detailed"
+            f"{table.name}: a vLLM benchmark summary only: no input_lens/output_lens/ttfts. Re-run vllm bench serve "
+            "with --save-result --save-detailed"
         )
     starts, errors = result.get("start_times"), result.get("errors")
     for field, column in (("output_lens", outputs), ("start_times", starts), ("errors", errors)):
@@ -84,8 +85,8 @@ def _seconds(name: str, field: str, values: list[Any], line: IntArray, unit: str
 def _closed(rows: Rows, concurrency: object) -> None:
     if isinstance(concurrency, int) and not isinstance(concurrency, bool) and concurrency > 0:
         rows.notes.append(
-            f"measured in closed loop (max_concurrency {concurrency}): its start times depend on the system measured and "
-            f"hide queueing; --concurrency {concurrency} replays it closed"
+            f"measured in closed loop (max_concurrency {concurrency}): its start times depend on the system measured "
+            f"and hide queueing; --concurrency {concurrency} replays it closed"
         )
 
 

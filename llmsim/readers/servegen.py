@@ -1,8 +1,8 @@
 """ServeGen pools: a directory of clients, each with windows of rate and burstiness and of token histograms.
 
 ``chunk-<i>-trace.csv`` (no header): start_s, rate_rps, cv, Gamma | Weibull | empty (silent), shape, scale, every 600 s.
-``chunk-<i>-dataset.json``: {start_s: {"input_tokens": "{tokens: weight, ...}", "output_tokens": ...}}, every 21,600 s; a
-window of arrivals uses the latest histogram that begins at or before it. In a window a client sends ceil(rate * 600)
+``chunk-<i>-dataset.json``: {start_s: {"input_tokens": "{tokens: weight, ...}", "output_tokens": ...}}, every 21,600 s;
+a window of arrivals uses the latest histogram that begins at or before it. In a window a client sends ceil(rate * 600)
 requests, with gaps from its distribution scaled to fill the window exactly, as the reference generator does.
 
 The reference draws one uniform for all fields of a request, so prompt and output are fully rank-correlated inside a
@@ -188,7 +188,8 @@ def _rows(
     rows.tenant = [f"client-{client}" for client in tenants.tolist()]
     how = "one uniform for prompt and output (rank-correlated)" if options.rank_correlated else "independent"
     rows.notes.append(
-        f"{clients} clients, window [{begin_s:g}, {end_s:g}) s, seed {options.seed}; prompt and output of a client: {how}"
+        f"{clients} clients, window [{begin_s:g}, {end_s:g}) s, seed {options.seed}; prompt and output of a "
+        f"client: {how}"
     )
     if skipped:
         rows.notes.append(f"{skipped} client windows have a rate but no token data: nothing sent")

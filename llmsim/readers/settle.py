@@ -78,8 +78,8 @@ def _over_context(name: str, rows: Rows, keeping: Keeping) -> None:
     at = np.flatnonzero(over)
     first = int(at[0])
     what = (
-        f"{len(at)} requests are longer than the context of {limit} tokens (first: {rows.unit} {rows.line[first]}, prompt "
-        f"{rows.prompt_tokens[first]} + output {rows.output_tokens[first]})"
+        f"{len(at)} requests are longer than the context of {limit} tokens (first: {rows.unit} {rows.line[first]}, "
+        f"prompt {rows.prompt_tokens[first]} + output {rows.output_tokens[first]})"
     )
     if keeping.over_context == "error":
         raise ValueError(f"{name}: {what}; give --over-context drop or truncate, or a larger context")
@@ -162,8 +162,8 @@ def order_in_time(name: str, rows: Rows, strict_order: bool) -> Rows:
         first = [int(stamped[i + 1]) for i in back[:5]]
         if strict_order:
             raise ValueError(
-                f"{name}: {len(back)} rows are earlier than the row before them ({rows.unit} {listed(first)}); sort the "
-                "trace by arrival, or leave out --strict-order"
+                f"{name}: {len(back)} rows are earlier than the row before them ({rows.unit} {listed(first)}); sort "
+                "the trace by arrival, or leave out --strict-order"
             )
         rows.notes.append(
             f"{len(back)} rows are earlier than the row before them (first: {rows.unit} {first[0]}): sorted"

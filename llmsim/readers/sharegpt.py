@@ -134,8 +134,8 @@ def _turns(
     if empty:
         rows.dropped["conversation without an answer to a human message"] = empty
     rows.notes.append(
-        "multi-turn: the prompt of a turn is its whole history, shared with the turns before it; a turn waits for the one "
-        "before, without think time"
+        "multi-turn: the prompt of a turn is its whole history, shared with the turns before it; a turn waits for the "
+        "one before, without think time"
     )
     if leading:
         rows.notes.append(

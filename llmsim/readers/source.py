@@ -139,7 +139,7 @@ def _refuse(name: str, data: bytes) -> None:
     head = data[:512].lstrip()
     if head.startswith(b"version https://git-lfs"):
         raise ValueError(
-            f"{name}: a Git LFS pointer of {len(data)} bytes, not the trace itself; fetch the content with: git lfs pull"
+            f"{name}: a Git LFS pointer of {len(data)} bytes, not the trace itself; fetch the content: git lfs pull"
         )
     if head.lower().startswith((b"<!doctype", b"<html")):
         raise ValueError(f"{name}: an HTML page, not a trace; download the raw file instead of the page that shows it")

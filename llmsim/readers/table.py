@@ -93,13 +93,20 @@ class Table:
         whole = self._int_sweep(column)
         if whole is not None and whole.min() >= 0:
             # Subtracted as integers: nanoseconds since 1970 do not fit a double.
-            return (whole - whole.min()) * unit_s
+            return np.asarray((whole - whole.min()) * unit_s)
         if self.is_dated(column):
             swept = self._stamp_sweep(column)
             if swept is not None:
                 return swept
             return values.stamps(self.name, column, self.raw(column), self.lines, text=self.text, unit=self.unit)
-        numbers = self.floats(column)
+        swept_s = self._float_sweep(column)
+        if swept_s is not None and bool(np.isfinite(swept_s).all()) and swept_s.min() >= 0:
+            numbers = swept_s
+        else:
+            numbers = values.numbers(
+                self.name, column, self.raw(column), self.lines, text=self.text, unit=self.unit,
+                expected=f"a readable time ({values.ACCEPTED_TIMES})",
+            )  # fmt: skip
         return np.asarray((numbers - numbers.min()) * unit_s)
 
     def first(self, column: str) -> object:
@@ -154,8 +161,8 @@ class Records(Table):
 class CsvTable(Table):
     """CSV: the text of every column, and typed columns parsed from the same bytes when asked for.
 
-    Typed columns are parsed again rather than cast: `pyarrow.compute` and Arrow's `to_numpy` (which imports pandas) cost
-    ten times as long to import as a 20,000-row file takes to read.
+    Typed columns are parsed again rather than cast: `pyarrow.compute` and Arrow's `to_numpy` (which imports pandas)
+    cost ten times as long to import as a 20,000-row file takes to read.
     """
 
     text = True
@@ -269,8 +276,8 @@ def _header(source: Source, head: bytes, first_line: int) -> tuple[str, list[str
         if servegen:
             raise ValueError(f"{source.name}: one client of a ServeGen pool; give the directory that holds it instead")
         raise ValueError(
-            f"{source.name}: line {first_line}: the first line is data ({shown(first)}), not a header; add a header, for "
-            'example "TIMESTAMP,ContextTokens,GeneratedTokens" for an Azure trace or '
+            f"{source.name}: line {first_line}: the first line is data ({shown(first)}), not a header; add a header, "
+            'for example "TIMESTAMP,ContextTokens,GeneratedTokens" for an Azure trace or '
             '"arrival_time_s,prompt_tokens,output_tokens"'
         )
     seen: dict[str, int] = {}

@@ -52,6 +52,8 @@ def why_not_count(value: object, *, text: bool) -> tuple[str, str]:
     """What was expected, and the fix, for a value `count_of` refused."""
     fix = ""
     number = value.strip() if isinstance(value, str) else value
+    if isinstance(number, float) and not math.isfinite(number):
+        return "a finite number", "token counts are whole numbers"
     if isinstance(number, str) and not text and NUMBER.fullmatch(number):
         fix = "write the number without quotes"
     elif isinstance(number, str) and THOUSANDS.fullmatch(number):
@@ -120,7 +122,15 @@ def counts(name: str, column: str, values: list[object], lines: IntArray, *, tex
 
 
 def numbers(
-    name: str, column: str, values: list[object], lines: IntArray, *, text: bool, unit: str, negative: bool = False
+    name: str,
+    column: str,
+    values: list[object],
+    lines: IntArray,
+    *,
+    text: bool,
+    unit: str,
+    negative: bool = False,
+    expected: str = "a finite number",
 ) -> FloatArray:
     """A column of finite numbers value by value."""
     missing = [int(lines[i]) for i, value in enumerate(values) if value is None]
@@ -133,7 +143,10 @@ def numbers(
     if bad:
         first = seconds_of(bad[0][1], text=text)
         quoted = isinstance(bad[0][1], str) and not text and NUMBER.fullmatch(bad[0][1].strip())
-        expected = "a finite number" if first is None else "a finite number of at least 0"
+        if first is not None:
+            expected = "a finite number of at least 0"
+        elif str(bad[0][1]).strip().lower().lstrip("+-") in ("nan", "inf", "infinity"):
+            expected = "a finite number"
         raise bad_rows(
             name, bad, _named(column, text), expected, "write the number without quotes" if quoted else "", unit
         )

@@ -124,7 +124,7 @@ def _warn_long(rows: Rows, options: ReadOptions) -> None:
 
 
 def read_turns(table: Table, options: ReadOptions) -> Rows:
-    """One request a line, in order within its session: the wait before it is `pre_gap_s`, or the last `think_time_s`."""
+    """One request a line, in order within its session; the wait before it is `pre_gap_s` or the last `think_time_s`."""
     prompt = table.find("input_tokens", "input_len", "prompt_tokens")
     if prompt is None:
         raise ValueError(

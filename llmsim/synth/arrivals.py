@@ -29,7 +29,7 @@ def arrivals(text: str, requests: int, rng: Rng) -> FloatArray:
     if requests < 1:
         raise ValueError(f"requests={requests} must be at least 1")
     exact = spec.count("exact", 0, least=0)
-    at_s = process(spec, requests, rng)
+    at_s: FloatArray = process(spec, requests, rng)
     spec.done()
     at_s = at_s - at_s[0]
     if exact and requests > 1:

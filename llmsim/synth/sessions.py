@@ -3,8 +3,8 @@
     sessions:turns=(uniform:min=3,max=9),think=(exponential:mean=5),system=500,shared=1,history=1,open=0,context=200000
     closed:users=16,think=(exponential:mean=5),stagger=1
 
-The arrival process governs session starts. With history, the prompt of turn k is the system prompt, all new inputs up to
-k and all answers before k; turns share it as blocks of one stream, and `shared` system prompts are common to all
+The arrival process governs session starts. With history, the prompt of turn k is the system prompt, all new inputs up
+to k and all answers before k; turns share it as blocks of one stream, and `shared` system prompts are common to all
 sessions. `open=1` sends each turn `think` after the one before was *sent* (open loop). `closed` is a fixed number of
 users without history: each sends its next request `think` after its answer.
 """
