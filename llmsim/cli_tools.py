@@ -66,7 +66,7 @@ def _scenario_text(fields: dict[str, Any], flags: list[str], not_modelled: list[
 def validate(paths: tuple[Path, ...], model: str | None, gpu: str | None, cost: str, as_json: bool) -> int:
     """Check llmsim against what real engines did.
 
-    PATH is a recorded schedule (JSON: every step must be equal), a recording folder, or the result file of
+    PATH is a recorded schedule (JSON: every step must match), a recording folder, or the result file of
     'vllm bench serve --save-detailed'; a folder of schedules is checked file by file. Exit status 1 if a schedule
     differs.
 
@@ -85,7 +85,7 @@ def validate(paths: tuple[Path, ...], model: str | None, gpu: str | None, cost: 
     if as_json:
         click.echo(json.dumps({**({"cases": cases} if cases else {}), **({"scenarios": measured} if measured else {})}))
     elif cases:
-        click.echo(f"{len(cases) - len(differs)} of {len(cases)} schedules equal")
+        click.echo(f"{len(cases) - len(differs)} of {len(cases)} schedules match")
     return 1 if differs else 0
 
 
@@ -116,7 +116,7 @@ def _replayed(path: Path, as_json: bool) -> dict[str, Any]:
     except (AttributeError, KeyError, TypeError) as error:  # a field of another kind than recorders write
         raise ValueError(f"{path}: damaged ({type(error).__name__}: {error}): record the schedule again") from error
     if not as_json:
-        click.echo(f"{path}: {difference or 'equal'}")
+        click.echo(f"{path}: {difference or 'match'}")
     return {"path": str(path), "difference": difference}
 
 

@@ -445,7 +445,7 @@ def oracle_case() -> Path:
 
 
 def test_validate_an_equal_schedule(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "1 of 1 schedules equal" in printed(capsys, "validate", oracle_case())
+    assert "1 of 1 schedules match" in printed(capsys, "validate", oracle_case())
 
 
 def test_validate_a_changed_schedule_exits_1_and_names_the_step(
