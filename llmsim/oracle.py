@@ -17,8 +17,6 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-import simpy
-
 from llmsim.cost.constant import ConstantCost
 from llmsim.cost.graphs import Graphs
 from llmsim.kvcache import KVCache
@@ -111,7 +109,7 @@ class Replay:
         self.max_turns = int(config.get("max_iters", 10_000))
         block_tokens = config["block_size"]
         self.replica = Replica(
-            simpy.Environment(),
+            None,
             VllmScheduler(
                 policy=config.get("policy", "fcfs"),
                 long_prefill_token_threshold=config.get("long_prefill_token_threshold", 0),

@@ -102,11 +102,14 @@ class _Plan:
 
 
 class Replica:
-    """Policies read and act on this; `submit` and `outstanding` are for routers and sources."""
+    """Policies read and act on this; `submit` and `outstanding` are for routers and sources.
+
+    Without `env` it has no clock: `begin`, `commit` and `free` step it by hand (`llmsim.oracle`).
+    """
 
     def __init__(
         self,
-        env: simpy.Environment,
+        env: simpy.Environment | None,
         scheduler: Any,
         cost: CostModel,
         kv: KVCache,
@@ -117,7 +120,8 @@ class Replica:
         on_finish: Callable[[Request, Replica], None] | None = None,
         index: int = 0,
     ) -> None:
-        self.env, self.scheduler, self.cost, self.kv, self.limits = env, scheduler, cost, kv, limits
+        self.env = env or simpy.Environment()
+        self.scheduler, self.cost, self.kv, self.limits = scheduler, cost, kv, limits
         self.index = index
         self.asynchronous = asynchronous
         self.waiting = WaitingQueue(getattr(scheduler, "order", None))
