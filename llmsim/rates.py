@@ -72,7 +72,8 @@ def stability(requests: Columns, concurrency: int | None) -> tuple[bool | None, 
     """Whether the queue kept growing, and that in words.
 
     The backlog (sent, not yet scheduled) is averaged over each quarter of the arrivals. Unstable: it rises from the
-    second to the third to the last quarter, by more than 2 % of what arrived between. None: cannot be told.
+    second to the third to the last quarter, by more than 2 % of what arrived between, and by more than the square root
+    of that number, which is how far Poisson arrivals stray on their own. None: cannot be told.
     """
     sent_s = np.sort(requests["arrival_s"])
     if concurrency is not None:
@@ -85,9 +86,10 @@ def stability(requests: Columns, concurrency: int | None) -> tuple[bool | None, 
     refused = np.cumsum(~np.isfinite(scheduled_s)[np.argsort(requests["arrival_s"], kind="stable")])
     backlog = np.arange(1, sent_s.size + 1) - refused - np.searchsorted(started_s, sent_s, side="right")
     quarters = [float(part.mean()) for part in np.array_split(backlog, 4)]
-    growth = (quarters[3] - quarters[1]) / (sent_s.size / 2)  # part of the arrivals that was not served
+    between = sent_s.size / 2  # arrivals between the middles of those quarters
+    growth = (quarters[3] - quarters[1]) / between  # part of them that was not served
     waiting = int(backlog[-1])
-    if quarters[1] < quarters[2] < quarters[3] and growth > UNSERVED:
+    if quarters[1] < quarters[2] < quarters[3] and growth > max(UNSERVED, between**-0.5):
         rate = (sent_s.size - 1) / span_s
         return False, (
             f"unstable: of {rate:.3g} requests/s about {(1 - growth) * rate:.3g} were served, "

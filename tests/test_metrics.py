@@ -18,7 +18,7 @@ from llmsim.cost.constant import ConstantCost
 from llmsim.cost.graphs import Graphs
 from llmsim.gaps import GapRuns
 from llmsim.metrics import Result, breakdown_s, latencies_s, parse_goodput
-from llmsim.rates import tokens_per_second
+from llmsim.rates import stability, tokens_per_second
 from llmsim.scenario import Scenario
 from llmsim.simulate import simulate
 from llmsim.trace import Trace
@@ -247,6 +247,20 @@ def test_a_queue_that_keeps_growing_is_called_unstable() -> None:
     assert made_result(fluid_queue(1.0)).summary()["stable"] is True
     assert made_result(fluid_queue(0.9)[:50]).summary()["stable"] is None
     assert made_result(fluid_queue(0.9), concurrency=4).summary()["stable"] is None
+
+
+@pytest.mark.parametrize("load", [0.5, 0.8, 0.9])
+def test_a_loaded_but_stable_queue_is_seldom_called_unstable(load: float) -> None:
+    """A single server, Poisson arrivals: at 90 % load the queue is long and wanders, but it does not run away."""
+    alarms = 0
+    for seed in range(40):
+        arrival_s = np.cumsum(np.random.default_rng(seed).exponential(1.0, 400))
+        start_s, free_s = np.empty(400), 0.0
+        for i, sent_s in enumerate(arrival_s.tolist()):
+            start_s[i] = max(sent_s, free_s)
+            free_s = start_s[i] + load
+        alarms += stability({"arrival_s": arrival_s, "scheduled_s": start_s}, None)[0] is False
+    assert alarms <= 4
 
 
 def test_nothing_completed_gives_nulls_not_nans() -> None:
