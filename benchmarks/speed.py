@@ -1,8 +1,8 @@
 """How fast llmsim is: `python -m benchmarks.speed [CASE ...] [--repeats N] [--json]`.
 
-Every case runs in a process of its own, so that its peak memory is its own; times are CPU seconds of the simulation alone
-(`simulate`, from a loaded trace to the result's columns), the median of the repeats. Start-up is measured over whole
-commands. Cases that replay public traces read them from ../shared/traces and say so if they are not there.
+Every case runs in a process of its own, so that its peak memory is its own; times are CPU seconds of the simulation
+alone (`simulate`, from a loaded trace to the result's columns), the median of the repeats. Start-up is measured over
+whole commands. Cases that replay public traces read them from ../shared/traces and say so if they are not there.
 """
 
 from __future__ import annotations
@@ -151,8 +151,9 @@ def main(cases: tuple[str, ...], repeats: int | None, as_json: bool, one: str | 
         row = in_own_process(name, repeats)
         rows.append(row)
         if not as_json:
-            rates = f"{row['requests_per_cpu_s']:>12,.0f}{row['tokens_per_cpu_s']:>14,.0f}{row['iterations_per_cpu_s']:>14,.0f}"
-            print(f"{title:<52}{rates}{row['cpu_s']:>8.2f}{row['peak_memory_mb']:>9.0f}", flush=True)
+            rates = f"{row['requests_per_cpu_s']:>12,.0f}{row['tokens_per_cpu_s']:>14,.0f}"
+            rates += f"{row['iterations_per_cpu_s']:>14,.0f}{row['cpu_s']:>8.2f}{row['peak_memory_mb']:>9.0f}"
+            print(f"{title:<52}{rates}", flush=True)
     start_up = {"help_cpu_s": command_cpu_s("--help"), "replay_cpu_s": _replay_start_up_s()}
     if as_json:
         print(json.dumps({"cases": rows, "start_up": start_up}))

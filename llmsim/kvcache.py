@@ -5,15 +5,15 @@ cached contents are lost. vLLM's free list [v1/core/block_pool.py; kv_cache_util
 
     blocks without content (freed ones last in first out, then never used ones)  |  blocks with content, oldest first
 
-because freed blocks without a hash go to the front and freed blocks with one go to the back. So the state is a number of
-free blocks and, for those that still hold content, a list in the order of their eviction.
+because freed blocks without a hash go to the front and freed blocks with one go to the back. So the state is a number
+of free blocks and, for those that still hold content, a list in the order of their eviction.
 
-Content is kept as *extents*: runs of consecutive blocks of one stretch of a sequence that were stored by the same request
-and not touched separately since. A stretch (`Node`) is one prefix id of the trace below its parent's (a trie, so equal ids
-behind different prefixes stay apart), or the rest of one request's own sequence that nobody else can know. Several extents
-may cover the same blocks (two requests that computed the same prefix at the same time); look-up takes the one stored
-first, as vLLM's map does. An extent is split only when a hit takes a part of it, and shrinks from its end when evicted:
-a request's blocks are freed tail first, so its tail is lost first.
+Content is kept as *extents*: runs of consecutive blocks of one stretch of a sequence that were stored by the same
+request and not touched separately since. A stretch (`Node`) is one prefix id of the trace below its parent's (a trie,
+so equal ids behind different prefixes stay apart), or the rest of one request's own sequence that nobody else can
+know. Several extents may cover the same blocks (two requests that computed the same prefix at the same time); look-up
+takes the one stored first, as vLLM's map does. An extent is split only when a hit takes a part of it, and shrinks
+from its end when evicted: a request's blocks are freed tail first, so its tail is lost first.
 Source: vLLM 0.25.1, v1/core/single_type_kv_cache_manager.py and kv_cache_manager.py; tested against recorded schedules.
 """
 
@@ -131,7 +131,7 @@ class KVCache:
     # ------------------------------------------------------------------------------------------- finding and admitting
 
     def match(self, request: Request, tokens: int) -> Hit:
-        """Leading blocks already cached among the first floor((tokens - 1) / block_tokens): the last token is computed."""
+        """Leading blocks already cached, but for the one of the last token, which is always computed."""
         if not self.prefix_caching or (request.held is None and not request.prefix_ids):
             return NO_HIT
         held = request.held
@@ -229,7 +229,7 @@ class KVCache:
         return rest
 
     def store(self, request: Request, tokens: int) -> None:
-        """Register the full blocks of the first `tokens` tokens that others can share (vLLM does so when it schedules)."""
+        """Register the full blocks of the first `tokens` tokens that others can share; vLLM does when it schedules."""
         held = request.held
         if held is None or not self.prefix_caching:
             return
@@ -258,7 +258,7 @@ class KVCache:
     # ------------------------------------------------------------------------------------------------------- releasing
 
     def release(self, request: Request, blocks: int, full_tokens: int, *, resumes: bool = False) -> None:
-        """Take back the `blocks` of a request; those of its first `full_tokens` tokens that are full keep their content.
+        """Take back the `blocks` of a request; the full ones of its first `full_tokens` tokens keep their content.
 
         A request that `resumes` (preempted) will look for its own blocks again.
         """

@@ -1,13 +1,15 @@
 """Replaying a schedule recorded from vLLM's own scheduler classes, step by step, and naming the first difference.
 
-A case is a JSON object with `config` (engine settings), `requests` (arrival turn, lengths, token ids) and `steps`: per turn
-of the engine's loop what was scheduled, in order, with tokens and prefix hits, who was preempted, how many blocks were left
-free, and which tokens came out. There is no clock: a request with `arrival_step` i is added before the schedule of loop
-turn i. With asynchronous scheduling a turn waits for the oldest iteration once two are in flight.
+A case is a JSON object with `config` (engine settings), `requests` (arrival turn, lengths, token ids) and `steps`:
+per turn of the engine's loop what was scheduled, in order, with tokens and prefix hits, who was preempted, how many
+blocks were left free, and which tokens came out. There is no clock: a request with `arrival_step` i is added before
+the schedule of loop turn i. With asynchronous scheduling a turn waits for the oldest iteration once two are in
+flight.
 
-Compared per step: turn, requests in order with tokens, tokens computed before, kind and prefix hit; preempted requests in
-order; running and waiting requests in order; free blocks after scheduling; emitted tokens and finish reasons; free blocks
-after the results were processed. At the end: preemptions in all, and which turn produced each token.
+Compared per step: turn, requests in order with tokens, tokens computed before, kind and prefix hit; preempted
+requests in order; running and waiting requests in order; free blocks after scheduling; emitted tokens and finish
+reasons; free blocks after the results were processed. At the end: preemptions in all, and which turn produced each
+token.
 """
 
 from __future__ import annotations
@@ -64,7 +66,7 @@ def load_case(path: str | Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 at byte {error.start}. A recorded case is a JSON file.") from None
     try:
-        case = json.loads(text)
+        case: dict[str, Any] = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: line {error.lineno}: not JSON ({error.msg}). Is the file complete?") from None
     if not is_case(case):
@@ -91,7 +93,8 @@ def _first_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | Non
             for place, (a, b) in enumerate(zip(ours[field], theirs[field], strict=False)):
                 for key in COMPARED_ENTRY:
                     if key in b and a.get(key) != b[key]:
-                        return f"scheduled[{place}].{key}: {a.get(key)!r} for {a['id']}, recorded {b[key]!r} for {b['id']}"
+                        ours_is, recorded = f"{a.get(key)!r} for {a['id']}", f"{b[key]!r} for {b['id']}"
+                        return f"scheduled[{place}].{key}: {ours_is}, recorded {recorded}"
             if len(ours[field]) != len(theirs[field]):
                 names = [entry["id"] for entry in ours[field]], [entry["id"] for entry in theirs[field]]
                 return f"scheduled: {names[0]}, recorded {names[1]}"

@@ -29,7 +29,8 @@ def load_plugin(
     names = [p.name for p in known]
     for name in arguments:
         if name not in names:
-            raise ValueError(f"{kind} {spec}: unknown argument {name!r}. Valid arguments: {', '.join(names) or 'none'}.")
+            valid = ", ".join(names) or "none"
+            raise ValueError(f"{kind} {spec}: unknown argument {name!r}. Valid arguments: {valid}.")
     for parameter in known:
         if parameter.default is parameter.empty and parameter.name not in arguments:
             raise ValueError(f"{kind} {spec}: argument {parameter.name!r} has no default. Give it a value.")
@@ -46,7 +47,7 @@ def _find_class(spec: str, kind: str, builtin: dict[str, str], method: str, sign
         raise ValueError(f"unknown {kind} {spec!r}. Built-in: {known}; your own: path/to/file.py:ClassName.")
     path = Path(path_text)
     if not path.is_file():
-        raise FileNotFoundError(f"{kind} {spec!r}: no file {path_text} in {Path.cwd()}. Give the path of your own file.")
+        raise FileNotFoundError(f"{kind} {spec!r}: no file {path_text} in {Path.cwd()}. Give your own file's path.")
     module_spec = importlib.util.spec_from_file_location(f"llmsim_user_{path.stem}", path)
     assert module_spec is not None and module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)

@@ -1,9 +1,11 @@
 """One replica: a queue, a running batch, a KV cache, and the engine's loop on two clocks.
 
-The loop is vLLM's engine core (v1/engine/core.py) with asynchronous scheduling: the host schedules and launches iteration
-k+1 while the GPU runs iteration k, at most two in flight. Per iteration k,
+The loop is vLLM's engine core (v1/engine/core.py) with asynchronous scheduling: the host schedules and launches
+iteration k+1 while the GPU runs iteration k, at most two in flight. Per iteration k,
 
-    S(k)   the host begins to schedule;  x0(k) the launch begins;  L(k) it ends;  E(k) the GPU ends;  U(k) results are taken
+    S(k)   the host begins to schedule;  x0(k) the launch begins;  L(k) it ends;  E(k) the GPU ends
+    U(k)   the host takes the results
+
 
     x0(k)  = S(k) + schedule
     L(k)   = x0(k) + launch + noise + interference of requests that become schedulable in (x0, L]
@@ -14,9 +16,9 @@ k+1 while the GPU runs iteration k, at most two in flight. Per iteration k,
 
 (`llmsim.cost.Host` explains the terms; `tests/plain_engine.py` is the same in the plainest code.)
 
-*Macro-steps.* If the policy answers HOLD and no prompt is being computed, the iterations until the next completion, arrival
-or shortage of blocks differ only in T(k), which grows linearly. Then the slower of the two clocks sets the pace and all
-times are sums of an arithmetic series (`_long_run`): one wake-up, one row in the log.
+*Macro-steps.* If the policy answers HOLD and no prompt is being computed, the iterations until the next completion,
+arrival or shortage of blocks differ only in T(k), which grows linearly. Then the slower of the two clocks sets the
+pace and all times are sums of an arithmetic series (`_long_run`): one wake-up, one row in the log.
 """
 
 from __future__ import annotations
@@ -65,8 +67,8 @@ class _Step:
     """The iteration at hand: its composition, and when its launch and its GPU work begin and end."""
 
     __slots__ = (
-        "chunks", "gpu", "gpu_end_s", "kv_blocks", "kv_tokens", "launch_s", "launched_s", "mode", "new_tokens", "running",
-        "schedule_s", "seqs", "waiting",
+        "chunks", "gpu", "gpu_end_s", "kv_blocks", "kv_tokens", "launch_s", "launched_s", "mode", "new_tokens",
+        "running", "schedule_s", "seqs", "waiting",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -262,7 +264,7 @@ class Replica:
         left = request.prompt_tokens + request.generated_tokens - computed
         if request in self.running:
             if not 0 < tokens <= left or request not in self.prefilling:
-                raise self._error(request, f"asked to prefill {tokens} tokens of request {request.id}, which has {left} left")
+                raise self._error(f"asked to prefill {tokens} tokens of request {request.id}, which has {left} left")
             blocks = kv.blocks_for(computed + tokens) - kv.blocks_for(computed)
             if blocks > kv.free_blocks:
                 return False
@@ -273,9 +275,9 @@ class Replica:
             computed = hit.blocks * kv.block_tokens
             left -= computed
             if not 0 < tokens <= left:
-                raise self._error(request, f"asked to prefill {tokens} tokens of request {request.id}, which has {left} left")
+                raise self._error(f"asked to prefill {tokens} tokens of request {request.id}, which has {left} left")
             if len(self.running) >= self.limits.max_num_seqs:
-                raise self._error(request, f"admitted request {request.id} beyond max_num_seqs={self.limits.max_num_seqs}")
+                raise self._error(f"admitted request {request.id} beyond max_num_seqs={self.limits.max_num_seqs}")
             if kv.blocks_for(computed + tokens) - hit.blocks + hit.idle_blocks > kv.free_blocks:
                 return False
             self._admit(request, hit, computed, tokens)
@@ -299,7 +301,7 @@ class Replica:
     def preempt(self, request: Request) -> None:
         """Send a running request back to the queue; it will compute everything again (recompute)."""
         if request not in self.running:
-            raise self._error(request, f"preempted request {request.id}, which is not running")
+            raise self._error(f"preempted request {request.id}, which is not running")
         batch, kv = self.batch, self.kv
         in_flight = 1 if self.asynchronous else 0  # content is registered when its token is known
         if request in batch:
@@ -350,7 +352,7 @@ class Replica:
                 tokens = request.computed_tokens
             self.kv.store(request, tokens - lag)
 
-    # ------------------------------------------------------------------------------------------- one iteration, no clock
+    # ----------------------------------------------------------------------------------------- one iteration, no clock
 
     def begin(self, now_s: float) -> bool:
         """Let the policy decide the iteration that starts now; returns whether its answer lasts."""
@@ -572,7 +574,8 @@ class Replica:
         lead_s, tail_s = host.lead_s[FULL], host.tail_s[FULL]
         plan.second_s, plan.steps = second_s, steps
         if not self.asynchronous:
-            self._plan_synchronous(plan, schedule_s + lead_s, schedule_s + launch_s + max(tail_s, 0.0), first_s, growth_s)
+            floor_s = schedule_s + launch_s + max(tail_s, 0.0)
+            self._plan_synchronous(plan, schedule_s + lead_s, floor_s, first_s, growth_s)
             plan.pace = Ramp(plan.pace.first_s + update_s, plan.pace.growth_s)
             plan.base_s = second_s + plan.pace.first_s
             plan.pace = Ramp(plan.pace.first_s + plan.pace.growth_s, plan.pace.growth_s)
@@ -756,15 +759,15 @@ class Replica:
     def _policy(self) -> str:
         return type(self.scheduler).__name__
 
-    def _error(self, request: Request, what: str) -> PolicyError:
+    def _error(self, what: str) -> PolicyError:
         return PolicyError(f"{self._policy} {what}.")
 
     def _stuck(self) -> PolicyError:
         head = self.waiting.head if self.waiting else next(iter(self.running))
         blocks = self.kv.blocks_for(head.prefill_tokens)
         return PolicyError(
-            f"{self._policy} schedules nothing although {len(self.waiting)} requests wait and {len(self.running)} hold slots;"
-            f" the first is request {head.id}, which needs {blocks} KV blocks of the {self.kv.free_blocks} free."
+            f"{self._policy} schedules nothing although {len(self.waiting)} requests wait and {len(self.running)} hold"
+            f" slots; the first is request {head.id}, which needs {blocks} KV blocks of the {self.kv.free_blocks} free."
         )
 
 

@@ -1,8 +1,8 @@
 """Which replica takes a request.
 
-A router is a class with one method, `route(request, replicas, now_s) -> Replica`, asked when the client sends the request.
-`replica.outstanding(now_s)` counts the requests it has been given and has not answered. A router whose answer does not
-depend on the replicas' state says so with `stateless = True`: it may then be asked ahead of time.
+A router is a class with one method, `route(request, replicas, now_s) -> Replica`, asked when the client sends the
+request. `replica.outstanding(now_s)` counts the requests it has been given and has not answered. A router whose
+answer does not depend on the replicas' state says so with `stateless = True`: it may then be asked ahead of time.
 """
 
 from __future__ import annotations
@@ -49,5 +49,10 @@ class LeastOutstanding:
 def load_router(spec: str, arguments: dict[str, Any] | None = None) -> Any:
     """A router by name, or from the user's own file."""
     return load_plugin(
-        spec, arguments, kind="router", builtin=BUILTIN, method="route", signature="route(self, request, replicas, now_s)"
+        spec,
+        arguments,
+        kind="router",
+        builtin=BUILTIN,
+        method="route",
+        signature="route(self, request, replicas, now_s)",
     )

@@ -1,9 +1,9 @@
 """`simulate(trace, scenario) -> Result`: build the fleet, send the requests, collect what happened.
 
 Requests are sent at the trace's own times (open loop), when a turn's parent has finished (sessions), or, with
-`scenario.concurrency`, when one of that many clients has its answer (closed loop, in the trace's order). Where a request
-goes and when it is sent does not depend on the simulation if the loop is open and the router stateless; then each replica
-reads its own requests ahead, and none needs waking by an arrival.
+`scenario.concurrency`, when one of that many clients has its answer (closed loop, in the trace's order). Where a
+request goes and when it is sent does not depend on the simulation if the loop is open and the router stateless; then
+each replica reads its own requests ahead, and none needs waking by an arrival.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ ROOMS = {  # modules that share a room may import each other, as may the files o
     **dict.fromkeys(("recorded", "benchmark_result"), "recording"),
 }
 FORBIDDEN = {"torch", "streamlit", "altair"}
-SIMPY_ROOMS = {"replica", "simulate", "oracle"}  # the oracle puts a replica through recorded steps, on no clock
+SIMPY_ROOMS = {"replica", "simulate"}
 
 
 def imports(source):

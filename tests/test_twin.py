@@ -161,7 +161,9 @@ CASES = [
 @pytest.mark.parametrize("scale", [1.0, 0.15], ids=["gpu-bound", "host-bound"])
 @pytest.mark.parametrize(("seed", "rate", "prompt", "output", "blocks", "extra"), CASES)
 @pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
-def test_replica_agrees_with_the_plain_twin(seed, rate, prompt, output, blocks, extra, host, scale, asynchronous, shared):
+def test_replica_agrees_with_the_plain_twin(
+    seed, rate, prompt, output, blocks, extra, host, scale, asynchronous, shared
+):
     settings = Settings(num_gpu_blocks=blocks, async_scheduling=asynchronous, **extra)
     rows = requests_of(Random(seed), 60, rate / scale, prompt, output, settings.block_size, shared)
     rows = [row for row in rows if (row[1] + row[2]) / settings.block_size < blocks - 2]

@@ -1,16 +1,16 @@
 """Scheduling policies: one per file, plain classes, no registration.
 
-A policy is a class with one method, `schedule(replica, now_s)`, called before every iteration. It says what the iteration
-does by acting on the replica:
+A policy is a class with one method, `schedule(replica, now_s)`, called before every iteration. It says what the
+iteration does by acting on the replica:
 
     replica.decode()                  every decoding request makes a token (preempting the newest if blocks run short)
-    replica.prefill(request, tokens)  compute `tokens` more of a waiting or half-prefilled request's prompt; False: no room
+    replica.prefill(request, tokens)  compute that many more of a waiting or half-prefilled prompt; False: no room
     replica.preempt(request)          back to the queue; its blocks are free at once
 
 and reads `replica.waiting` (queue, in order), `replica.prefilling` (half-prefilled, oldest first), `replica.batch`
 (decoding), `replica.running` (all that hold a slot, oldest first), `replica.kv` and `replica.limits`.
-It may return HOLD: "my answer stays the same until a request arrives or ends, or blocks run short"; the replica then runs
-many iterations at once. Without HOLD it is asked before each one: slower, and never wrong.
+It may return HOLD: "my answer stays the same until a request arrives or ends, or blocks run short"; the replica then
+runs many iterations at once. Without HOLD it is asked before each one: slower, and never wrong.
 
 Optional: `order(request)`, the queue's sort key, fixed while a request waits (default: order of arrival, preempted ones
 first), and `victim(replica)`, who leaves when blocks run short (default: the newest).
@@ -45,5 +45,10 @@ class Scheduler(Protocol):
 def load_scheduler(spec: str, arguments: dict[str, Any] | None = None) -> Any:
     """A policy by name, or from the user's own file."""
     return load_plugin(
-        spec, arguments, kind="scheduler", builtin=BUILTIN, method="schedule", signature="schedule(self, replica, now_s)"
+        spec,
+        arguments,
+        kind="scheduler",
+        builtin=BUILTIN,
+        method="schedule",
+        signature="schedule(self, replica, now_s)",
     )

@@ -1,8 +1,8 @@
 """Chunked prefill in its plainest form: decodes first, then prompts in order, as many tokens as the budget leaves.
 
-The textbook policy of Sarathi-Serve (OSDI'24, section 4.2) without its refinements, and the shortest example of a policy.
-A prompt is admitted when its whole sequence so far fits with a little headroom, so that a full cache does not make running
-requests evict each other.
+The textbook policy of Sarathi-Serve (OSDI'24, section 4.2) without its refinements, and the shortest example of a
+policy. A prompt is admitted when its whole sequence so far fits with a little headroom, so that a full cache does not
+make running requests evict each other.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """vLLM V1's scheduler (0.25.1), exactly: v1/core/sched/scheduler.py and async_scheduler.py.
 
-One call is one `schedule()`. There is no prefill or decode phase: each request gets tokens so that what is computed catches
-up with what is known. Running requests come first, in the order in which they were admitted; a request that finds no free
-KV block preempts the newest running one (policy `priority`: the one with the largest (priority, arrival)), possibly
-itself, which ends the pass. Only if nobody was preempted are waiting requests admitted, from the front of the queue,
-while token budget and slots last; the first that does not fit stops the admission of all behind it.
+One call is one `schedule()`. There is no prefill or decode phase: each request gets tokens so that what is computed
+catches up with what is known. Running requests come first, in the order in which they were admitted; a request that
+finds no free KV block preempts the newest running one (policy `priority`: the one with the largest (priority,
+arrival)), possibly itself, which ends the pass. Only if nobody was preempted are waiting requests admitted, from the
+front of the queue, while token budget and slots last; the first that does not fit stops the admission of all behind
+it.
 
     chunk            min(what is left to compute, long_prefill_token_threshold, budget left)
     admission        the whole sequence so far must fit (reserve_full_isl), with `watermark` of all blocks to spare
@@ -66,7 +67,7 @@ class VllmScheduler:
         return None if replica.paused_now else HOLD
 
     def _running(self, replica: Replica, budget: int) -> int:
-        """All running requests, when some are half-prefilled: at once if order cannot matter. Returns the budget left."""
+        """All running requests, some half-prefilled: at once if their order cannot matter. Returns the budget left."""
         batch, kv, prefilling = replica.batch, replica.kv, replica.prefilling
         left = budget - batch.size
         wanted = [self._chunk(request, budget) for request in prefilling]
