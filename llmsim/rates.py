@@ -69,30 +69,47 @@ def peak_concurrency(requests: Columns) -> int:
 
 
 def stability(requests: Columns, concurrency: int | None) -> tuple[bool | None, str]:
-    """Whether the queue kept growing, and that in words.
+    """Whether the load was more than the system can serve, and that in words. None: cannot be told.
 
-    The backlog (sent, not yet scheduled) is averaged over each quarter of the arrivals. Unstable: it rises from the
-    second to the third to the last quarter, by more than 2 % of what arrived between, and by more than the square root
-    of that number, which is how far Poisson arrivals stray on their own. None: cannot be told.
+    Unstable: the queue (sent, not yet scheduled) kept growing, or, with room in the batch, the requests under way did
+    (sent, not yet finished). The latter is judged only if early requests took less than an eighth of the arrivals'
+    span, for until the first ones finish their number grows under any load.
     """
-    sent_s = np.sort(requests["arrival_s"])
     if concurrency is not None:
         return None, f"closed loop of {concurrency}: the load follows the system, the queue cannot run away"
+    order = np.argsort(requests["arrival_s"], kind="stable")
+    sent_s, scheduled_s, finish_s = (requests[name][order] for name in ("arrival_s", "scheduled_s", "finish_s"))
+    taken = np.isfinite(finish_s)  # the others were rejected at once
+    sent_s, scheduled_s, finish_s = sent_s[taken], scheduled_s[taken], finish_s[taken]
     span_s = float(np.ptp(sent_s)) if sent_s.size else 0.0
     if sent_s.size < FEWEST_FOR_STABILITY or span_s == 0.0:
         return None, f"{sent_s.size} requests over {span_s:.3g} s are too few to tell whether the queue grows"
-    scheduled_s = requests["scheduled_s"]
-    started_s = np.sort(scheduled_s[np.isfinite(scheduled_s)])
-    refused = np.cumsum(~np.isfinite(scheduled_s)[np.argsort(requests["arrival_s"], kind="stable")])
-    backlog = np.arange(1, sent_s.size + 1) - refused - np.searchsorted(started_s, sent_s, side="right")
-    quarters = [float(part.mean()) for part in np.array_split(backlog, 4)]
-    between = sent_s.size / 2  # arrivals between the middles of those quarters
-    growth = (quarters[3] - quarters[1]) / between  # part of them that was not served
-    waiting = int(backlog[-1])
-    if quarters[1] < quarters[2] < quarters[3] and growth > max(UNSERVED, between**-0.5):
-        rate = (sent_s.size - 1) / span_s
-        return False, (
-            f"unstable: of {rate:.3g} requests/s about {(1 - growth) * rate:.3g} were served, "
-            f"the queue grew to {waiting}; latencies depend on the length of the trace"
-        )
+    measures = [("queue", scheduled_s)]
+    early = sent_s.size // 4
+    if np.median((finish_s - sent_s)[:early]) < span_s / 8:
+        measures.append(("number of requests under way", finish_s))
+    rate = (sent_s.size - 1) / span_s
+    for name, left_s in measures:
+        growth, last = _growth(sent_s, left_s)
+        if growth > 0.0:
+            return False, (
+                f"unstable: of {rate:.3g} requests/s about {(1 - growth) * rate:.3g} were served, "
+                f"the {name} grew to {last}; latencies depend on the length of the trace"
+            )
+    waiting = _growth(sent_s, scheduled_s)[1]
     return True, f"stable: the queue did not keep growing ({waiting} waiting at the last arrival)"
+
+
+def _growth(sent_s: Floats, left_s: Floats) -> tuple[float, int]:
+    """(part of the arrivals by which the number sent and not yet left kept growing, or 0; that number in the end).
+
+    The number is averaged over each quarter of the arrivals. It kept growing if it rises from the second to the third
+    to the last quarter, by more than 2 % of what arrived between, and by more than the square root of that, which is
+    how far Poisson arrivals stray on their own.
+    """
+    inside = np.arange(1, sent_s.size + 1) - np.searchsorted(np.sort(left_s), sent_s, side="right")
+    quarters = [float(part.mean()) for part in np.array_split(inside, 4)]
+    between = sent_s.size / 2  # arrivals between the middles of the second and the last quarter
+    growth = (quarters[3] - quarters[1]) / between
+    kept_growing = quarters[1] < quarters[2] < quarters[3] and growth > max(UNSERVED, between**-0.5)
+    return (growth if kept_growing else 0.0), int(inside[-1])

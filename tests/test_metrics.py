@@ -249,6 +249,16 @@ def test_a_queue_that_keeps_growing_is_called_unstable() -> None:
     assert made_result(fluid_queue(0.9), concurrency=4).summary()["stable"] is None
 
 
+def test_a_batch_that_keeps_growing_is_called_unstable_before_anybody_queues() -> None:
+    """Ten a second, each started at once, finished at nine a second."""
+    served = [Served(0.1 * i, [0.1 * i + 0.01, 0.5 + i / 9], 0.1 * i) for i in range(500)]
+    summary = made_result(served).summary()
+    assert summary["stable"] is False and "requests under way grew" in summary["stability"]
+    # Nobody leaves in the first 20 of 50 seconds: the number under way grows, and then does not.
+    long_lived = [Served(0.1 * i, [0.1 * i + 0.01, 0.1 * i + 20], 0.1 * i) for i in range(500)]
+    assert made_result(long_lived).summary()["stable"] is True
+
+
 @pytest.mark.parametrize("load", [0.5, 0.8, 0.9])
 def test_a_loaded_but_stable_queue_is_seldom_called_unstable(load: float) -> None:
     """A single server, Poisson arrivals: at 90 % load the queue is long and wanders, but it does not run away."""
@@ -259,7 +269,8 @@ def test_a_loaded_but_stable_queue_is_seldom_called_unstable(load: float) -> Non
         for i, sent_s in enumerate(arrival_s.tolist()):
             start_s[i] = max(sent_s, free_s)
             free_s = start_s[i] + load
-        alarms += stability({"arrival_s": arrival_s, "scheduled_s": start_s}, None)[0] is False
+        columns = {"arrival_s": arrival_s, "scheduled_s": start_s, "finish_s": start_s + load}
+        alarms += stability(columns, None)[0] is False
     assert alarms <= 4
 
 
