@@ -164,6 +164,8 @@ def _within_context(trace: Trace, plan: turns_of.Turns) -> Trace:
     total = np.cumsum(over)
     before: IntArray = total[starts] - over[starts]
     ended = np.asarray(total - np.repeat(before, np.diff(np.append(starts, len(over)))) > 0)
+    if not ended.any():
+        return trace
     if ended.all():
         raise ValueError(f"context={plan.context_tokens}: not even the first turn of any session fits; raise it")
     kept = subset(trace, np.flatnonzero(~ended))
