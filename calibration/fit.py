@@ -9,6 +9,8 @@
 
 Robust: iteratively reweighted least squares with Cauchy weights, so that a stalled launch does not bend a coefficient.
 Not identifiable from such logs, hence assumed: `TAIL_S` and the lead of piecewise launches (that of eager ones).
+Chunks under load meet a GPU at its power limit, short ones after idling do not; where the GPU paces chunks it is under
+load. So no knot from `SUSTAINED_ROWS` up may cost less per row than the largest, which long prefills have measured.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from calibration.fit_host import first_host, fit_host, stall_share
 from calibration.observe import Seen, observe
 from calibration.steps import Recording, Scenario, StepRow
 from llmsim.cost import FULL, Host
@@ -29,6 +32,7 @@ Floats = NDArray[np.float64]
 
 ROUNDS = 4
 LARGE_KNOTS = (512, 1024, 2048, 4096, 8192, 16384)
+SUSTAINED_ROWS = 1024
 FEWEST = 4  # observations that a knot of a table needs
 NEAR = 1.3  # a knot counts as seen if steps come this near to it
 
@@ -95,7 +99,9 @@ def first_guess(recordings: Sequence[Recording]) -> GpuClock:
         raise ValueError("recordings: no steady decode, or no step with over 2000 new tokens. Record decode_grid too")
     floor_s, token_s = float(np.median(gaps)), float(np.median(per_token))
     linear_s = (floor_s, floor_s * 1.5, max(2048 * token_s, floor_s * 2), max(8192 * token_s, floor_s * 3))
-    return GpuClock((1, 256, 2048, 8192), linear_s, token_s / 3e4, token_s / 500, token_s / 500, 0.0, 0.0, 1.0, 1.0, 1.0)
+    return GpuClock(
+        (1, 256, 2048, 8192), linear_s, token_s / 3e4, token_s / 500, token_s / 500, 0.0, 0.0, 1.0, 1.0, 1.0
+    )
 
 
 def fit_decode(seen: Sequence[tuple[str, Seen]], graphs: Graphs) -> tuple[list[int], Floats, float]:
@@ -148,9 +154,15 @@ def fit_mixed(seen: Sequence[tuple[str, Seen]], small: GpuClock, graphs: Graphs)
         used = np.array(extra)
         coefficients[:] = 0.0
         coefficients[used] = robust(matrix[:, used] / target[:, None], (target - known_s) / target, 0.02)
-        extra = [bool(u) and (i < len(large) or c >= 0.0) for i, (u, c) in enumerate(zip(used, coefficients, strict=True))]
+        extra = [
+            bool(u) and (i < len(large) or c >= 0.0) for i, (u, c) in enumerate(zip(used, coefficients, strict=True))
+        ]
     fields = {name: getattr(small, name) for name in small.__struct_fields__}
     values = np.array([*small.linear_s, *coefficients[: len(large)]])
+    if large and large[-1] > SUSTAINED_ROWS:
+        per_row_s = values[-1] / large[-1]
+        knots = np.array([*small.tokens, *large])
+        values = np.where(knots >= SUSTAINED_ROWS, np.maximum(values, per_row_s * knots), values)
     fields["tokens"] = (*small.tokens, *large)
     fields["linear_s"] = tuple(float(v) for v in monotone(values, np.ones(len(values))))
     fields["pair_s"] = float(coefficients[-3] * 1e-9)
@@ -188,19 +200,18 @@ def replace_clock(
     return GpuClock(**fields)
 
 
-def fit_gpu(recordings: Sequence[Recording], graphs: Graphs, shape: Shape) -> tuple[GpuClock, Host]:
-    from calibration.fit_host import fit_host, first_host
-
+def fit_clocks(recordings: Sequence[Recording], graphs: Graphs, shape: Shape) -> tuple[GpuClock, Host, float]:
+    """The GPU's clock, the host's, and the share of decode time lost to stalls."""
     clock, host = first_guess(recordings), first_host(recordings, graphs)
     scenarios = [scenario for recording in recordings for scenario in recording.scenarios]
     for _ in range(ROUNDS):
         seen = walk(scenarios, clock, host, graphs)
         knots, linear_s, full_kv_s = fit_decode(seen, graphs)
-        given = replace_small(clock, knots, linear_s, full_kv_s)
-        clock = fit_mixed(seen, given, graphs)
+        clock = fit_mixed(seen, replace_small(clock, knots, linear_s, full_kv_s), graphs)
         seen = walk(scenarios, clock, host, graphs)
         host = fit_host(scenarios, seen, partial(gpu_seconds, clock, graphs))
-    return fit_form(clock, shape), host
+    stalls = stall_share(scenarios, seen, partial(gpu_seconds, clock, graphs))
+    return fit_form(clock, shape), host, stalls
 
 
 def replace_small(clock: GpuClock, knots: Sequence[int], linear_s: Floats, full_kv_s: float) -> GpuClock:

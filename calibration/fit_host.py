@@ -18,6 +18,7 @@ Floats = NDArray[np.float64]
 
 TAIL_S = 1e-3  # kernels still to run when a launch without full graph has ended: those of the sampler; not identifiable
 STALL_QUANTILE = 0.95  # launches beyond it are stalls, drawn independently; the rest is the host's drifting speed
+STALL_S = 1e-3  # a decode step this far from its GPU seconds (their spread is 0.1 ms) met a stall of the host
 DRIFT_RANKS = 24
 STALL_RANKS = 100
 BURST_REQUESTS = 4  # launches during which as many arrive are left out: the client's burst, not load
@@ -35,7 +36,7 @@ def first_host(recordings: Sequence[Recording], graphs: Graphs) -> Host:
                 gaps[mode].append(step.schedule_s - before.schedule_s - before.schedule_took_s)
     for mode, label in ((PIECEWISE, "piecewise"), (EAGER, "eager")):
         if not gaps[mode]:
-            raise ValueError(f"recordings: no {label} launch in any of them. Record short and long prompts (decode_grid)")
+            raise ValueError(f"recordings: no {label} launch in any of them. Record short and long prompts")
     piecewise_s, eager_s = (float(np.quantile(gaps[mode], 0.3)) for mode in (PIECEWISE, EAGER))
     graph_s = min(3e-3, piecewise_s / 2)
     return Host(launch_s=(graph_s, piecewise_s, eager_s), lead_s=(graph_s / 2,) * 3, tail_s=(0.0, TAIL_S, TAIL_S))
@@ -114,14 +115,29 @@ def collect_launches(
 
 
 def trimmed(matrix: Floats, target: Floats) -> Floats:
-    """Least squares without the 2 % of rows farthest off: means that a stalled thread does not move."""
+    """Least squares without the 0.5 % of rows farthest off: means that a stalled thread does not move."""
     keep = np.ones(len(target), bool)
     coefficients = np.zeros(matrix.shape[1])
     for _ in range(5):
         coefficients = np.linalg.lstsq(matrix[keep], target[keep], rcond=None)[0]
         off = np.abs(target - matrix @ coefficients)
-        keep = off <= np.quantile(off, 0.98)
+        keep = off <= np.quantile(off, 0.995)
     return coefficients
+
+
+def stall_share(
+    scenarios: Sequence[Scenario], rows: Sequence[tuple[str, Seen]], gpu_s: Callable[[StepRow], float]
+) -> float:
+    """Share of decode time that steps far from their GPU seconds lose, catching up after a late update included."""
+    open_loop = {scenario.name for scenario in scenarios if scenario.concurrency is None and spread(scenario)}
+    lost_s = total_s = 0.0
+    for name, row in rows:
+        if name in open_loop and row.mode == FULL and row.follows_gpu and row.clean and row.gpu_s == row.gpu_s:
+            expected_s = gpu_s(row.step)
+            total_s += expected_s
+            if abs(row.gpu_s - expected_s) > STALL_S:
+                lost_s += row.gpu_s - expected_s
+    return max(lost_s / total_s, 0.0) if total_s else 0.0
 
 
 def mean_prompt(scenario: Scenario) -> float:
@@ -142,12 +158,10 @@ def fit_update(scenarios: Sequence[Scenario]) -> tuple[float, float]:
     return float(found[0]), float(found[1])
 
 
-def fit_lead(
-    rows: Sequence[tuple[Seen, Seen | None]], gpu_s: Callable[[StepRow], float]
-) -> tuple[float, float, float]:
+def fit_lead(rows: Sequence[tuple[Seen, Seen | None]], gpu_s: Callable[[StepRow], float]) -> tuple[float, float, float]:
     """How long after its launch began a step started, where the GPU stood idle: its end less its GPU seconds.
 
-    Full graphs after a launch-bound chunk; eager steps that run twice as long as their launch, whose end it cannot bound.
+    Full graphs after a launch-bound chunk; eager steps twice as long as their launch, whose end cannot bound theirs.
     """
     leads: dict[int, list[float]] = {FULL: [], EAGER: []}
     for row, before in rows:
@@ -245,7 +259,7 @@ def fit_receive(scenarios: Sequence[Scenario]) -> tuple[float, float]:
 
 
 def receive_bounds(scenario: Scenario) -> list[tuple[float, float, float]]:
-    """(not yet, by then, prompt tokens) of requests in order of sending; only if all are taken in that order, uncached."""
+    """(not yet, by then, prompt tokens) of requests, if all are taken uncached and in order of sending."""
     first = [step for step in scenario.steps for _, done in step.chunks if done == 0]
     requests = sorted(scenario.requests, key=lambda request: request.send_s)
     if len(first) != len(requests):

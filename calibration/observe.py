@@ -1,9 +1,9 @@
 """What a step log says about the two clocks, once it is known which of them each update waited for.
 
 Steps are walked in order along the recurrence of docs/architecture.md with the current estimate of both clocks. The GPU
-end of a step is seen in its update if the estimate says that the next launch was over by then, with a margin; otherwise it
-is taken from the estimate, and the update shows the end of that launch instead. The choice rests on the estimate alone, so
-noise in a step cannot select it. Walked twice or three times, estimate and choice agree.
+end of a step is seen in its update if the estimate says that the next launch was over by then, with a margin; otherwise
+it is taken from the estimate, and the update shows the end of that launch instead. The choice rests on the estimate
+alone, so noise in a step cannot select it. Walked three or four times, estimate and choice agree.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def observe(
     end_s, end_seen = -inf, False
     for i, step in enumerate(steps):
         mode = mode_of(step.tokens, len(step.chunks))
-        launch_s = step.launch_s if step.launch_s == step.launch_s else step.schedule_s + step.schedule_took_s + DISPATCH_S
+        logged = step.launch_s == step.launch_s
+        launch_s = step.launch_s if logged else step.schedule_s + step.schedule_took_s + DISPATCH_S
         ready_s = launch_s + host.lead_s[mode]
         start_s = max(end_s, ready_s)
         expected_s = max(start_s + gpu_s(step), launch_s + host.launch_s[mode] + host.tail_s[mode])

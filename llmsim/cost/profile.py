@@ -10,7 +10,7 @@ costs d seconds more for each decode. A short chunk over a long context costs at
 the share of decode time that the host loses now and then (its own launches never pace a decode, its hiccups do).
 
 GEMMs compute tiles of 128 rows. Above 256 rows, where they pace G, a tile just begun costs a quarter of a full one and
-half a tile costs all of it: measured on Hopper, 1,024 rows to 1,032 cost 0.3 of what 1,024 to 1,152 do, 1,090 cost 0.95.
+half a tile costs all of it: on an H200, of what 1,152 rows cost more than 1,024, 1,032 cost 0.3 and 1,090 cost 0.95.
 So n stands for `effective_rows(n)`. For 60 decodes beside a 1,024-token chunk this is 8 % of the iteration.
 
 Another dense model, dtype or tensor-parallel size is scaled by shapes. G by the ratio of
@@ -103,7 +103,6 @@ class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     engine: str
     gpu: str
     recorded: str
-    fitted: str
     fitter: str
     scenarios: tuple[str, ...]
     recordings: dict[str, str]  # file -> sha256

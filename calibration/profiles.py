@@ -1,0 +1,86 @@
+"""Make a profile of what was fitted, with where it comes from, and write it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from calibration.check import check_profile, with_errors
+from calibration.fit import fit_clocks
+from calibration.steps import Recording
+from llmsim.cost.graphs import Graphs
+from llmsim.cost.profile import FORMAT, VERSION, HostClock, Measured, Profile, Provenance, decode_profile, model_shape
+from llmsim.hardware import find_gpu, find_model
+
+FITTER = "llmsim calibration 1"
+
+
+def recorded_graphs(recording: Recording) -> Graphs:
+    engine = recording.engine
+    return Graphs(engine["cudagraph_capture_sizes"], engine["max_num_seqs"])
+
+
+def fit_profile(
+    recordings: Sequence[Recording], name: str, gpu: str, model: str, dtype: str = "bfloat16", kv_dtype: str = "auto"
+) -> Profile:
+    first = recordings[0]
+    tensor_parallel = int(first.engine.get("tensor_parallel_size", 1))
+    for recording in recordings:
+        if int(recording.engine.get("tensor_parallel_size", 1)) != tensor_parallel:
+            raise ValueError(
+                f"{recording.path}: tensor_parallel_size differs from that of {first.path}. Fit them apart"
+            )
+    shape = model_shape(find_model(model), find_gpu(gpu), dtype, kv_dtype, tensor_parallel, dtype)
+    gpu_clock, host, stalls = fit_clocks(recordings, recorded_graphs(first), shape)
+    fields = {field: getattr(host, field) for field in HostClock.__struct_fields__ if field != "stall_share"}
+    steps = [step for recording in recordings for scenario in recording.scenarios for step in scenario.steps]
+    profile = Profile(
+        format=FORMAT,
+        version=VERSION,
+        name=name,
+        gpu=find_gpu(gpu).name,
+        model=find_model(model).name,
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        tensor_parallel=tensor_parallel,
+        gpu_clock=gpu_clock,
+        host_clock=HostClock(stall_share=stalls, **fields),
+        measured=Measured(
+            tokens=max(step.tokens for step in steps),
+            seqs=max(step.seqs for step in steps),
+            kv_tokens=max(step.kv_tokens for step in steps),
+            context_tokens=max((new + done for step in steps for new, done in step.chunks), default=0),
+        ),
+        provenance=Provenance(
+            engine=first.engine.get("engine", "unknown engine"),
+            gpu=first.engine.get("gpu", "unknown GPU"),
+            recorded=first.engine.get("recorded", "unknown"),
+            fitter=FITTER,
+            scenarios=tuple(scenario.name for recording in recordings for scenario in recording.scenarios),
+            recordings={f"{r.path.name}/{file}": digest for r in recordings for file, digest in r.files.items()},
+        ),
+        error={},
+    )
+    profile = rounded(profile)
+    return with_errors(profile, check_profile(profile, recordings))
+
+
+def rounded(profile: Profile) -> Profile:
+    """Coefficients to seven digits: more is noise, and a fit repeated elsewhere gives the same file."""
+
+    def short(value: object) -> object:
+        if isinstance(value, float):
+            return float(f"{value:.7g}")
+        if isinstance(value, dict):
+            return {key: short(item) for key, item in value.items()}
+        return [short(item) for item in value] if isinstance(value, list) else value
+
+    return msgspec.convert(short(msgspec.to_builtins(profile, builtin_types=())), Profile)
+
+
+def write_profile(profile: Profile, path: Path) -> None:
+    text = msgspec.json.format(msgspec.json.encode(profile), indent=1)
+    decode_profile(text, str(path))  # what is written can be read
+    path.write_bytes(text + b"\n")
