@@ -15,7 +15,16 @@ from llmsim.cli_options import CONTEXT, GPU, MODEL, Known, cost_specs, json_opti
 RAW = {**CONTEXT, "ignore_unknown_options": True, "allow_interspersed_args": False, "token_normalize_func": None}
 
 
-@click.command("from-vllm", context_settings=RAW)
+class PastedCommand(click.Command):
+    """Its own options may stand before the pasted line or, if that is quoted, behind it."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and any(space in args[0].strip() for space in " \n\t"):
+            args = [*args[1:], args[0]]
+        return super().parse_args(ctx, args)
+
+
+@click.command("from-vllm", cls=PastedCommand, context_settings=RAW)
 @click.option("--gpu", type=GPU, metavar="NAME", help="The GPU the command runs on: no vllm command names it.")
 @json_option
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)

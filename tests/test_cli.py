@@ -20,7 +20,7 @@ import pytest
 
 from llmsim import cli
 from llmsim.cli_options import TRACE_PARAMETERS
-from llmsim.cli_replay import demo_trace, replay
+from llmsim.cli_replay import PROGRESS_AFTER_S, Progress, demo_trace, replay
 from llmsim.scenario import Scenario
 
 ROOT = Path(__file__).parents[1]
@@ -368,6 +368,19 @@ def test_own_policy_and_its_arguments(trace: Path, capsys: pytest.CaptureFixture
     assert json.loads(Path("run/manifest.json").read_text())["scenario"]["scheduler_args"] == {"headroom": 0.02}
 
 
+def test_progress_is_told_on_stderr_only_after_two_seconds(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress()
+    progress(1000, 5000, 12.0)
+    assert capsys.readouterr().err == ""
+    progress.next_s -= PROGRESS_AFTER_S
+    progress(2000, 5000, 24.0)
+    progress(3000, 5000, 36.0)
+    progress.close()
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == "2000 of 5000 requests answered, 24 s simulated in 0 s\n"
+
+
 # ---- demo -----------------------------------------------------------------------------------------------------------
 
 
@@ -424,6 +437,12 @@ def test_from_vllm_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str]) -> 
     assert "gpu" not in tomllib.loads(out)
     assert "--gpu GPU" in out
     assert "# gpu = " in out
+
+
+def test_from_vllm_takes_its_options_on_either_side(capsys: pytest.CaptureFixture[str]) -> None:
+    before = printed(capsys, "from-vllm", "--gpu", "h100-sxm", SERVE)
+    assert printed(capsys, "from-vllm", SERVE, "--gpu", "h100-sxm") == before
+    assert printed(capsys, "from-vllm", "--gpu", "h100-sxm", *SERVE.split()) == before
 
 
 def test_from_vllm_as_json_from_standard_input() -> None:
