@@ -109,10 +109,13 @@ def demo(model: str, gpu: str, as_json: bool) -> None:
     if not as_json:
         setting = f"{_shown(path)} --model {scenario.model} --gpu {scenario.gpu}"
         click.echo(
-            "Next, try\n"
-            f"  llmsim replay {setting} --rate 20 --goodput ttft:500 tpot:50   the same chats, arriving faster\n"
-            f"  llmsim replay {setting} --max-num-batched-tokens 2048          smaller prefill chunks\n"
-            "  llmsim from-vllm 'vllm serve MODEL …'                          your own server's settings"
+            "Next:\n"
+            "  # the same chats, arriving faster\n"
+            f"  llmsim replay {setting} --rate 20 --goodput ttft:500 tpot:50\n"
+            "  # smaller prefill chunks\n"
+            f"  llmsim replay {setting} --max-num-batched-tokens 2048\n"
+            "  # the settings of a server of your own\n"
+            f"  llmsim from-vllm --gpu {scenario.gpu} 'vllm serve meta-llama/Llama-3.1-8B-Instruct --max-num-seqs 256'"
         )
 
 

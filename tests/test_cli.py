@@ -7,6 +7,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -387,10 +388,10 @@ def test_progress_is_told_on_stderr_only_after_two_seconds(capsys: pytest.Captur
 def test_demo_ends_with_commands_that_work(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     text = printed(capsys, "demo")
     assert re.search(r"^Successful requests: +\d{4}$", text, re.MULTILINE)
-    suggested = [line.split("   ")[0].split() for line in text.splitlines() if line.startswith("  llmsim replay")]
-    assert len(suggested) == 2
+    suggested = [shlex.split(line)[1:] for line in text.splitlines() if line.startswith("  llmsim ")]
+    assert [words[0] for words in suggested] == ["replay", "replay", "from-vllm"]
     for words in suggested:
-        printed(capsys, *words[1:], "--no-out", "--limit", "50")
+        printed(capsys, *words, *(["--no-out", "--limit", "50"] if words[0] == "replay" else []))
     assert list(tmp_path.iterdir()) == []
 
 
