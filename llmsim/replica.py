@@ -23,7 +23,6 @@ pace and all times are sums of an arithmetic series (`_long_run`): one wake-up, 
 
 from __future__ import annotations
 
-from array import array
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from math import inf, isnan, nan
@@ -37,12 +36,14 @@ from llmsim.kvcache import Hit, KVCache
 from llmsim.plugins import PolicyError
 from llmsim.queue import WaitingQueue
 from llmsim.request import Request
+from llmsim.rowlog import RowLog
 
-ITERATION_COLUMNS = (
-    "start_s", "iterations", "mode", "seqs", "kv_tokens", "prefill_requests", "prefill_tokens", "prefill_pairs",
-    "prefill_context", "gpu_first_s", "gpu_growth_s", "gpu_end_s", "running", "waiting", "kv_blocks",
-)  # fmt: skip
-GAP_COLUMNS = ("gap_s", "growth_s", "count", "weight", "end_s")
+ITERATION_COLUMNS = {
+    "start_s": "f8", "iterations": "i8", "mode": "i1", "seqs": "i4", "kv_tokens": "i8", "prefill_requests": "i4",
+    "prefill_tokens": "i4", "prefill_pairs": "i8", "prefill_context": "i8", "gpu_first_s": "f8", "gpu_growth_s": "f8",
+    "gpu_end_s": "f8", "running": "i4", "waiting": "i4", "kv_blocks": "i4",
+}  # fmt: skip
+GAP_COLUMNS = {"gap_s": "f8", "growth_s": "f8", "count": "i4", "weight": "i4", "end_s": "f8"}
 
 
 class Limits(NamedTuple):
@@ -137,8 +138,8 @@ class Replica:
         self.preempted_now: list[Request] = []
         self.paused_now: list[Request] = []
         # Logs: see ITERATION_COLUMNS and GAP_COLUMNS.
-        self.iterations = array("d")
-        self.gaps = array("d")
+        self.iterations = RowLog(ITERATION_COLUMNS)
+        self.gaps = RowLog(GAP_COLUMNS)
         self.preemptions = 0
         self.queried_tokens = 0
         self.hit_tokens = 0
@@ -628,19 +629,20 @@ class Replica:
         last_s = first_s + growth_s * (steps - 1)
         if not self.asynchronous:
             first_seen_s = plan.second_s - update_s + respond_s
-            self.gaps.extend((first_seen_s - self._emitted_s, 0.0, 1.0, seqs, first_seen_s))
+            gaps = self.gaps
+            gaps.add(gaps.pack(first_seen_s - self._emitted_s, 0.0, 1, seqs, first_seen_s))
             self._emitted_s = plan.scheduled_s(steps) - update_s + respond_s
-            self.gaps.extend((pace.first_s - pace.growth_s, pace.growth_s, steps - 1.0, seqs, self._emitted_s))
+            gaps.add(gaps.pack(pace.first_s - pace.growth_s, pace.growth_s, steps - 1, seqs, self._emitted_s))
             self._gpu_s = self._emitted_s - respond_s
             self._log(step, steps, self._gpu_s)
             self.commit(steps)
             return
         first_seen_s = plan.base_s - update_s + respond_s
         gaps = self.gaps
-        gaps.extend((first_seen_s - self._emitted_s, 0.0, 1.0, seqs, first_seen_s))
+        gaps.add(gaps.pack(first_seen_s - self._emitted_s, 0.0, 1, seqs, first_seen_s))
         self._emitted_s = first_seen_s + pace.elapsed_s(steps - 2)
         if steps > 2:
-            gaps.extend((pace.first_s, pace.growth_s, steps - 2.0, seqs, self._emitted_s))
+            gaps.add(gaps.pack(pace.first_s, pace.growth_s, steps - 2, seqs, self._emitted_s))
         if plan.gpu_bound:
             gpu_s = step.gpu_end_s + pace.elapsed_s(steps - 1)
         else:
@@ -660,9 +662,9 @@ class Replica:
         seen_s = taken_s + host.respond_s + host.respond_per_output_s * flight.outputs
         gaps = self.gaps
         if flight.decodes:
-            gaps.extend((seen_s - self._emitted_s, 0.0, 1.0, flight.decodes, seen_s))
+            gaps.add(gaps.pack(seen_s - self._emitted_s, 0.0, 1, flight.decodes, seen_s))
         for request in flight.late:
-            gaps.extend((seen_s - request.last_token_s, 0.0, 1.0, 1.0, seen_s))
+            gaps.add(gaps.pack(seen_s - request.last_token_s, 0.0, 1, 1, seen_s))
             request.last_token_s = nan
         for request in flight.firsts:
             waited_s = seen_s - request.last_token_s  # nan unless it was preempted
@@ -672,7 +674,7 @@ class Replica:
                     request.preempted_s = request.preempted_before_first_s = waited_s
                     request.last_token_s = nan
             elif waited_s == waited_s:
-                gaps.extend((waited_s, 0.0, 1.0, 1.0, seen_s))
+                gaps.add(gaps.pack(waited_s, 0.0, 1, 1, seen_s))
                 request.preempted_s += waited_s
                 request.last_token_s = nan
         self._emitted_s = seen_s
@@ -696,7 +698,8 @@ class Replica:
             pairs += tokens * computed + tokens * (tokens + 1) // 2
             context += computed
         first_s, growth_s = step.gpu
-        self.iterations.extend((
+        log = self.iterations
+        log.add(log.pack(
             step.schedule_s, steps, step.mode, step.seqs, step.kv_tokens, len(chunks), step.new_tokens, pairs,
             context, first_s, growth_s, gpu_end_s, step.running, step.waiting, step.kv_blocks,
         ))  # fmt: skip

@@ -26,9 +26,10 @@ from llmsim.hardware import find_gpu, find_model
 from llmsim.kvcache import KVCache
 from llmsim.memory import kv_blocks
 from llmsim.metrics import Result
-from llmsim.replica import GAP_COLUMNS, ITERATION_COLUMNS, Limits, Replica
+from llmsim.replica import Limits, Replica
 from llmsim.request import Request
 from llmsim.routers import load_router
+from llmsim.rowlog import drained
 from llmsim.scenario import Scenario
 from llmsim.schedulers import load_scheduler
 
@@ -37,11 +38,6 @@ if TYPE_CHECKING:
 
 FLOAT_COLUMNS = ("arrival_s", "scheduled_s", "first_token_s", "finish_s", "preempted_s", "preempted_before_first_s")
 INT_COLUMNS = ("replica", "cached_tokens", "preemptions")
-LOG_TYPES: dict[str, Any] = {
-    "iterations": np.int64, "mode": np.int8, "seqs": np.int32, "kv_tokens": np.int64, "prefill_requests": np.int32,
-    "prefill_tokens": np.int32, "prefill_pairs": np.int64, "prefill_context": np.int64, "running": np.int32,
-    "waiting": np.int32, "kv_blocks": np.int32, "count": np.int32, "weight": np.int32,
-}  # fmt: skip
 PROGRESS_EVERY = 1000  # requests
 
 
@@ -291,8 +287,8 @@ class Fleet:
         }
         requests |= {name: np.frombuffer(column, dtype=np.float64) for name, column in self._floats.items()}
         requests |= {name: np.frombuffer(column, dtype=np.int64) for name, column in self._ints.items()}
-        rows = [len(r.iterations) // len(ITERATION_COLUMNS) for r in self.replicas]
-        iterations = _table([r.iterations for r in self.replicas], ITERATION_COLUMNS)
+        rows = [len(r.iterations) for r in self.replicas]
+        iterations = drained([r.iterations for r in self.replicas])
         iterations["replica"] = np.repeat(np.arange(len(self.replicas), dtype=np.int16), rows)
         stats = {
             "preemptions": sum(r.preemptions for r in self.replicas),
@@ -301,7 +297,7 @@ class Fleet:
             "evicted_blocks": sum(r.kv.evicted_blocks for r in self.replicas),
             "rejected": int(np.isnan(requests["finish_s"]).sum()),
         }
-        gaps = _table([r.gaps for r in self.replicas], GAP_COLUMNS)
+        gaps = drained([r.gaps for r in self.replicas])
         return Result(requests, iterations, gaps, self.scenario, self.cost, self.blocks, wall_s, stats)
 
 
@@ -318,18 +314,3 @@ def _children(trace: Trace) -> dict[int, list[int]] | None:
     for child in np.flatnonzero(np.isnan(trace.arrival_s)):
         children.setdefault(int(trace.parent[child]), []).append(int(child))
     return children
-
-
-def _table(logs: list[array[float]], names: tuple[str, ...]) -> dict[str, Any]:
-    """Row-wise logs of several replicas as columns; each log is emptied once copied, to bound the memory."""
-    rows = [len(log) // len(names) for log in logs]
-    columns = {name: np.empty(sum(rows), dtype=LOG_TYPES.get(name, np.float64)) for name in names}
-    first = 0
-    for log, count in zip(logs, rows, strict=True):
-        table = np.frombuffer(log, dtype=np.float64).reshape(-1, len(names))
-        for i, name in enumerate(names):
-            columns[name][first : first + count] = table[:, i]
-        first += count
-        del table
-        del log[:]
-    return columns

@@ -12,7 +12,7 @@ from plain_engine import PlainEngine, PlainRequest, Settings
 from llmsim.cost import Host, LaunchNoise, Ramp
 from llmsim.cost.graphs import Graphs
 from llmsim.kvcache import KVCache
-from llmsim.replica import GAP_COLUMNS, ITERATION_COLUMNS, Limits, Replica
+from llmsim.replica import Limits, Replica
 from llmsim.request import Request
 from llmsim.schedulers.vllm import VllmScheduler
 
@@ -127,10 +127,9 @@ def run_fast(rows, settings: Settings, cost, noise):
 
 
 def gaps_of(replica: Replica):
-    table = np.frombuffer(replica.gaps).reshape(-1, len(GAP_COLUMNS))
     gaps = []
-    for gap_s, growth_s, count, weight, _ in table:
-        gaps.append(np.repeat(gap_s + growth_s * np.arange(int(count)), int(weight)))
+    for gap_s, growth_s, count, weight, _ in replica.gaps.table():
+        gaps.append(np.repeat(gap_s + growth_s * np.arange(count), weight))
     return np.sort(np.concatenate(gaps)) if gaps else np.empty(0)
 
 
@@ -188,8 +187,7 @@ def test_replica_agrees_with_the_plain_twin(
             assert ours.finish_s == pytest.approx(theirs.token_s[-1], abs=TOLERANCE_S), ours.id
         expected = np.sort(np.concatenate([np.diff(r.token_s) for r in plain]))
         np.testing.assert_allclose(gaps_of(replica), expected, atol=2 * TOLERANCE_S)
-        log = np.frombuffer(replica.iterations).reshape(-1, len(ITERATION_COLUMNS))
-        assert log[:, ITERATION_COLUMNS.index("iterations")].sum() == len(steps)
+        assert replica.iterations.table()["iterations"].sum() == len(steps)
         assert replica.kv.free_blocks == replica.kv.total_blocks
         assert not replica.running
         assert not replica.waiting
