@@ -126,7 +126,7 @@ REFUSED = [
     ("none.json", b"[]", ("array is empty",)),
     ("talk.json", b'[{"conversations": [{"from": "human"}]}]', ("element 1", "from and value")),
     ("lists.json", b'{"input_lens": [1, 2], "output_lens": [1]}', ("input_lens has 2 entries but output_lens has 1",)),
-    ("toks.jsonl", b'{"input_toks": 3, "output_toks": 2, "arrival_time_ns": 5, "input_tok_ids": [1]}', ("line 1", "ids")),
+    ("toks.jsonl", b'{"input_toks": 3, "output_toks": 2, "arrival_time_ns": 5, "input_tok_ids": [1]}', ("line 1",)),
     ("before.jsonl", b'{"input_toks": 3, "output_toks": 2, "arrival_time_ns": -5}', ("line 1", "-5")),
     ("gz.csv", gzip.compress(GENERIC + b"\n0,10,1\n" * 50)[:30], ("gzip data is damaged or cut",)),
     ("chunk-0-trace.csv", b"0,0.1,1,Gamma,1,1\n", ("ServeGen", "directory")),
