@@ -32,7 +32,8 @@ class Ramp(NamedTuple):
     growth_s: float
 
     def elapsed_s(self, steps: int) -> float:
-        return steps * self.first_s + self.growth_s * (steps * (steps - 1)) * 0.5
+        first_s, growth_s = self
+        return steps * first_s + growth_s * (steps * (steps - 1)) * 0.5
 
     def steps_within(self, elapsed_s: float) -> int:
         """Smallest n with elapsed_s(n) >= elapsed_s: iterations begun when that much time has passed."""
