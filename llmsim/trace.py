@@ -30,7 +30,7 @@ IntArray = NDArray[np.int64]
 
 TIED_SHARE = 0.5  # above this share of simultaneous arrivals a trace sits on a grid
 RATE_LIMITS = (1e-4, 1e3)  # requests/s outside which the unit of time is probably another one
-STREAM_ARRIVALS, STREAM_SPREAD = 0, 1  # independent random streams of one seed
+STREAM_SPREAD = 1  # its own random stream of the seed; 0 draws arrivals that a file lacks
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +102,7 @@ def load_trace(
 ) -> Trace:
     """Read a trace of any known format (a file, a directory, ``-`` for standard input)."""
     from llmsim import readers
-    from llmsim.readers.settle import Keeping, order_in_time, settle
+    from llmsim.readers.settle import Keeping, order_in_time, regenerate_arrivals, settle
     from llmsim.readers.source import open_source
 
     _check_choice("failed", failed, ("drop", "keep"))
@@ -130,7 +130,7 @@ def load_trace(
     rows, read, dropped = settle(source.name, rows, Keeping(failed, over_context, context_tokens))
     regenerated = rows.arrival_s is None
     if regenerated:
-        _regenerate(source.name, rows, rate, seed)
+        regenerate_arrivals(rows, rate, seed)
     rows = order_in_time(source.name, rows, strict_order)
     given = {column.name: getattr(rows, column.name) for column in fields(Trace) if hasattr(rows, column.name)}
     given |= {"name": source.name, "notes": tuple(rows.notes), "sha256": source.sha256}
@@ -156,28 +156,6 @@ def load_trace(
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}={value!r} is not one of {', '.join(choices)}")
-
-
-def _regenerate(name: str, rows: object, rate: float | None, seed: int) -> None:
-    """Arrivals for a file that has none: a renewal process at the given rate, else everything at time 0."""
-    from llmsim.readers.rows import Rows
-
-    assert isinstance(rows, Rows)
-    starts = np.ones(len(rows.line), dtype=bool) if rows.parent is None else rows.parent < 0
-    what = "sessions" if rows.parent is not None else "requests"
-    rate = rows.rate if rate is None else rate
-    rows.arrival_s = np.full(len(rows.line), np.nan)
-    if rate is None or math.isinf(rate):
-        rows.arrival_s[starts] = 0.0
-        rows.notes.append(f"no arrival times: all {what} start at time 0; give --rate R for Poisson arrivals")
-        return
-    if not rate > 0:
-        raise ValueError(f"rate={rate:g} must be above 0 requests/s")
-    rng = np.random.default_rng([seed, STREAM_ARRIVALS])
-    gaps_s = rng.gamma(rows.burstiness, 1.0 / (rate * rows.burstiness), size=int(starts.sum()))
-    rows.arrival_s[starts] = np.cumsum(gaps_s) - gaps_s[0]
-    process = "Poisson" if rows.burstiness == 1.0 else f"gamma (burstiness {rows.burstiness:g})"
-    rows.notes.append(f"no arrival times: {process} arrivals of {what} at {rate:g}/s, seed {seed}")
 
 
 def _suspect_unit(trace: Trace, unit: str) -> Trace:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from llmsim.readers.csv_text import CsvTable, read_csv
 from llmsim.readers.delimited import require
 from llmsim.readers.generic import PREFIX_BLOCK_TOKENS, prefix_blocks
 from llmsim.readers.rows import ReadOptions, Rows
 from llmsim.readers.source import Source
-from llmsim.readers.table import CsvTable, Table, read_csv
+from llmsim.readers.table import Table
 
 
 def fits(keys: set[str]) -> bool:

@@ -129,7 +129,7 @@ def check_hash_counts(
 def forked_ids(table: Table, blocks: Blocks) -> list[str]:
     """A note if one id stands behind two different predecessors: then it does not name a whole prefix."""
     flat = list(chain.from_iterable(blocks))
-    if not flat or any(type(value) is not int for value in flat):
+    if set(map(type, flat)) != {int}:
         return []
     try:
         ids = np.array(flat, dtype=np.int64)

@@ -7,6 +7,7 @@ that was kept, delays added up; without one it starts its session.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,9 @@ from llmsim.readers.rows import FloatArray, IntArray, Rows, listed
 LISTS = ("ids", "session", "slo_class", "tenant", "model", "block_ids", "output_block_ids")
 ARRAYS = ("line", "prompt_tokens", "output_tokens", "arrival_s", "delay_s", "priority", "slo_ttft_s", "slo_tpot_s",
           "deadline_s")  # fmt: skip
+
+
+STREAM_ARRIVALS = 0  # its own random stream of the seed
 
 
 @dataclass(frozen=True)
@@ -150,6 +154,25 @@ def session_starts(arrival_s: FloatArray, parent: IntArray | None) -> FloatArray
     for _ in range(max(1, len(parent).bit_length())):
         up = up[up]
     return np.asarray(arrival_s[up])
+
+
+def regenerate_arrivals(rows: Rows, rate: float | None, seed: int) -> None:
+    """Arrivals for a file that has none: a renewal process at the given rate, else everything at time 0."""
+    starts = np.ones(len(rows.line), dtype=bool) if rows.parent is None else rows.parent < 0
+    what = "sessions" if rows.parent is not None else "requests"
+    rate = rows.rate if rate is None else rate
+    rows.arrival_s = np.full(len(rows.line), np.nan)
+    if rate is None or math.isinf(rate):
+        rows.arrival_s[starts] = 0.0
+        rows.notes.append(f"no arrival times: all {what} start at time 0; give --rate R for Poisson arrivals")
+        return
+    if not rate > 0:
+        raise ValueError(f"rate={rate:g} must be above 0 requests/s")
+    rng = np.random.default_rng([seed, STREAM_ARRIVALS])
+    gaps_s = rng.gamma(rows.burstiness, 1.0 / (rate * rows.burstiness), size=int(starts.sum()))
+    rows.arrival_s[starts] = np.cumsum(gaps_s) - gaps_s[0]
+    process = "Poisson" if rows.burstiness == 1.0 else f"gamma (burstiness {rows.burstiness:g})"
+    rows.notes.append(f"no arrival times: {process} arrivals of {what} at {rate:g}/s, seed {seed}")
 
 
 def order_in_time(name: str, rows: Rows, strict_order: bool) -> Rows:
