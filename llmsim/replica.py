@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import simpy
 
 from llmsim.batch import RunningBatch
-from llmsim.cost import FULL, CostModel, LaunchNoise, Ramp
+from llmsim.cost import FULL, CostModel, LaunchNoise, Ramp, steps_within
 from llmsim.kvcache import Hit, KVCache
 from llmsim.plugins import PolicyError
 from llmsim.queue import WaitingQueue
@@ -80,14 +80,14 @@ class _Step:
 
 
 class _Plan:
-    """Iterations k .. k+steps-1 of a run: S(k+1) = second_s, S(k+j) = base_s + pace.elapsed_s(j - 2) from j = 2 on."""
+    """Iterations k .. k+steps-1 of a run: S(k+1) = second_s; S(k+j) = base_s + the first j-2 terms of `pace`, j >= 2."""
 
     __slots__ = ("base_s", "gpu_bound", "pace", "second_s", "steps")
 
     def __init__(self) -> None:
         self.steps = 1
         self.second_s = self.base_s = 0.0
-        self.pace = Ramp(0.0, 0.0)
+        self.pace: tuple[float, float] = (0.0, 0.0)  # first term and growth, s: a bare Ramp, made for every run
         self.gpu_bound = True  # which clock sets the pace
 
     def steps_until(self, ready_s: float) -> int:
@@ -96,12 +96,16 @@ class _Plan:
             return 1
         if ready_s == inf:
             return self.steps
-        steps = 2 + self.pace.steps_within(ready_s - self.base_s)
+        steps = 2 + steps_within(*self.pace, ready_s - self.base_s)
         return steps if steps < self.steps else self.steps
 
     def scheduled_s(self, steps: int) -> float:
         """S(k + steps)."""
-        return self.second_s if steps == 1 else self.base_s + self.pace.elapsed_s(steps - 2)
+        if steps == 1:
+            return self.second_s
+        first_s, growth_s = self.pace
+        steps -= 2
+        return self.base_s + steps * first_s + growth_s * (steps * (steps - 1)) * 0.5
 
 
 class Replica:
@@ -577,9 +581,9 @@ class Replica:
         if not self.asynchronous:
             floor_s = schedule_s + launch_s + max(tail_s, 0.0)
             self._plan_synchronous(plan, schedule_s + lead_s, floor_s, first_s, growth_s)
-            plan.pace = Ramp(plan.pace.first_s + update_s, plan.pace.growth_s)
-            plan.base_s = second_s + plan.pace.first_s
-            plan.pace = Ramp(plan.pace.first_s + plan.pace.growth_s, plan.pace.growth_s)
+            pace_s, growth_s = plan.pace
+            plan.base_s = second_s + pace_s + update_s
+            plan.pace = (pace_s + update_s + growth_s, growth_s)
             return plan
         host_s = update_s + schedule_s + launch_s
         launch_at_s = second_s + schedule_s
@@ -594,7 +598,7 @@ class Replica:
         ):
             plan.gpu_bound = True
             plan.base_s = gpu_s + update_s
-            plan.pace = Ramp(first_s, growth_s)
+            plan.pace = (first_s, growth_s)
             return plan
         if (  # the host sets the pace: the GPU is idle when the next launch reaches it
             gpu_s <= launched_s
@@ -605,7 +609,7 @@ class Replica:
         ):
             plan.gpu_bound = False
             plan.base_s = launched_s + update_s
-            plan.pace = Ramp(host_s, 0.0)
+            plan.pace = (host_s, 0.0)
             plan.steps = min(steps, _steps_below(first_s, growth_s, min(host_s, launch_s + host_s - lead_s)) + 1)
             return plan
         return None
@@ -614,15 +618,16 @@ class Replica:
     def _plan_synchronous(plan: _Plan, begin_s: float, floor_s: float, first_s: float, growth_s: float) -> None:
         """From S(k) to the end of iteration k: the GPU's time after `begin_s`, or the launch's `floor_s` if longer."""
         if begin_s + first_s >= floor_s:
-            plan.pace = Ramp(begin_s + first_s, growth_s)
+            plan.pace = (begin_s + first_s, growth_s)
         else:
-            plan.pace = Ramp(floor_s, 0.0)
+            plan.pace = (floor_s, 0.0)
             plan.steps = min(plan.steps, _steps_below(first_s, growth_s, floor_s - begin_s) + 1)
 
     def _finish_run(self, step: _Step, plan: _Plan, steps: int) -> None:
         """Book a run of iterations; the last one's results are in flight, or taken if scheduling is synchronous."""
         host = self.cost.host
-        seqs, pace = step.seqs, plan.pace
+        seqs = step.seqs
+        pace_s, pace_growth_s = plan.pace
         update_s = host.update_s + host.update_per_output_s * seqs
         respond_s = host.respond_s + host.respond_per_output_s * seqs
         first_s, growth_s = step.gpu
@@ -632,7 +637,7 @@ class Replica:
             gaps = self.gaps
             gaps.add(gaps.pack(first_seen_s - self._emitted_s, 0.0, 1, seqs, first_seen_s))
             self._emitted_s = plan.scheduled_s(steps) - update_s + respond_s
-            gaps.add(gaps.pack(pace.first_s - pace.growth_s, pace.growth_s, steps - 1, seqs, self._emitted_s))
+            gaps.add(gaps.pack(pace_s - pace_growth_s, pace_growth_s, steps - 1, seqs, self._emitted_s))
             self._gpu_s = self._emitted_s - respond_s
             self._log(step, steps, self._gpu_s)
             self.commit(steps)
@@ -640,13 +645,15 @@ class Replica:
         first_seen_s = plan.base_s - update_s + respond_s
         gaps = self.gaps
         gaps.add(gaps.pack(first_seen_s - self._emitted_s, 0.0, 1, seqs, first_seen_s))
-        self._emitted_s = first_seen_s + pace.elapsed_s(steps - 2)
-        if steps > 2:
-            gaps.add(gaps.pack(pace.first_s, pace.growth_s, steps - 2, seqs, self._emitted_s))
+        more = steps - 2  # gaps between the iterations whose results are taken; the last one's are in flight
+        before_last_s = more * pace_s + pace_growth_s * (more * (more - 1)) * 0.5
+        self._emitted_s = first_seen_s + before_last_s
+        if more:
+            gaps.add(gaps.pack(pace_s, pace_growth_s, more, seqs, self._emitted_s))
         if plan.gpu_bound:
-            gpu_s = step.gpu_end_s + pace.elapsed_s(steps - 1)
+            gpu_s = step.gpu_end_s + before_last_s + pace_s + pace_growth_s * more
         else:
-            launched_s = plan.base_s - update_s + (steps - 2) * pace.first_s
+            launched_s = plan.base_s - update_s + more * pace_s
             launch_s = host.launch_s[FULL] + host.launch_per_request_s[FULL] * seqs
             gpu_s = launched_s + max(host.lead_s[FULL] + last_s - launch_s, host.tail_s[FULL])
         self._log(step, steps, gpu_s)

@@ -36,19 +36,23 @@ class Ramp(NamedTuple):
         return steps * first_s + growth_s * (steps * (steps - 1)) * 0.5
 
     def steps_within(self, elapsed_s: float) -> int:
-        """Smallest n with elapsed_s(n) >= elapsed_s: iterations begun when that much time has passed."""
-        if elapsed_s <= 0.0:
-            return 0
-        first, half = self.first_s, 0.5 * self.growth_s
-        if half <= 0.0:
-            return ceil(elapsed_s / first)
-        b = first - half
-        n = ceil((sqrt(b * b + 4.0 * half * elapsed_s) - b) / (2.0 * half))
-        while self.elapsed_s(n) < elapsed_s:  # the root is a float: step over its rounding
-            n += 1
-        while n > 1 and self.elapsed_s(n - 1) >= elapsed_s:
-            n -= 1
-        return n
+        return steps_within(self.first_s, self.growth_s, elapsed_s)
+
+
+def steps_within(first_s: float, growth_s: float, elapsed_s: float) -> int:
+    """Smallest n whose sum of first_s + i * growth_s, i < n, is elapsed_s or more: iterations begun by then."""
+    if elapsed_s <= 0.0:
+        return 0
+    half = 0.5 * growth_s
+    if half <= 0.0:
+        return ceil(elapsed_s / first_s)
+    b = first_s - half
+    n = ceil((sqrt(b * b + 4.0 * half * elapsed_s) - b) / (2.0 * half))
+    while n * (b + half * n) < elapsed_s:  # the root is a float: step over its rounding
+        n += 1
+    while n > 1 and (n - 1) * (b + half * (n - 1)) >= elapsed_s:
+        n -= 1
+    return n
 
 
 @dataclass(frozen=True)
