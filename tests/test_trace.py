@@ -53,9 +53,7 @@ def test_out_of_order_rows_are_sorted_stably_or_refused(tmp_path: Path) -> None:
 
 def test_over_context_is_refused_dropped_or_cut(tmp_path: Path) -> None:
     text = HEADER + "\n0,10,5\n1,90,20\n2,200,5\n"
-    with pytest.raises(
-        ValueError, match=r"2 requests .* context of 100 tokens \(first: line 3, prompt 90 \+"
-    ):
+    with pytest.raises(ValueError, match=r"2 requests .* context of 100 tokens \(first: line 3, prompt 90 \+"):
         read(tmp_path, text, context_tokens=100)
     assert dict(read(tmp_path, text, context_tokens=100, over_context="drop").dropped) == {
         "longer than the context of 100 tokens": 2

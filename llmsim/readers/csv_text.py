@@ -73,7 +73,7 @@ def read_csv(source: Source, data: bytes | None = None, first_line: int = 1) -> 
     data = source.data if data is None else data
     head = data[: data.find(b"\n")] if b"\n" in data else data
     delimiter, names = _header(source, head if head.count(b'"') % 2 == 0 else data[:65536], first_line)
-    body = data.rstrip()
+    body = data.rstrip(b"\r\n ")
     quoted = b'"' in body
     parse_options = pacsv.ParseOptions(delimiter=delimiter, newlines_in_values=quoted, ignore_empty_lines=True)
     read_options = pacsv.ReadOptions(column_names=[str(i) for i in range(len(names))], skip_rows_after_names=1)
@@ -119,7 +119,7 @@ def read_csv(source: Source, data: bytes | None = None, first_line: int = 1) -> 
     if plain:
         lines = np.arange(first_line + 1, first_line + 1 + arrow.num_rows, dtype=np.int64)
     else:
-        starts = _line_numbers(body, delimiter, first_line)
+        starts = _line_numbers(source.name, body, delimiter, first_line)
         lines = np.array(starts[1:], dtype=np.int64)
     if len(lines) != arrow.num_rows:
         raise ValueError(f"{source.name}: quoting is inconsistent: {len(lines)} or {arrow.num_rows} rows; re-export it")
@@ -132,6 +132,10 @@ def _header(source: Source, head: bytes, first_line: int) -> tuple[str, list[str
     except UnicodeDecodeError as error:
         raise not_utf8(source.name, head, error.start) from None
     delimiter = next((mark for mark in (",", "\t", ";") if mark in text), ",")
+    if "\r" in text:
+        raise ValueError(f"{source.name}: line {first_line}: lines end in CR alone; convert them to LF: tr '\\r' '\\n'")
+    if text.startswith("#"):
+        raise ValueError(f"{source.name}: line {first_line}: a comment where the header should be; remove it")
     names = [name.strip() for name in next(csv.reader(io.StringIO(text), delimiter=delimiter), [])]
     first = names[0] if names else ""
     if values.NUMBER.fullmatch(first) or values.stamp_of(first) is not None:
@@ -154,14 +158,17 @@ def _header(source: Source, head: bytes, first_line: int) -> tuple[str, list[str
     return delimiter, names
 
 
-def _line_numbers(body: bytes, delimiter: str, first_line: int) -> list[int]:
+def _line_numbers(name: str, body: bytes, delimiter: str, first_line: int) -> list[int]:
     """The line each row starts on; blank lines and quoted line breaks make it differ from the row number."""
     reader = csv.reader(io.StringIO(body.decode("utf-8"), newline=""), delimiter=delimiter)
     starts, at = [], first_line
-    for row in reader:
-        if row:
-            starts.append(at)
-        at = first_line + reader.line_num
+    try:
+        for row in reader:
+            if row:
+                starts.append(at)
+            at = first_line + reader.line_num
+    except csv.Error as error:
+        raise ValueError(f"{name}: line {at}: {error}; is a quote left open, or a line break a lone CR?") from None
     return starts
 
 
@@ -180,7 +187,10 @@ def _broken_csv(source: Source, body: bytes, delimiter: str, width: int, first_l
     except csv.Error as error:
         return ValueError(f"{source.name}: line {at}: {error}; is a quote left open?")
     if bad:
-        fix = "numbers without thousands separators, or quote text that holds a comma"
+        fix = "write numbers without thousands separators, and quote text that holds a comma"
+        if bad[0][1] < width:
+            last = bad[0][0] == at - 1
+            fix = "file truncated?" if last and len(bad) == 1 else "every row needs every column"
         expected = f"the number of fields of the header ({width})"
         return bad_rows(source.name, bad, "fields on the line", expected, fix)
     return ValueError(f"{source.name}: not readable as CSV: {' '.join(why.split())[:200]}")

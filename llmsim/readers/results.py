@@ -46,6 +46,8 @@ def read_vllm(table: Records, options: ReadOptions) -> Rows:
             f"{table.name}: a vLLM benchmark summary only: no input_lens/output_lens/ttfts. Re-run vllm bench serve "
             "with --save-result --save-detailed"
         )
+    if not prompts:
+        raise ValueError(f"{table.name}: input_lens is empty: the benchmark measured no requests")
     starts, errors = result.get("start_times"), result.get("errors")
     for field, column in (("output_lens", outputs), ("start_times", starts), ("errors", errors)):
         if column is not None and (not isinstance(column, list) or len(column) != len(prompts)):
