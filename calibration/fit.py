@@ -15,6 +15,7 @@ load. So no knot from `SUSTAINED_ROWS` up may cost less per row than the largest
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import partial
 
@@ -74,15 +75,22 @@ def monotone(values: Floats, weights: Floats) -> Floats:
 
 def gpu_seconds(clock: GpuClock, graphs: Graphs, step: StepRow) -> float:
     """GPU seconds of a recorded step without stalls, by the equation of llmsim.cost.profile."""
-    rows = effective_rows(graphs.padded(step.tokens))
-    linear_s = float(np.interp(rows, clock.tokens, clock.linear_s))
-    if rows > clock.tokens[-1]:
-        linear_s = clock.linear_s[-1] * rows / clock.tokens[-1]
+    linear_s = between(clock.tokens, clock.linear_s, effective_rows(graphs.padded(step.tokens)))
     if not step.chunks:
         return linear_s + clock.full_kv_token_s * step.kv_tokens
     kv_s, pair_s = clock.mixed_kv_token_s, clock.pair_s
     attention_s = sum(max(pair_s * (n * c + 0.5 * n * (n + 1)), kv_s * c) for n, c in step.chunks)
     return linear_s + kv_s * step.kv_tokens + clock.mixed_request_s * step.seqs + attention_s
+
+
+def between(knots: Sequence[int], values: Sequence[float], at: float) -> float:
+    """Linear between knots, flat below the first, in proportion above the last."""
+    i = bisect_right(knots, at)
+    if i == 0:
+        return values[0]
+    if i == len(knots):
+        return values[-1] * at / knots[-1]
+    return values[i - 1] + (values[i] - values[i - 1]) * (at - knots[i - 1]) / (knots[i] - knots[i - 1])
 
 
 def first_guess(recordings: Sequence[Recording]) -> GpuClock:
@@ -210,7 +218,7 @@ def fit_clocks(recordings: Sequence[Recording], graphs: Graphs, shape: Shape) ->
         clock = fit_mixed(seen, replace_small(clock, knots, linear_s, full_kv_s), graphs)
         seen = walk(scenarios, clock, host, graphs)
         host = fit_host(scenarios, seen, partial(gpu_seconds, clock, graphs))
-    stalls = stall_share(scenarios, seen, partial(gpu_seconds, clock, graphs))
+    stalls = stall_share(scenarios, partial(gpu_seconds, clock, graphs))
     return fit_form(clock, shape), host, stalls
 
 

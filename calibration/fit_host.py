@@ -125,18 +125,26 @@ def trimmed(matrix: Floats, target: Floats) -> Floats:
     return coefficients
 
 
-def stall_share(
-    scenarios: Sequence[Scenario], rows: Sequence[tuple[str, Seen]], gpu_s: Callable[[StepRow], float]
-) -> float:
-    """Share of decode time that steps far from their GPU seconds lose, catching up after a late update included."""
-    open_loop = {scenario.name for scenario in scenarios if scenario.concurrency is None and spread(scenario)}
+def stall_share(scenarios: Sequence[Scenario], gpu_s: Callable[[StepRow], float]) -> float:
+    """Share of decode time that is lost between updates: gaps far from the step's GPU seconds, catching up included.
+
+    Of steps with a decode two before, one before and one after them, all overlapping, so that no launch paces the gap.
+    """
     lost_s = total_s = 0.0
-    for name, row in rows:
-        if name in open_loop and row.mode == FULL and row.follows_gpu and row.clean and row.gpu_s == row.gpu_s:
-            expected_s = gpu_s(row.step)
+    for scenario in scenarios:
+        if scenario.concurrency is not None or not spread(scenario):
+            continue
+        rows = scenario.steps
+        for i in range(2, len(rows) - 1):
+            before, step, after = rows[i - 1 : i + 2]
+            if any(row.chunks for row in rows[i - 2 : i + 2]):
+                continue
+            if step.schedule_s > before.update_s or after.schedule_s > step.update_s:
+                continue
+            expected_s = gpu_s(step)
+            excess_s = step.update_s - before.update_s - expected_s
             total_s += expected_s
-            if abs(row.gpu_s - expected_s) > STALL_S:
-                lost_s += row.gpu_s - expected_s
+            lost_s += excess_s if abs(excess_s) > STALL_S else 0.0
     return max(lost_s / total_s, 0.0) if total_s else 0.0
 
 

@@ -146,8 +146,10 @@ def read_recording(path: Path, names: Sequence[str] | None = None) -> Recording:
         raise FileNotFoundError(f"{engine_file}: no such file. Name a recording's folder; it holds engine.json")
     recording = Recording(path, json.loads(engine_file.read_text()), [])
     recording.files["engine.json"] = _sha256(engine_file)
-    for file in sorted(path.glob("*.json.gz")):
-        name = file.name.removesuffix(".json.gz").removesuffix(".requests")
+    present = {file.name.removesuffix(".json.gz").removesuffix(".requests"): file for file in path.glob("*.json.gz")}
+    if missing := [name for name in names or () if name not in present]:
+        raise FileNotFoundError(f"{path}: no scenario {', '.join(missing)}. It has {', '.join(sorted(present))}")
+    for name, file in sorted(present.items()):
         if names is not None and name not in names:
             continue
         recording.files[file.name] = _sha256(file)
@@ -162,10 +164,6 @@ def read_recording(path: Path, names: Sequence[str] | None = None) -> Recording:
         recording.files[steps.name] = _sha256(steps)
         with gzip.open(steps, "rt") as stream:
             recording.scenarios.append(_scenario(name, content, [json.loads(line) for line in stream]))
-    if names is not None:
-        found = {file.split(".")[0] for file in recording.files}
-        if missing := [name for name in names if name not in found]:
-            raise FileNotFoundError(f"{path}: no scenario {', '.join(missing)}. It has {', '.join(sorted(found))}")
     return recording
 
 
