@@ -1,0 +1,124 @@
+"""How close llmsim comes to recorded engines: `python -m benchmarks.accuracy [RECORDING ...] [--update FILE]`.
+
+Every recorded load is replayed as `llmsim validate` does it, and the signed errors are printed as a Markdown table, the
+loads that the profile was fitted to apart from those it never saw. Which is which is not a list kept here: a profile
+names the SHA-256 of each file it was fitted to. Without RECORDING: all recordings of this repository.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import click
+
+from llmsim.recording import GRID, load_recording
+from llmsim.validate import PERCENTS, compare, predicted
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = (ROOT / "tests" / "data" / "recordings", ROOT / "calibration" / "recordings")
+METRICS = {"ttft_ms": "TTFT", "tpot_ms": "TPOT", "itl_ms": "ITL", "e2el_ms": "E2EL", "output_throughput": "tok/s"}
+STATISTICS = ("mean", *(f"p{percent}" for percent in PERCENTS))
+START, END = "<!-- accuracy -->", "<!-- /accuracy -->"
+
+
+@dataclass(frozen=True)
+class Load:
+    """One recorded load and its errors; the batches of a grid together, each error the median of their sizes."""
+
+    folder: str
+    name: str
+    requests: int
+    fitted: bool
+    cost: str
+    errors: dict[str, dict[str, float]]  # metric -> statistic -> (predicted - measured) / measured
+
+
+def recordings() -> list[Path]:
+    return [path.parent for folder in FOLDERS for path in sorted(folder.glob("*/engine.json"))]
+
+
+def judged(folder: Path, cost: str) -> Iterator[Load]:
+    """The loads of one recording folder, replayed."""
+    files = sorted(folder.glob("*.requests.json.gz")) + sorted(folder.glob(GRID))
+    if not files:
+        raise click.UsageError(f"{folder}: no NAME.requests.json.gz in it. Give a recording folder.")
+    for file in files:
+        scenarios = load_recording(file)
+        results = [predicted(scenario, cost=cost) for scenario in scenarios]
+        outcomes = [compare(result, scenario) for result, scenario in zip(results, scenarios, strict=True)]
+        model = results[0].cost
+        profile = getattr(model, "profile", None)
+        seen = [] if profile is None else profile.provenance.recordings.values()
+        fitted = hashlib.sha256(file.read_bytes()).hexdigest() in seen
+        grid = file.name == GRID
+        name = f"{GRID.split('.')[0]} ({len(scenarios)} batches)" if grid else scenarios[0].name
+        requests = sum(len(scenario.trace) for scenario in scenarios)
+        yield Load(folder.name, name, requests, fitted, model.label, _errors(outcomes, sizes=grid))
+
+
+def _errors(outcomes: Sequence[dict[str, Any]], *, sizes: bool) -> dict[str, dict[str, float]]:
+    errors: dict[str, dict[str, float]] = {}
+    for metric, statistics in outcomes[0].items():
+        for statistic in statistics:
+            found = [outcome[metric][statistic]["error"] for outcome in outcomes]
+            kept = [abs(error) if sizes else error for error in found if error is not None]
+            errors.setdefault(metric, {})[statistic] = median(kept) if kept else float("nan")
+    return errors
+
+
+def table(loads: Sequence[Load]) -> str:
+    """Markdown: a table for each recording, unseen loads first."""
+    lines: list[str] = []
+    for folder in dict.fromkeys(load.folder for load in loads):
+        own = [load for load in loads if load.folder == folder]
+        lines += [f"`{folder}`, {own[0].cost}", ""]
+        lines += [f"| load | requests | {' | '.join(METRICS.values())} |", "|---|---:|" + "---|" * len(METRICS)]
+        for fitted, words in ((False, ""), (True, " *(fitted)*")):
+            lines += [
+                f"| {load.name}{words} | {load.requests} | {' | '.join(_cell(load, metric) for metric in METRICS)} |"
+                for load in own
+                if load.fitted is fitted
+            ]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _cell(load: Load, metric: str) -> str:
+    statistics = load.errors[metric]
+    sign = "" if load.name.startswith("decode_grid") else "+"
+    return " / ".join(f"{100 * statistics[name]:{sign}.1f}" for name in STATISTICS if name in statistics)
+
+
+def update(file: Path, text: str) -> None:
+    """Put the table between the markers of a Markdown file."""
+    page = file.read_text(encoding="utf-8")
+    if page.count(START) != 1 or page.count(END) != 1:
+        raise click.UsageError(f"{file}: needs one {START} and one {END}. Put them where the table belongs.")
+    before, _, rest = page.partition(START)
+    file.write_text(f"{before}{START}\n{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+
+
+@click.command()
+@click.argument("folders", metavar="[RECORDING]...", nargs=-1, type=click.Path(path_type=Path, exists=True))
+@click.option("--cost", default="auto", show_default=True, help="Cost model, as for llmsim replay.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of the table.")
+@click.option("--update", "page", type=click.Path(path_type=Path, exists=True), help="Write the table into this file.")
+def main(folders: tuple[Path, ...], cost: str, as_json: bool, page: Path | None) -> None:
+    """Errors in per cent, mean / p50 / p90 / p99: + is predicted too long, for tok/s too many."""
+    try:
+        loads = [load for folder in folders or recordings() for load in judged(folder.resolve(), cost)]
+    except (ValueError, FileNotFoundError) as error:
+        raise click.UsageError(str(error)) from None
+    if page is not None:
+        update(page, table(loads))
+    click.echo(json.dumps([asdict(load) for load in loads]) if as_json else table(loads))
+
+
+if __name__ == "__main__":
+    main()
