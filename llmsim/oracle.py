@@ -19,10 +19,8 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from llmsim.cost.constant import ConstantCost
-from llmsim.cost.graphs import Graphs
+from llmsim.engine import Engine, Limits
 from llmsim.kvcache import KVCache
-from llmsim.replica import Limits, Replica
 from llmsim.request import Request
 from llmsim.schedulers.vllm import VllmScheduler
 
@@ -104,15 +102,14 @@ def _first_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | Non
 
 
 class Replay:
-    """One case, driven turn by turn through the same replica and policy that simulations use, without their clock."""
+    """One case, driven turn by turn through the same engine and policy that simulations use, without their clock."""
 
     def __init__(self, case: dict[str, Any], source: str) -> None:
         config = case["config"]
         self.asynchronous = bool(config.get("async_scheduling", False))
         self.max_turns = int(config.get("max_iters", 10_000))
         block_tokens = config["block_size"]
-        self.replica = Replica(
-            None,
+        self.engine = Engine(
             VllmScheduler(
                 policy=config.get("policy", "fcfs"),
                 long_prefill_token_threshold=config.get("long_prefill_token_threshold", 0),
@@ -120,7 +117,6 @@ class Replay:
                 reserve_full_isl=config.get("scheduler_reserve_full_isl", True),
                 enable_chunked_prefill=config.get("enable_chunked_prefill", True),
             ),
-            ConstantCost(1.0, Graphs((), config["max_num_seqs"])),
             KVCache(
                 config["num_gpu_blocks"] - 1,
                 block_tokens,
@@ -140,13 +136,13 @@ class Replay:
 
     def run(self) -> list[dict[str, Any]]:
         """Turns that scheduled something, in the format of the recording."""
-        replica = self.replica
+        engine = self.engine
         steps: list[dict[str, Any]] = []
         flying: deque[dict[str, Any]] = deque()
         for turn in range(self.max_turns):
             while self.arrivals and self.arrivals[0][0] <= turn:
-                replica.waiting.append(self.arrivals.popleft()[1])
-            if not (replica.waiting or replica.running or flying):
+                engine.waiting.append(self.arrivals.popleft()[1])
+            if not (engine.waiting or engine.running or flying):
                 if not self.arrivals:
                     break
                 continue
@@ -155,19 +151,19 @@ class Replay:
                 steps.append(step)
             flying.append(step)
             has_tokens = bool(step["scheduled"])
-            if self.asynchronous and len(flying) < 2 and (has_tokens or replica.running or replica.waiting):
+            if self.asynchronous and len(flying) < 2 and (has_tokens or engine.running or engine.waiting):
                 continue
             self._process(flying.popleft(), turn)
         return steps
 
     def _schedule(self, turn: int) -> dict[str, Any]:
-        replica = self.replica
-        before = {request: request.preemptions for request in replica.waiting}
-        replica.begin(float(turn))
-        chunks = {request: (tokens, computed) for request, tokens, computed in replica.chunks}
+        engine = self.engine
+        before = {request: request.preemptions for request in engine.waiting}
+        engine.begin(float(turn))
+        chunks = {request: (tokens, computed) for request, tokens, computed in engine.chunks}
         scheduled = []
         makes_token: list[Request] = []
-        for request in replica.running:
+        for request in engine.running:
             if request in chunks:
                 tokens, computed = chunks[request]
                 samples = request.computed_tokens == request.prefill_tokens
@@ -177,9 +173,9 @@ class Replay:
                 entry = _entry(request, kind, computed, tokens, samples)
                 if kind != "running":
                     entry["prefix_hit"] = computed
-            elif request in replica.batch and replica.decoding:
+            elif request in engine.batch and engine.decoding:
                 samples = True
-                entry = _entry(request, "running", replica.batch.computed(request), 1, True)
+                entry = _entry(request, "running", engine.batch.computed(request), 1, True)
             else:
                 continue
             scheduled.append(entry)
@@ -188,14 +184,14 @@ class Replay:
         step: dict[str, Any] = {
             "iter": turn,
             "scheduled": scheduled,
-            "preempted": [request.name for request in replica.preempted_now],
-            "running": [request.name for request in replica.running],
-            "waiting": [request.name for request in replica.waiting],
-            "free_blocks": replica.kv.free_blocks,
+            "preempted": [request.name for request in engine.preempted_now],
+            "running": [request.name for request in engine.running],
+            "waiting": [request.name for request in engine.waiting],
+            "free_blocks": engine.kv.free_blocks,
         }
         for request in makes_token:
             self.token_turns.setdefault(request.name, []).append(turn)
-        step["_ended"] = replica.commit(1)
+        step["_ended"] = engine.commit(1)
         step["_makes_token"] = makes_token
         return step
 
@@ -205,9 +201,9 @@ class Replay:
             [request.name, 1, "length" if request in ended else None] for request in step.pop("_makes_token")
         ]
         place = {name: i for i, (name, _, _) in enumerate(step["emitted"])}
-        self.replica.free(sorted(ended, key=lambda request: place[request.name]))
+        self.engine.free(sorted(ended, key=lambda request: place[request.name]))
         step["processed_iter"] = turn
-        step["free_blocks_after_update"] = self.replica.kv.free_blocks
+        step["free_blocks_after_update"] = self.engine.kv.free_blocks
 
 
 def _entry(request: Request, kind: str, computed: int, tokens: int, samples: bool) -> dict[str, Any]:

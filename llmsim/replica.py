@@ -6,7 +6,6 @@ iteration k+1 while the GPU runs iteration k, at most two in flight. Per iterati
     S(k)   the host begins to schedule;  x0(k) the launch begins;  L(k) it ends;  E(k) the GPU ends
     U(k)   the host takes the results
 
-
     x0(k)  = S(k) + schedule
     L(k)   = x0(k) + launch + noise + interference of requests that become schedulable in (x0, L]
     E(k)   = max(max(E(k-1), x0(k) + lead) + T(k), L(k) + tail)
@@ -16,9 +15,8 @@ iteration k+1 while the GPU runs iteration k, at most two in flight. Per iterati
 
 (`llmsim.cost.Host` explains the terms; `tests/plain_engine.py` is the same in the plainest code.)
 
-*Macro-steps.* If the policy answers HOLD and no prompt is being computed, the iterations until the next completion,
-arrival or shortage of blocks differ only in T(k), which grows linearly. Then the slower of the two clocks sets the
-pace and all times are sums of an arithmetic series (`_long_run`): one wake-up, one row in the log.
+If the policy answers HOLD and no prompt is being computed, the iterations until the next completion, arrival or
+shortage of blocks are one wake-up and one row in the log (`llmsim.macrostep`).
 """
 
 from __future__ import annotations
@@ -26,17 +24,18 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from math import inf, isnan, nan
-from typing import Any, NamedTuple
+from typing import Any
 
 import simpy
 
-from llmsim.batch import RunningBatch
-from llmsim.cost import FULL, CostModel, LaunchNoise, Ramp, steps_within
-from llmsim.kvcache import Hit, KVCache
-from llmsim.plugins import PolicyError
-from llmsim.queue import WaitingQueue
+from llmsim.cost import FULL, CostModel, LaunchNoise, Ramp
+from llmsim.engine import Engine, Limits
+from llmsim.kvcache import KVCache
+from llmsim.macrostep import Plan, Step, plan_run, plan_synchronous_run
 from llmsim.request import Request
 from llmsim.rowlog import RowLog
+
+__all__ = ["GAP_COLUMNS", "ITERATION_COLUMNS", "Limits", "Replica"]
 
 ITERATION_COLUMNS = {
     "start_s": "f8", "iterations": "i8", "mode": "i1", "seqs": "i4", "kv_tokens": "i8", "prefill_requests": "i4",
@@ -44,11 +43,6 @@ ITERATION_COLUMNS = {
     "gpu_end_s": "f8", "running": "i4", "waiting": "i4", "kv_blocks": "i4",
 }  # fmt: skip
 GAP_COLUMNS = {"gap_s": "f8", "growth_s": "f8", "count": "i4", "weight": "i4", "end_s": "f8"}
-
-
-class Limits(NamedTuple):
-    max_num_seqs: int
-    max_num_batched_tokens: int
 
 
 class _Flight:
@@ -64,59 +58,12 @@ class _Flight:
         self.ended: Sequence[Request] = ()
 
 
-class _Step:
-    """The iteration at hand: its composition, and when its launch and its GPU work begin and end."""
-
-    __slots__ = (
-        "chunks", "gpu", "gpu_end_s", "kv_blocks", "kv_tokens", "launch_s", "launched_s", "mode", "new_tokens",
-        "running", "schedule_s", "seqs", "waiting",
-    )  # fmt: skip
-
-    def __init__(self) -> None:
-        self.chunks: list[tuple[int, int]] = []
-        self.gpu = Ramp(0.0, 0.0)
-        self.gpu_end_s = self.launch_s = self.launched_s = self.schedule_s = 0.0
-        self.kv_blocks = self.kv_tokens = self.mode = self.new_tokens = self.running = self.seqs = self.waiting = 0
-
-
-class _Plan:
-    """Iterations k .. k+steps-1 of a run: S(k+1) = second_s; S(k+j) = base_s + the first j-2 terms of `pace`, j >= 2."""
-
-    __slots__ = ("base_s", "gpu_bound", "pace", "second_s", "steps")
-
-    def __init__(self) -> None:
-        self.steps = 1
-        self.second_s = self.base_s = 0.0
-        self.pace: tuple[float, float] = (0.0, 0.0)  # first term and growth, s: a bare Ramp, made for every run
-        self.gpu_bound = True  # which clock sets the pace
-
-    def steps_until(self, ready_s: float) -> int:
-        """Iterations that are scheduled before a request that becomes schedulable at `ready_s` is seen."""
-        if ready_s <= self.second_s:
-            return 1
-        if ready_s == inf:
-            return self.steps
-        steps = 2 + steps_within(*self.pace, ready_s - self.base_s)
-        return steps if steps < self.steps else self.steps
-
-    def scheduled_s(self, steps: int) -> float:
-        """S(k + steps)."""
-        if steps == 1:
-            return self.second_s
-        first_s, growth_s = self.pace
-        steps -= 2
-        return self.base_s + steps * first_s + growth_s * (steps * (steps - 1)) * 0.5
-
-
-class Replica:
-    """Policies read and act on this; `submit` and `outstanding` are for routers and sources.
-
-    Without `env` it has no clock: `begin`, `commit` and `free` step it by hand (`llmsim.oracle`).
-    """
+class Replica(Engine):
+    """An engine on two clocks; `submit` and `outstanding` are for routers and sources."""
 
     def __init__(
         self,
-        env: simpy.Environment | None,
+        env: simpy.Environment,
         scheduler: Any,
         cost: CostModel,
         kv: KVCache,
@@ -127,38 +74,17 @@ class Replica:
         on_finish: Callable[[Request, Replica], None] | None = None,
         index: int = 0,
     ) -> None:
-        self.env = env or simpy.Environment()
-        self.scheduler, self.cost, self.kv, self.limits = scheduler, cost, kv, limits
-        self.index = index
-        self.asynchronous = asynchronous
-        self.waiting = WaitingQueue(getattr(scheduler, "order", None))
-        self.running: dict[Request, None] = {}  # all that hold a slot, in order of admission
-        self.prefilling: dict[Request, None] = {}  # of them, the half-prefilled ones
-        self.batch = RunningBatch(kv.block_tokens)
-        # What the policy has decided for the iteration at hand.
-        self.decoding = 0
-        self._blocks_taken = 0
-        self.chunks: list[tuple[Request, int, int]] = []  # request, tokens, computed before
-        self.preempted_now: list[Request] = []
-        self.paused_now: list[Request] = []
-        # Logs: see ITERATION_COLUMNS and GAP_COLUMNS.
+        super().__init__(scheduler, kv, limits, asynchronous=asynchronous)
+        self.env, self.cost, self.index = env, cost, index
         self.iterations = RowLog(ITERATION_COLUMNS)
         self.gaps = RowLog(GAP_COLUMNS)
-        self.preemptions = 0
-        self.queried_tokens = 0
-        self.hit_tokens = 0
-        self._victim = getattr(scheduler, "victim", None)
         self._noise = noise
         self._on_finish = on_finish
-        self._granted: dict[Request, None] | None = None  # decodes of a one-by-one pass
-        self._publishing: dict[Request, None] = {}  # running requests whose answer others may share
-        self._late: list[Request] = []  # decode again after an iteration without them
         self._cut_off: list[Request] = []  # stopped decoding just now: their last token is in flight
         self._to_free: list[Request] = []  # ended, results taken: free at the next schedule
         self._flight: _Flight | None = None  # the iteration launched last, until its results are taken
         self._gpu_s = -inf  # when the GPU is done with it: E(k-1)
         self._emitted_s = 0.0  # when clients saw the tokens of the iteration before
-        self._now_s = 0.0
         # Arrivals.
         self._feed: Iterator[Request] | None = None
         self._arriving: deque[Request] = deque()
@@ -170,9 +96,9 @@ class Replica:
         self._finished_by_now = 0
         self._timer: simpy.Event | None = None
         self._wake_s = inf
-        self._plan: _Plan | None = None
+        self._plan: Plan | None = None
         # One of each is alive at a time; making new ones for every iteration cost a tenth of the run time.
-        self._own_plan, self._own_flight, self._own_step = _Plan(), _Flight(), _Step()
+        self._own_plan, self._own_flight, self._own_step = Plan(), _Flight(), Step()
         self._story = self._run()
 
     # --------------------------------------------------------------------------------------------- from the outside
@@ -211,204 +137,6 @@ class Replica:
     def kv_in_use(self) -> int:
         """KV blocks held by requests."""
         return self.kv.total_blocks - self.kv.free_blocks
-
-    # ---------------------------------------------------------------------------------------------- what policies do
-
-    def decode(self) -> None:
-        """Every decoding request makes a token in this iteration; the newest are preempted while blocks run short."""
-        while not self.decode_if_room():
-            self.preempt(self._victim(self) if self._victim else next(reversed(self.running)))
-
-    def decode_if_room(self) -> bool:
-        """Every decoding request makes a token in this iteration, if all the KV blocks that takes are free."""
-        if self.decoding:
-            raise PolicyError(f"{self._policy} called decode() twice for one iteration.")
-        batch, kv = self.batch, self.kv
-        blocks = batch.blocks_needed(1)
-        if blocks > kv.free_blocks:
-            return False
-        if blocks:
-            kv.take(blocks)
-        self._blocks_taken = blocks
-        self.decoding = batch.size
-        return True
-
-    def decode_one(self, request: Request) -> None:
-        """One decoding request makes a token; end the pass with `pause_others()`."""
-        if self._granted is None:
-            self._granted = {}
-        if self.batch.needs_block(request):
-            self.kv.take(1)
-        self._granted[request] = None
-        self.decoding += 1
-
-    def pause_others(self) -> None:
-        """Decoding requests that `decode_one` did not name keep their blocks and sit this iteration out."""
-        granted = self._granted or {}
-        self._granted = None
-        for request in [member for member in self.batch if member not in granted]:
-            self.batch.remove(request)
-            self.paused_now.append(request)
-            self._cut(request)
-            if request in self._late:
-                self._late.remove(request)
-
-    def look_up(self, request: Request) -> Hit:
-        """What the prefix cache holds of a waiting request's sequence."""
-        if self._publishing:
-            self._publish()
-        return self.kv.match(request, request.prompt_tokens + request.generated_tokens)
-
-    def prefill(self, request: Request, tokens: int, hit: Hit | None = None) -> bool:
-        """Compute `tokens` more of a request's prompt in this iteration; False if its blocks do not fit.
-
-        A waiting request is admitted by this; `hit` is what `look_up` returned for it in this iteration.
-        """
-        kv = self.kv
-        computed = request.computed_tokens
-        left = request.prompt_tokens + request.generated_tokens - computed
-        if request in self.running:
-            if not 0 < tokens <= left or request not in self.prefilling:
-                raise self._error(f"asked to prefill {tokens} tokens of request {request.id}, which has {left} left")
-            blocks = kv.blocks_for(computed + tokens) - kv.blocks_for(computed)
-            if blocks > kv.free_blocks:
-                return False
-            kv.take(blocks)
-        else:
-            if hit is None:
-                hit = self.look_up(request)
-            computed = hit.blocks * kv.block_tokens
-            left -= computed
-            if not 0 < tokens <= left:
-                raise self._error(f"asked to prefill {tokens} tokens of request {request.id}, which has {left} left")
-            if len(self.running) >= self.limits.max_num_seqs:
-                raise self._error(f"admitted request {request.id} beyond max_num_seqs={self.limits.max_num_seqs}")
-            if kv.blocks_for(computed + tokens) - hit.blocks + hit.idle_blocks > kv.free_blocks:
-                return False
-            self._admit(request, hit, computed, tokens)
-        request.computed_tokens = computed + tokens
-        if request.held is not None:
-            kv.store(request, computed + tokens)
-        self.chunks.append((request, tokens, computed))
-        return True
-
-    def _admit(self, request: Request, hit: Hit, computed: int, tokens: int) -> None:
-        self.waiting.remove(request)
-        self.kv.admit(request, hit, computed + tokens)
-        self.running[request] = None
-        self.prefilling[request] = None
-        if isnan(request.scheduled_s):
-            request.scheduled_s = self._now_s
-            request.cached_tokens = computed
-            self.queried_tokens += request.prompt_tokens
-            self.hit_tokens += computed
-
-    def preempt(self, request: Request) -> None:
-        """Send a running request back to the queue; it will compute everything again (recompute)."""
-        if request not in self.running:
-            raise self._error(f"preempted request {request.id}, which is not running")
-        batch, kv = self.batch, self.kv
-        in_flight = 1 if self.asynchronous else 0  # content is registered when its token is known
-        if request in batch:
-            stayed = batch.iteration - request.joined
-            batch.remove(request)
-            tokens = request.computed_tokens
-            if self._granted is not None and request in self._granted:  # it was to make a token in this very iteration
-                del self._granted[request]
-                self.decoding -= 1
-                tokens += 1
-            full = tokens - in_flight if stayed or tokens > request.computed_tokens else tokens
-            self._cut(request)
-        else:
-            tokens = full = request.computed_tokens
-            if request not in self.prefilling:  # its last token is in flight
-                full -= in_flight
-            elif isnan(request.last_token_s):
-                request.last_token_s = self._now_s
-            self.chunks = [chunk for chunk in self.chunks if chunk[0] is not request]
-        del self.running[request]
-        if request in self._late:
-            self._late.remove(request)
-        self.prefilling.pop(request, None)
-        self._publishing.pop(request, None)
-        kv.release(request, kv.blocks_for(tokens), full, resumes=True)
-        request.computed_tokens = 0
-        request.preemptions += 1
-        self.preemptions += 1
-        self.preempted_now.append(request)
-        self.waiting.put_back(request)
-
-    def _cut(self, request: Request) -> None:
-        """A request stops decoding for now: remember when its last token was seen, once that is known."""
-        flight = self._flight
-        if flight is None:
-            if isnan(request.last_token_s):
-                request.last_token_s = self._emitted_s
-        elif isnan(request.last_token_s) or request in flight.late or request in flight.firsts:
-            self._cut_off.append(request)
-
-    def _publish(self) -> None:
-        """Register what running requests with a known answer have generated, as far as vLLM would know it by now."""
-        lag = 1 if self.asynchronous else 0
-        for request in self._publishing:
-            if request in self.batch:
-                tokens = self.batch.computed(request) + (1 if self.decoding else 0)
-            else:
-                tokens = request.computed_tokens
-            self.kv.store(request, tokens - lag)
-
-    # ----------------------------------------------------------------------------------------- one iteration, no clock
-
-    def begin(self, now_s: float) -> bool:
-        """Let the policy decide the iteration that starts now; returns whether its answer lasts."""
-        self._now_s = now_s
-        self.decoding = 0
-        if self.chunks:
-            self.chunks = []
-        if self.preempted_now:
-            self.preempted_now = []
-        if self.paused_now:
-            for request in self.paused_now:
-                self.batch.add(request)
-                self._late.append(request)
-            self.paused_now = []
-        return bool(self.scheduler.schedule(self, now_s))
-
-    def commit(self, steps: int) -> list[Request]:
-        """Book `steps` iterations as scheduled; returns the requests whose last token they make."""
-        batch = self.batch
-        if self.decoding:
-            if steps > 1:
-                blocks = batch.blocks_needed(steps) - self._blocks_taken  # the first iteration's are taken
-                if blocks:
-                    self.kv.take(blocks)
-            ended = batch.advance(steps)
-        else:
-            ended = []
-        for request, _, _ in self.chunks:
-            if request.computed_tokens == request.prompt_tokens + request.generated_tokens:
-                request.generated_tokens += 1
-                del self.prefilling[request]
-                if request.identity_tokens > request.prompt_tokens:
-                    self._publishing[request] = None
-                if request.generated_tokens < request.output_tokens:
-                    batch.add(request)
-                else:
-                    ended.append(request)
-        return ended
-
-    def free(self, ended: list[Request]) -> None:
-        """The host has taken the last token of these: their blocks and slots are free."""
-        kv = self.kv
-        for request in ended:
-            if request in self.running:
-                del self.running[request]
-                self._publishing.pop(request, None)
-                tokens = request.computed_tokens
-                kv.release(request, kv.blocks_for(tokens), tokens)
-            else:  # preempted while its last token was in flight
-                self.waiting.remove(request)
-                request.held = None
 
     # ------------------------------------------------------------------------------------------------------- the loop
 
@@ -462,7 +190,7 @@ class Replica:
             if peek() <= t:  # else nothing can happen before t: going on without sleeping saves a third of the time
                 yield t
 
-    def _compose(self, t: float) -> _Step:
+    def _compose(self, t: float) -> Step:
         """What the iteration consists of and when its launch begins and, arrivals apart, ends."""
         cost = self.cost
         host = cost.host
@@ -501,7 +229,7 @@ class Replica:
             step.launched_s += self._noise.draw(mode, launch_s)
         return step
 
-    def _interfere(self, step: _Step) -> Generator[float, None, None]:
+    def _interfere(self, step: Step) -> Generator[float, None, None]:
         """Requests that become schedulable during a launch slow it, one interpreter lock being shared."""
         per_token_s = self.cost.host.interference_per_token_s
         while True:
@@ -516,14 +244,14 @@ class Replica:
             if self.next_ready_s > step.launched_s:
                 return
 
-    def _launched_asynchronously(self, step: _Step) -> float:
+    def _launched_asynchronously(self, step: Step) -> float:
         """The host takes the results before, if any; returns S(k+1)."""
         flight, self._flight = self._flight, None
         if flight is None:
             return step.launched_s
         return self._take(flight, max(self._gpu_s, step.launched_s))
 
-    def _launched(self, step: _Step) -> float:
+    def _launched(self, step: Step) -> float:
         """Synchronous scheduling: the host waits for this very step."""
         host = self.cost.host
         outputs = self.decoding + sum(
@@ -532,7 +260,7 @@ class Replica:
         taken_s = max(step.gpu_end_s, step.launched_s)
         return taken_s + host.update_s + host.update_per_output_s * outputs
 
-    def _finish_step(self, step: _Step) -> None:
+    def _finish_step(self, step: Step) -> None:
         """Book one iteration; its results are in flight, or taken at once if scheduling is synchronous."""
         self._log(step, 1, step.gpu_end_s)
         late: Sequence[Request] = ()
@@ -559,9 +287,10 @@ class Replica:
         else:
             self._take(flight, max(step.gpu_end_s, step.launched_s))
 
-    def _long_run(self, step: _Step, second_s: float) -> _Plan | None:
-        """How iterations k+1, k+2, ... follow this one while nothing changes; None if no closed form holds yet."""
+    def _long_run(self, step: Step, second_s: float) -> Plan | None:
+        """A plan for more iterations like this one, if a closed form holds."""
         batch = self.batch
+        # Synchronous scheduling takes results at once, so the iteration in which requests end is taken by itself.
         steps = batch.steps_to_finish() - (0 if self.asynchronous else 1)
         if steps > 1:
             steps = batch.steps_that_fit(steps, self.kv.free_blocks + self._blocks_taken)
@@ -569,61 +298,11 @@ class Replica:
             return None
         if self._to_free:
             self._free()
-        host, seqs, plan = self.cost.host, step.seqs, self._own_plan
-        gpu_s = step.gpu_end_s
-        first_s, growth_s = step.gpu
-        first_s += growth_s  # of iteration k+1
-        schedule_s = host.schedule_s + host.schedule_per_request_s * len(self.running)
-        launch_s = host.launch_s[FULL] + host.launch_per_request_s[FULL] * seqs
-        update_s = host.update_s + host.update_per_output_s * seqs
-        lead_s, tail_s = host.lead_s[FULL], host.tail_s[FULL]
-        plan.second_s, plan.steps = second_s, steps
-        if not self.asynchronous:
-            floor_s = schedule_s + launch_s + max(tail_s, 0.0)
-            self._plan_synchronous(plan, schedule_s + lead_s, floor_s, first_s, growth_s)
-            pace_s, growth_s = plan.pace
-            plan.base_s = second_s + pace_s + update_s
-            plan.pace = (pace_s + update_s + growth_s, growth_s)
-            return plan
-        host_s = update_s + schedule_s + launch_s
-        launch_at_s = second_s + schedule_s
-        launched_s = launch_at_s + launch_s
-        if (  # the GPU sets the pace: every launch is through before the GPU needs it
-            launched_s <= gpu_s
-            and host_s <= first_s
-            and launch_at_s + lead_s <= gpu_s
-            and launched_s + tail_s <= gpu_s + first_s
-            and update_s + schedule_s + lead_s <= first_s
-            and host_s + tail_s <= first_s + first_s
-        ):
-            plan.gpu_bound = True
-            plan.base_s = gpu_s + update_s
-            plan.pace = (first_s, growth_s)
-            return plan
-        if (  # the host sets the pace: the GPU is idle when the next launch reaches it
-            gpu_s <= launched_s
-            and gpu_s <= launch_at_s + lead_s
-            and first_s <= host_s
-            and lead_s + first_s <= launch_s + host_s
-            and tail_s <= update_s + schedule_s + lead_s
-        ):
-            plan.gpu_bound = False
-            plan.base_s = launched_s + update_s
-            plan.pace = (host_s, 0.0)
-            plan.steps = min(steps, _steps_below(first_s, growth_s, min(host_s, launch_s + host_s - lead_s)) + 1)
-            return plan
-        return None
+        plan = self._own_plan
+        make = plan_run if self.asynchronous else plan_synchronous_run
+        return plan if make(plan, step, second_s, steps, len(self.running), self.cost.host) else None
 
-    @staticmethod
-    def _plan_synchronous(plan: _Plan, begin_s: float, floor_s: float, first_s: float, growth_s: float) -> None:
-        """From S(k) to the end of iteration k: the GPU's time after `begin_s`, or the launch's `floor_s` if longer."""
-        if begin_s + first_s >= floor_s:
-            plan.pace = (begin_s + first_s, growth_s)
-        else:
-            plan.pace = (floor_s, 0.0)
-            plan.steps = min(plan.steps, _steps_below(first_s, growth_s, floor_s - begin_s) + 1)
-
-    def _finish_run(self, step: _Step, plan: _Plan, steps: int) -> None:
+    def _finish_run(self, step: Step, plan: Plan, steps: int) -> None:
         """Book a run of iterations; the last one's results are in flight, or taken if scheduling is synchronous."""
         host = self.cost.host
         seqs = step.seqs
@@ -698,7 +377,7 @@ class Replica:
                     self._on_finish(request, self)
         return taken_s + host.update_s + host.update_per_output_s * flight.outputs
 
-    def _log(self, step: _Step, steps: int, gpu_end_s: float) -> None:
+    def _log(self, step: Step, steps: int, gpu_end_s: float) -> None:
         pairs = context = 0
         chunks = step.chunks
         for tokens, computed in chunks:
@@ -763,24 +442,11 @@ class Replica:
         if timer is self._timer:
             self._sleep(next(self._story))
 
-    # ----------------------------------------------------------------------------------------------------------- errors
-
-    @property
-    def _policy(self) -> str:
-        return type(self.scheduler).__name__
-
-    def _error(self, what: str) -> PolicyError:
-        return PolicyError(f"{self._policy} {what}.")
-
-    def _stuck(self) -> PolicyError:
-        head = self.waiting.head if self.waiting else next(iter(self.running))
-        blocks = self.kv.blocks_for(head.prefill_tokens)
-        return PolicyError(
-            f"{self._policy} schedules nothing although {len(self.waiting)} requests wait and {len(self.running)} hold"
-            f" slots; the first is request {head.id}, which needs {blocks} KV blocks of the {self.kv.free_blocks} free."
-        )
-
-
-def _steps_below(first_s: float, growth_s: float, limit_s: float) -> int:
-    """How many terms first_s, first_s + growth_s, ... are at most limit_s (the first one is)."""
-    return 1 << 40 if growth_s <= 0.0 else int((limit_s - first_s) / growth_s) + 1
+    def _cut(self, request: Request) -> None:
+        """A request stops decoding for now: remember when its last token was seen, once that is known."""
+        flight = self._flight
+        if flight is None:
+            if isnan(request.last_token_s):
+                request.last_token_s = self._emitted_s
+        elif isnan(request.last_token_s) or request in flight.late or request in flight.firsts:
+            self._cut_off.append(request)

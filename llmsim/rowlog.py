@@ -1,7 +1,7 @@
 """Rows of numbers, packed into bytes as they are logged and read back as columns.
 
-Packing a row of 15 numbers costs 0.25 µs where extending an `array` with it costs 0.8 µs and keeping the tuple three times
-the memory: a replica logs a row per run of iterations, and a million requests make three million of them.
+Packing a row of 15 numbers costs 0.25 µs where extending an `array` with it costs 0.8 µs and keeping the tuple three
+times the memory: a replica logs a row per run of iterations, and a million requests make three million of them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class RowLog:
 
 
 def drained(logs: list[RowLog]) -> dict[str, Any]:
-    """The rows of several logs of the same columns, one after another, as columns; empties each log once it is copied."""
+    """The rows of several logs of the same columns, one after another, as columns; each log is emptied once copied."""
     columns = {
         name: np.empty(sum(len(log) for log in logs), dtype=code) for name, code in logs[0].columns.items()
     }

@@ -1,0 +1,258 @@
+"""An engine without a clock: a queue, running requests, a KV cache, and what policies may do to them.
+
+One iteration is `begin` (the policy decides), `commit` (its tokens are booked as scheduled) and, once the results
+are known, `free` (blocks and slots of the requests that ended). `llmsim.replica` puts it on two clocks;
+`llmsim.oracle` steps it by hand. Source of the order of events: vLLM 0.25.1, v1/core/sched/scheduler.py and
+async_scheduler.py.
+"""
+
+from __future__ import annotations
+
+from math import isnan
+from typing import Any, NamedTuple
+
+from llmsim.batch import RunningBatch
+from llmsim.kvcache import Hit, KVCache
+from llmsim.plugins import PolicyError
+from llmsim.queue import WaitingQueue
+from llmsim.request import Request
+
+
+class Limits(NamedTuple):
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+
+class Engine:
+    """What policies read and act on. `asynchronous`: the results of an iteration are known one schedule later."""
+
+    def __init__(self, scheduler: Any, kv: KVCache, limits: Limits, *, asynchronous: bool = True) -> None:
+        self.scheduler, self.kv, self.limits = scheduler, kv, limits
+        self.asynchronous = asynchronous
+        self.waiting = WaitingQueue(getattr(scheduler, "order", None))
+        self.running: dict[Request, None] = {}  # all that hold a slot, in order of admission
+        self.prefilling: dict[Request, None] = {}  # of them, the half-prefilled ones
+        self.batch = RunningBatch(kv.block_tokens)
+        # What the policy has decided for the iteration at hand.
+        self.decoding = 0
+        self.chunks: list[tuple[Request, int, int]] = []  # request, tokens, computed before
+        self.preempted_now: list[Request] = []
+        self.paused_now: list[Request] = []
+        self.preemptions = 0
+        self.queried_tokens = 0
+        self.hit_tokens = 0
+        self._now_s = 0.0
+        self._victim = getattr(scheduler, "victim", None)
+        self._blocks_taken = 0  # by this iteration's decodes
+        self._granted: dict[Request, None] | None = None  # decodes of a one-by-one pass
+        self._publishing: dict[Request, None] = {}  # running requests whose answer others may share
+        self._late: list[Request] = []  # decode again after an iteration without them
+
+    # ---------------------------------------------------------------------------------------------- what policies do
+
+    def decode(self) -> None:
+        """Every decoding request makes a token in this iteration; the newest are preempted while blocks run short."""
+        while not self.decode_if_room():
+            self.preempt(self._victim(self) if self._victim else next(reversed(self.running)))
+
+    def decode_if_room(self) -> bool:
+        """Every decoding request makes a token in this iteration, if all the KV blocks that takes are free."""
+        if self.decoding:
+            raise PolicyError(f"{self._policy} called decode() twice for one iteration.")
+        batch, kv = self.batch, self.kv
+        blocks = batch.blocks_needed(1)
+        if blocks > kv.free_blocks:
+            return False
+        if blocks:
+            kv.take(blocks)
+        self._blocks_taken = blocks
+        self.decoding = batch.size
+        return True
+
+    def decode_one(self, request: Request) -> None:
+        """One decoding request makes a token; end the pass with `pause_others()`."""
+        if self._granted is None:
+            self._granted = {}
+        if self.batch.needs_block(request):
+            self.kv.take(1)
+        self._granted[request] = None
+        self.decoding += 1
+
+    def pause_others(self) -> None:
+        """Decoding requests that `decode_one` did not name keep their blocks and sit this iteration out."""
+        granted = self._granted or {}
+        self._granted = None
+        for request in [member for member in self.batch if member not in granted]:
+            self.batch.remove(request)
+            self.paused_now.append(request)
+            self._cut(request)
+            if request in self._late:
+                self._late.remove(request)
+
+    def look_up(self, request: Request) -> Hit:
+        """What the prefix cache holds of a waiting request's sequence."""
+        if self._publishing:
+            self._publish()
+        return self.kv.match(request, request.prompt_tokens + request.generated_tokens)
+
+    def prefill(self, request: Request, tokens: int, hit: Hit | None = None) -> bool:
+        """Compute `tokens` more of a request's prompt in this iteration; False if its blocks do not fit.
+
+        A waiting request is admitted by this; `hit` is what `look_up` returned for it in this iteration.
+        """
+        kv = self.kv
+        computed = request.computed_tokens
+        left = request.prompt_tokens + request.generated_tokens - computed
+        if request in self.running:
+            if not 0 < tokens <= left or request not in self.prefilling:
+                raise self._error(f"asked to prefill {tokens} tokens of request {request.id}, which has {left} left")
+            blocks = kv.blocks_for(computed + tokens) - kv.blocks_for(computed)
+            if blocks > kv.free_blocks:
+                return False
+            kv.take(blocks)
+        else:
+            if hit is None:
+                hit = self.look_up(request)
+            computed = hit.blocks * kv.block_tokens
+            left -= computed
+            if not 0 < tokens <= left:
+                raise self._error(f"asked to prefill {tokens} tokens of request {request.id}, which has {left} left")
+            if len(self.running) >= self.limits.max_num_seqs:
+                raise self._error(f"admitted request {request.id} beyond max_num_seqs={self.limits.max_num_seqs}")
+            if kv.blocks_for(computed + tokens) - hit.blocks + hit.idle_blocks > kv.free_blocks:
+                return False
+            self._admit(request, hit, computed, tokens)
+        request.computed_tokens = computed + tokens
+        if request.held is not None:
+            kv.store(request, computed + tokens)
+        self.chunks.append((request, tokens, computed))
+        return True
+
+    def _admit(self, request: Request, hit: Hit, computed: int, tokens: int) -> None:
+        self.waiting.remove(request)
+        self.kv.admit(request, hit, computed + tokens)
+        self.running[request] = None
+        self.prefilling[request] = None
+        if isnan(request.scheduled_s):
+            request.scheduled_s = self._now_s
+            request.cached_tokens = computed
+            self.queried_tokens += request.prompt_tokens
+            self.hit_tokens += computed
+
+    def preempt(self, request: Request) -> None:
+        """Send a running request back to the queue; it will compute everything again (recompute)."""
+        if request not in self.running:
+            raise self._error(f"preempted request {request.id}, which is not running")
+        batch, kv = self.batch, self.kv
+        in_flight = 1 if self.asynchronous else 0  # content is registered when its token is known
+        if request in batch:
+            stayed = batch.iteration - request.joined
+            batch.remove(request)
+            tokens = request.computed_tokens
+            if self._granted is not None and request in self._granted:  # it was to make a token in this very iteration
+                del self._granted[request]
+                self.decoding -= 1
+                tokens += 1
+            full = tokens - in_flight if stayed or tokens > request.computed_tokens else tokens
+            self._cut(request)
+        else:
+            tokens = full = request.computed_tokens
+            if request not in self.prefilling:  # its last token is in flight
+                full -= in_flight
+            elif isnan(request.last_token_s):
+                request.last_token_s = self._now_s
+            self.chunks = [chunk for chunk in self.chunks if chunk[0] is not request]
+        del self.running[request]
+        if request in self._late:
+            self._late.remove(request)
+        self.prefilling.pop(request, None)
+        self._publishing.pop(request, None)
+        kv.release(request, kv.blocks_for(tokens), full, resumes=True)
+        request.computed_tokens = 0
+        request.preemptions += 1
+        self.preemptions += 1
+        self.preempted_now.append(request)
+        self.waiting.put_back(request)
+
+    def _cut(self, request: Request) -> None:
+        """Called when a request stops decoding for now."""
+
+    def _publish(self) -> None:
+        """Register what running requests with a known answer have generated, as far as vLLM would know it by now."""
+        lag = 1 if self.asynchronous else 0
+        for request in self._publishing:
+            if request in self.batch:
+                tokens = self.batch.computed(request) + (1 if self.decoding else 0)
+            else:
+                tokens = request.computed_tokens
+            self.kv.store(request, tokens - lag)
+
+    # ----------------------------------------------------------------------------------------- one iteration, no clock
+
+    def begin(self, now_s: float) -> bool:
+        """Let the policy decide the iteration that starts now; returns whether its answer lasts."""
+        self._now_s = now_s
+        self.decoding = 0
+        if self.chunks:
+            self.chunks = []
+        if self.preempted_now:
+            self.preempted_now = []
+        if self.paused_now:
+            for request in self.paused_now:
+                self.batch.add(request)
+                self._late.append(request)
+            self.paused_now = []
+        return bool(self.scheduler.schedule(self, now_s))
+
+    def commit(self, steps: int) -> list[Request]:
+        """Book `steps` iterations as scheduled; returns the requests whose last token they make."""
+        batch = self.batch
+        if self.decoding:
+            if steps > 1:
+                blocks = batch.blocks_needed(steps) - self._blocks_taken  # the first iteration's are taken
+                if blocks:
+                    self.kv.take(blocks)
+            ended = batch.advance(steps)
+        else:
+            ended = []
+        for request, _, _ in self.chunks:
+            if request.computed_tokens == request.prompt_tokens + request.generated_tokens:
+                request.generated_tokens += 1
+                del self.prefilling[request]
+                if request.identity_tokens > request.prompt_tokens:
+                    self._publishing[request] = None
+                if request.generated_tokens < request.output_tokens:
+                    batch.add(request)
+                else:
+                    ended.append(request)
+        return ended
+
+    def free(self, ended: list[Request]) -> None:
+        """The host has taken the last token of these: their blocks and slots are free."""
+        kv = self.kv
+        for request in ended:
+            if request in self.running:
+                del self.running[request]
+                self._publishing.pop(request, None)
+                tokens = request.computed_tokens
+                kv.release(request, kv.blocks_for(tokens), tokens)
+            else:  # preempted while its last token was in flight
+                self.waiting.remove(request)
+                request.held = None
+
+    # ----------------------------------------------------------------------------------------------------------- errors
+
+    @property
+    def _policy(self) -> str:
+        return type(self.scheduler).__name__
+
+    def _error(self, what: str) -> PolicyError:
+        return PolicyError(f"{self._policy} {what}.")
+
+    def _stuck(self) -> PolicyError:
+        head = self.waiting.head if self.waiting else next(iter(self.running))
+        blocks = self.kv.blocks_for(head.prefill_tokens)
+        return PolicyError(
+            f"{self._policy} schedules nothing although {len(self.waiting)} requests wait and {len(self.running)} hold"
+            f" slots; the first is request {head.id}, which needs {blocks} KV blocks of the {self.kv.free_blocks} free."
+        )
