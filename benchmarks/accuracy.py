@@ -43,14 +43,14 @@ def recordings() -> list[Path]:
     return [path.parent for folder in FOLDERS for path in sorted(folder.glob("*/engine.json"))]
 
 
-def judged(folder: Path, cost: str) -> Iterator[Load]:
+def judged(folder: Path, cost: str, host_scale: float) -> Iterator[Load]:
     """The loads of one recording folder, replayed."""
     files = sorted(folder.glob("*.requests.json.gz")) + sorted(folder.glob(GRID))
     if not files:
         raise click.UsageError(f"{folder}: no NAME.requests.json.gz in it. Give a recording folder.")
     for file in files:
         scenarios = load_recording(file)
-        results = [predicted(scenario, cost=cost) for scenario in scenarios]
+        results = [predicted(scenario, cost=cost, host_scale=host_scale) for scenario in scenarios]
         outcomes = [compare(result, scenario) for result, scenario in zip(results, scenarios, strict=True)]
         model = results[0].cost
         profile = getattr(model, "profile", None)
@@ -92,7 +92,7 @@ def table(loads: Sequence[Load]) -> str:
 def _cell(load: Load, metric: str) -> str:
     statistics = load.errors[metric]
     sign = "" if load.name.startswith("decode_grid") else "+"
-    return " / ".join(f"{100 * statistics[name]:{sign}.1f}" for name in STATISTICS if name in statistics)
+    return " / ".join(f"{100 * statistics[name]:{sign}z.1f}" for name in STATISTICS if name in statistics)
 
 
 def update(file: Path, text: str) -> None:
@@ -107,12 +107,13 @@ def update(file: Path, text: str) -> None:
 @click.command()
 @click.argument("folders", metavar="[RECORDING]...", nargs=-1, type=click.Path(path_type=Path, exists=True))
 @click.option("--cost", default="auto", show_default=True, help="Cost model, as for llmsim replay.")
+@click.option("--host-scale", default=1.0, show_default=True, help="2: a host half as fast as the measured one.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of the table.")
 @click.option("--update", "page", type=click.Path(path_type=Path, exists=True), help="Write the table into this file.")
-def main(folders: tuple[Path, ...], cost: str, as_json: bool, page: Path | None) -> None:
+def main(folders: tuple[Path, ...], cost: str, host_scale: float, as_json: bool, page: Path | None) -> None:
     """Errors in per cent, mean / p50 / p90 / p99: + is predicted too long, for tok/s too many."""
     try:
-        loads = [load for folder in folders or recordings() for load in judged(folder.resolve(), cost)]
+        loads = [load for folder in folders or recordings() for load in judged(folder.resolve(), cost, host_scale)]
     except (ValueError, FileNotFoundError) as error:
         raise click.UsageError(str(error)) from None
     if page is not None:
