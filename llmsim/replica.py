@@ -372,7 +372,8 @@ class Replica(Engine):
             self._to_free.extend(flight.ended)
             for request in flight.ended:
                 request.finish_s = seen_s
-                self._finish_times.append(seen_s)
+                if self._feed is None:  # somebody may ask for the outstanding ones
+                    self._finish_times.append(seen_s)
                 if self._on_finish is not None:
                     self._on_finish(request, self)
         return taken_s + host.update_s + host.update_per_output_s * flight.outputs
@@ -413,7 +414,8 @@ class Replica(Engine):
         request = self._next
         assert request is not None
         if self.kv.blocks_for(request.prompt_tokens + request.output_tokens - 1) > self.kv.total_blocks:
-            self._finish_times.append(self.next_ready_s)  # could never fit: rejected, its times stay nan
+            if self._feed is None:
+                self._finish_times.append(self.next_ready_s)
             if self._on_finish is not None:
                 self._on_finish(request, self)
         else:

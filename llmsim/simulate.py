@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 FLOAT_COLUMNS = ("arrival_s", "scheduled_s", "first_token_s", "finish_s", "preempted_s", "preempted_before_first_s")
 INT_COLUMNS = ("replica", "cached_tokens", "preemptions")
 PROGRESS_EVERY = 1000  # requests
+READ_AHEAD = 1 << 16  # requests whose numbers are unpacked at a time: bounds the memory of long traces
 
 
 def simulate(
@@ -191,20 +192,23 @@ class Fleet:
     def _requests(self) -> Iterator[Request]:
         """Requests in order of arrival, made as they are needed."""
         trace = self.trace
-        arrival_s = trace.arrival_s.tolist()
-        prompt, output = trace.prompt_tokens.tolist(), trace.output_tokens.tolist()
-        priority = trace.priority.tolist() if trace.priority is not None else None
         ids, answer_ids = trace.block_ids, trace.output_block_ids
-        for i in range(len(prompt)):
-            request = Request(i, arrival_s[i], prompt[i], output[i])
-            if priority is not None:
-                request.priority = priority[i]
-            if ids is not None:
-                request.prefix_ids, request.identity_tokens = ids[i], prompt[i]
-                if answer_ids is not None and answer_ids[i]:
-                    request.prefix_ids += answer_ids[i]
-                    request.identity_tokens += output[i]
-            yield request
+        for first in range(0, len(trace), READ_AHEAD):
+            part = slice(first, first + READ_AHEAD)
+            arrival_s = trace.arrival_s[part].tolist()
+            prompt, output = trace.prompt_tokens[part].tolist(), trace.output_tokens[part].tolist()
+            priority = trace.priority[part].tolist() if trace.priority is not None else None
+            for k in range(len(prompt)):
+                i = first + k
+                request = Request(i, arrival_s[k], prompt[k], output[k])
+                if priority is not None:
+                    request.priority = priority[k]
+                if ids is not None:
+                    request.prefix_ids, request.identity_tokens = ids[i], prompt[k]
+                    if answer_ids is not None and answer_ids[i]:
+                        request.prefix_ids += answer_ids[i]
+                        request.identity_tokens += output[k]
+                yield request
 
     def _dealt(self, requests: Iterator[Request]) -> list[Iterator[Request]]:
         """What a stateless router gives each replica, routed as far ahead as some replica reads."""
