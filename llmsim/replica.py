@@ -59,7 +59,7 @@ class _Flight:
 
 
 class Replica(Engine):
-    """An engine on two clocks; `submit` and `outstanding` are for routers and sources."""
+    """An engine on two clocks; `submit` is for sources, `outstanding` and `kv_in_use` are for routers."""
 
     def __init__(
         self,
@@ -76,6 +76,7 @@ class Replica(Engine):
     ) -> None:
         super().__init__(scheduler, kv, limits, asynchronous=asynchronous)
         self.env, self.cost, self.index = env, cost, index
+        self.outstanding = 0  # requests sent here that their clients have no answer to; kept by who sends them
         self.iterations = RowLog(ITERATION_COLUMNS)
         self.gaps = RowLog(GAP_COLUMNS)
         self._noise = noise
@@ -91,9 +92,6 @@ class Replica(Engine):
         self._next: Request | None = None
         self.next_ready_s = inf  # when the next request becomes schedulable
         self._passed_s = 0.0
-        self._submitted = 0
-        self._finish_times: deque[float] = deque()
-        self._finished_by_now = 0
         self._timer: simpy.Event | None = None
         self._wake_s = inf
         self._plan: Plan | None = None
@@ -112,7 +110,6 @@ class Replica(Engine):
     def submit(self, request: Request) -> None:
         """A client sends a request, now."""
         self._arriving.append(request)
-        self._submitted += 1
         if self._next is not None:
             return
         self._pull()
@@ -125,14 +122,6 @@ class Replica(Engine):
             return  # within a single iteration: seen at its end
         if wake_s < self._wake_s:
             self._sleep(wake_s)
-
-    def outstanding(self, now_s: float) -> int:
-        """Requests submitted and not answered by now."""
-        finish_times = self._finish_times
-        while finish_times and finish_times[0] <= now_s:
-            finish_times.popleft()
-            self._finished_by_now += 1
-        return self._submitted - self._finished_by_now
 
     def kv_in_use(self) -> int:
         """KV blocks held by requests."""
@@ -372,8 +361,6 @@ class Replica(Engine):
             self._to_free.extend(flight.ended)
             for request in flight.ended:
                 request.finish_s = seen_s
-                if self._feed is None:  # somebody may ask for the outstanding ones
-                    self._finish_times.append(seen_s)
                 if self._on_finish is not None:
                     self._on_finish(request, self)
         return taken_s + host.update_s + host.update_per_output_s * flight.outputs
@@ -414,8 +401,6 @@ class Replica(Engine):
         request = self._next
         assert request is not None
         if self.kv.blocks_for(request.prompt_tokens + request.output_tokens - 1) > self.kv.total_blocks:
-            if self._feed is None:
-                self._finish_times.append(self.next_ready_s)
             if self._on_finish is not None:
                 self._on_finish(request, self)
         else:
@@ -436,9 +421,9 @@ class Replica(Engine):
         if until_s == inf:
             self._timer = None
             return
-        timer = self._timer = self.env.timeout(max(0.0, until_s - self.env.now))
-        assert timer.callbacks is not None
-        timer.callbacks.append(self._wake)
+        delay_s = until_s - self.env.now
+        timer = self._timer = simpy.Timeout(self.env, delay_s if delay_s > 0.0 else 0.0)
+        timer.callbacks.append(self._wake)  # type: ignore[union-attr]  # None only once it has fired
 
     def _wake(self, timer: simpy.Event) -> None:
         if timer is self._timer:

@@ -1,12 +1,13 @@
 """Which replica takes a request.
 
 A router is a class with one method, `route(request, replicas, now_s) -> Replica`, asked when the client sends the
-request. `replica.outstanding(now_s)` counts the requests it has been given and has not answered. A router whose
-answer does not depend on the replicas' state says so with `stateless = True`: it may then be asked ahead of time.
+request. `replica.outstanding` is the number of requests it has been sent and has not answered. A router whose answer
+does not depend on the replicas' state says so with `stateless = True`: it may then be asked ahead of time.
 """
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Protocol
 
 from llmsim.plugins import load_plugin
@@ -43,7 +44,7 @@ class LeastOutstanding:
     """The replica with the fewest unanswered requests; the first of those with equally many."""
 
     def route(self, request: Request, replicas: list[Replica], now_s: float) -> Replica:
-        return min(replicas, key=lambda replica: replica.outstanding(now_s))
+        return min(replicas, key=attrgetter("outstanding"))
 
 
 def load_router(spec: str, arguments: dict[str, Any] | None = None) -> Any:

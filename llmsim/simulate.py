@@ -12,6 +12,7 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
+from heapq import heappop, heappush
 from itertools import islice
 from math import isnan, nan
 from typing import TYPE_CHECKING, Any
@@ -125,6 +126,8 @@ class Fleet:
         self.progress = progress
         self._finished = 0
         self._children = _children(trace)
+        self._ahead = s.concurrency is None and self._children is None and getattr(self.router, "stateless", False)
+        self._answers: list[tuple[float, int]] = []  # heap: when clients have answers still to come, and from whom
         self._think_s = trace.delay_s
         self._turns: dict[int, Request] = {}  # turns that wait for their parent
         self._waiting_clients: Iterator[Request] = iter(())
@@ -171,9 +174,7 @@ class Fleet:
     def run(self) -> Result:
         started_s = time.perf_counter()
         requests = self._requests()
-        ahead = self.scenario.concurrency is None and self._children is None
-        ahead = ahead and getattr(self.router, "stateless", False)
-        if ahead:
+        if self._ahead:
             feeds = [requests] if len(self.replicas) == 1 else self._dealt(requests)
             for replica, feed in zip(self.replicas, feeds, strict=True):
                 replica.start(feed)
@@ -243,7 +244,11 @@ class Fleet:
             self._send(request)
 
     def _send(self, request: Request) -> None:
-        replica = self.router.route(request, self.replicas, self.env.now)
+        now_s, answers = self.env.now, self._answers
+        while answers and answers[0][0] <= now_s:
+            self.replicas[heappop(answers)[1]].outstanding -= 1
+        replica = self.router.route(request, self.replicas, now_s)
+        replica.outstanding += 1
         self._ints["replica"][request.id] = replica.index
         replica.submit(request)
 
@@ -270,6 +275,8 @@ class Fleet:
         ints["replica"][i] = replica.index
         ints["cached_tokens"][i] = request.cached_tokens
         ints["preemptions"][i] = request.preemptions
+        if not self._ahead:
+            heappush(self._answers, (_known(request), replica.index))
         self._finished += 1
         if self.progress is not None and self._finished % PROGRESS_EVERY == 0:
             self.progress(self._finished, len(self.trace), request.finish_s)
