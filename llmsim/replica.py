@@ -423,7 +423,7 @@ class Replica(Engine):
             return
         delay_s = until_s - self.env.now
         timer = self._timer = simpy.Timeout(self.env, delay_s if delay_s > 0.0 else 0.0)
-        timer.callbacks.append(self._wake)  # type: ignore[union-attr]  # None only once it has fired
+        timer.callbacks.append(self._wake)
 
     def _wake(self, timer: simpy.Event) -> None:
         if timer is self._timer:
