@@ -114,13 +114,13 @@ class Blocks:
                 request.registered = i + 1
 
     def release(self, request: PlainRequest) -> None:
-        idle = []
+        idle = []  # tail first
         for b in reversed(request.blocks):
             self.references[b] -= 1
             if self.references[b] == 0:
                 idle.append(b)
-        for b in idle:  # unhashed ones are reused first, last in first out
-            self.free[b] = None
+                self.free[b] = None
+        for b in reversed(idle):  # unhashed ones go to the front, the tail before the others
             if b not in self.hash_of:
                 self.free.move_to_end(b, last=False)
         request.blocks, request.registered = [], 0
