@@ -46,6 +46,7 @@ class Engine:
         self._blocks_taken = 0  # by this iteration's decodes
         self._granted: dict[Request, None] | None = None  # decodes of a one-by-one pass
         self._publishing: dict[Request, None] = {}  # running requests whose answer others may share
+        self._hits_grow = False  # one of these is generating what the policy has looked for: its answer cannot last
         self._late: list[Request] = []  # decode again after an iteration without them
 
     # ---------------------------------------------------------------------------------------------- what policies do
@@ -86,14 +87,20 @@ class Engine:
             self.batch.remove(request)
             self.paused_now.append(request)
             self._cut(request)
-            if request in self._late:
+            if request in self._late:  # out for a second time: its last token is not in flight
                 self._late.remove(request)
+                if request in self._publishing:
+                    self.kv.store(request, request.computed_tokens)
 
     def look_up(self, request: Request) -> Hit:
         """What the prefix cache holds of a waiting request's sequence."""
-        if self._publishing:
-            self._publish()
-        return self.kv.match(request, request.prompt_tokens + request.generated_tokens)
+        known = request.prompt_tokens + request.generated_tokens
+        if not self._publishing:
+            return self.kv.match(request, known)
+        self._publish()
+        hit = self.kv.match(request, known)
+        self._hits_grow = self._hits_grow or self.kv.may_grow(request, hit, self._publishing)
+        return hit
 
     def prefill(self, request: Request, tokens: int, hit: Hit | None = None) -> bool:
         """Compute `tokens` more of a request's prompt in this iteration; False if its blocks do not fit.
@@ -143,6 +150,8 @@ class Engine:
         """Send a running request back to the queue; it will compute everything again (recompute)."""
         if request not in self.running:
             raise self._error(f"preempted request {request.id}, which is not running")
+        if self._publishing:  # before its own blocks: of equal ones the first stored is found
+            self._publish()
         batch, kv = self.batch, self.kv
         in_flight = 1 if self.asynchronous else 0  # content is registered when its token is known
         if request in batch:
@@ -178,14 +187,24 @@ class Engine:
         """Called when a request stops decoding for now."""
 
     def _publish(self) -> None:
-        """Register what running requests with a known answer have generated, as far as vLLM would know it by now."""
-        lag = 1 if self.asynchronous else 0
+        """Register what running requests with a known answer have generated, as far as vLLM would know it by now.
+
+        Of equal blocks the one stored first is found: who is ahead stored it before those who follow.
+        """
+        batch, late = self.batch, self._late
+        progress = []
         for request in self._publishing:
-            if request in self.batch:
-                tokens = self.batch.computed(request) + (1 if self.decoding else 0)
-            else:
-                tokens = request.computed_tokens
-            self.kv.store(request, tokens - lag)
+            lag = 1 if self.asynchronous else 0  # its last token is in flight
+            tokens = request.computed_tokens
+            if request in batch:
+                tokens = batch.computed(request)
+                if self.decoding and (self._granted is None or request in self._granted):
+                    tokens += 1
+                if request.joined == batch.iteration and request in late:  # paused in the iteration before
+                    lag = 0
+            progress.append((lag - tokens, len(progress), request))
+        for behind, _, request in sorted(progress):
+            self.kv.store(request, -behind)
 
     # ----------------------------------------------------------------------------------------- one iteration, no clock
 
@@ -202,7 +221,8 @@ class Engine:
                 self.batch.add(request)
                 self._late.append(request)
             self.paused_now = []
-        return bool(self.scheduler.schedule(self, now_s))
+        self._hits_grow = False
+        return bool(self.scheduler.schedule(self, now_s)) and not self._hits_grow
 
     def commit(self, steps: int) -> list[Request]:
         """Book `steps` iterations as scheduled; returns the requests whose last token they make."""

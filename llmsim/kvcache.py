@@ -19,7 +19,7 @@ Source: vLLM 0.25.1, v1/core/single_type_kv_cache_manager.py and kv_cache_manage
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 
 from llmsim.request import Request
 
@@ -151,6 +151,17 @@ class KVCache:
         if held.private is not None and limit > held.public_blocks:
             self._find(held.private, limit - held.public_blocks, hit)
         return hit
+
+    def may_grow(self, request: Request, hit: Hit, storing: Iterable[Request]) -> bool:
+        """Whether blocks that running requests are still to store could follow those of a hit."""
+        if request.held is None:
+            return False
+        path, index = request.held.path, hit.blocks // self._blocks_per_id
+        if index >= len(path):
+            return False
+        node = path[index]
+        paths = (other.held.path for other in storing if other.held is not None)
+        return any(index < len(other) and other[index] is node for other in paths)
 
     @staticmethod
     def _find(node: Node, upto: int, hit: Hit) -> int:

@@ -168,7 +168,7 @@ class Replica(Engine):
                 taken_s = max(self._gpu_s, t)
                 flight, self._flight = self._flight, None
                 t = self._take(flight, taken_s)
-            elif self._to_free:
+            elif self._to_free or self.preempted_now:  # blocks are free that were not
                 continue
             elif self.waiting or self.running:
                 raise self._stuck()

@@ -400,7 +400,7 @@ class PlainEngine:
                 self._launch(step)
                 now_s = self._update(step, max(step.gpu_end_s, step.launched_s))
             else:
-                now_s = self._idle(now_s)
+                now_s = now_s if step.preempted else self._idle(now_s)  # preempted: the next schedule may admit
 
     def _asynchronous(self) -> None:
         in_flight: Step | None = None
@@ -418,7 +418,7 @@ class PlainEngine:
                 now_s = self._update(in_flight, max(in_flight.gpu_end_s, now_s))
                 in_flight = None
             else:
-                now_s = self._idle(now_s)
+                now_s = now_s if step.preempted else self._idle(now_s)  # preempted: the next schedule may admit
 
     def _idle(self, now_s: float) -> float:
         """Nothing scheduled, nothing in flight: the next arrival wakes the engine."""
