@@ -192,7 +192,7 @@ class Engine:
         Of equal blocks the one stored first is found: who is ahead stored it before those who follow.
         """
         batch, late = self.batch, self._late
-        progress = []
+        progress: list[tuple[int, int, Request]] = []
         for request in self._publishing:
             lag = 1 if self.asynchronous else 0  # its last token is in flight
             tokens = request.computed_tokens
