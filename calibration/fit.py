@@ -40,9 +40,9 @@ NEAR = 1.3  # a knot counts as seen if steps come this near to it
 
 def robust(matrix: Floats, target: Floats, scale: float, weight: Floats | None = None) -> Floats:
     """Least squares with Cauchy weights 1 / (1 + (residual / scale)^2); rows are weighted by `weight` as well."""
-    base = np.ones(len(target)) if weight is None else weight
+    base: Floats = np.ones(len(target)) if weight is None else weight
     weights = base
-    coefficients = np.zeros(matrix.shape[1])
+    coefficients: Floats = np.zeros(matrix.shape[1])
     for _ in range(60):
         root = np.sqrt(weights)
         coefficients = np.linalg.lstsq(matrix * root[:, None], target * root, rcond=None)[0]
@@ -133,6 +133,20 @@ def fit_decode(seen: Sequence[tuple[str, Seen]], graphs: Graphs) -> tuple[list[i
     return knots, monotone(coefficients[:-1] * 1e-3, counts), float(coefficients[-1] * 1e-9)
 
 
+def attention_work(steps: Sequence[StepRow], breakeven_rows: float) -> tuple[Floats, Floats]:
+    """Pairs of chunks long enough to be paced by them; cached tokens read by decodes and by shorter chunks."""
+    pairs = np.zeros(len(steps))
+    kv_tokens = np.array([step.kv_tokens for step in steps], float)
+    for i, step in enumerate(steps):
+        for new, done in step.chunks:
+            own = new * done + 0.5 * new * (new + 1)
+            if own < breakeven_rows * done:
+                kv_tokens[i] += done
+            else:
+                pairs[i] += own
+    return pairs, kv_tokens
+
+
 def fit_mixed(seen: Sequence[tuple[str, Seen]], small: GpuClock, graphs: Graphs) -> GpuClock:
     """The large knots of G, a, b_mixed and d, the small knots and b_full being given."""
     rows = [row for _, row in seen if row.step.chunks and row.gpu_s == row.gpu_s and row.gpu_s > 0]
@@ -142,15 +156,7 @@ def fit_mixed(seen: Sequence[tuple[str, Seen]], small: GpuClock, graphs: Graphs)
     large = [k for k in near if np.sum((gemm_rows > k / NEAR) & (gemm_rows < k * NEAR)) >= FEWEST]
     linear = hats([*small.tokens, *large], gemm_rows)
     known_s = linear[:, : len(small.tokens)] @ np.array(small.linear_s)
-    pairs, kv_tokens = np.zeros(len(steps)), np.array([step.kv_tokens for step in steps], float)
-    breakeven = small.mixed_kv_token_s / small.pair_s
-    for i, step in enumerate(steps):
-        for new, done in step.chunks:
-            own = new * done + 0.5 * new * (new + 1)
-            if own < breakeven * done:
-                kv_tokens[i] += done
-            else:
-                pairs[i] += own
+    pairs, kv_tokens = attention_work(steps, small.mixed_kv_token_s / small.pair_s)
     # b_mixed is b_full plus something not below 0: alone in a full graph a decode reads at its best
     known_s += small.full_kv_token_s * kv_tokens
     seqs = np.array([step.seqs for step in steps], float)
@@ -163,7 +169,7 @@ def fit_mixed(seen: Sequence[tuple[str, Seen]], small: GpuClock, graphs: Graphs)
         coefficients[:] = 0.0
         coefficients[used] = robust(matrix[:, used] / target[:, None], (target - known_s) / target, 0.02)
         extra = [
-            bool(u) and (i < len(large) or c >= 0.0) for i, (u, c) in enumerate(zip(used, coefficients, strict=True))
+            bool(u and (i < len(large) or c >= 0.0)) for i, (u, c) in enumerate(zip(used, coefficients, strict=True))
         ]
     fields = {name: getattr(small, name) for name in small.__struct_fields__}
     values = np.array([*small.linear_s, *coefficients[: len(large)]])
@@ -192,7 +198,8 @@ def fit_form(clock: GpuClock, shape: Shape) -> GpuClock:
 
     def misfit(x: Floats) -> Floats:
         tried = candidate(x)
-        return np.array([shape.form_s(tried, n) for n in tokens]) / linear_s - 1.0
+        formed: Floats = np.array([shape.form_s(tried, n) for n in tokens])
+        return formed / linear_s - 1.0
 
     start_overhead_s = max(linear_s[0] - shape.weight_bytes / bandwidth, 1e-4) / shape.layers
     found = least_squares(misfit, [np.log(last_rate), 0.0, np.log(start_overhead_s)], loss="soft_l1", f_scale=0.03)

@@ -117,7 +117,7 @@ def collect_launches(
 def trimmed(matrix: Floats, target: Floats) -> Floats:
     """Least squares without the 0.5 % of rows farthest off: means that a stalled thread does not move."""
     keep = np.ones(len(target), bool)
-    coefficients = np.zeros(matrix.shape[1])
+    coefficients: Floats = np.zeros(matrix.shape[1])
     for _ in range(5):
         coefficients = np.linalg.lstsq(matrix[keep], target[keep], rcond=None)[0]
         off = np.abs(target - matrix @ coefficients)

@@ -35,7 +35,6 @@ def fit_profile(
     shape = model_shape(find_model(model), find_gpu(gpu), dtype, kv_dtype, tensor_parallel, dtype)
     gpu_clock, host, stalls = fit_clocks(recordings, recorded_graphs(first), shape)
     fields = {field: getattr(host, field) for field in HostClock.__struct_fields__ if field != "stall_share"}
-    steps = [step for recording in recordings for scenario in recording.scenarios for step in scenario.steps]
     profile = Profile(
         format=FORMAT,
         version=VERSION,
@@ -47,24 +46,34 @@ def fit_profile(
         tensor_parallel=tensor_parallel,
         gpu_clock=gpu_clock,
         host_clock=HostClock(stall_share=stalls, **fields),
-        measured=Measured(
-            tokens=max(step.tokens for step in steps),
-            seqs=max(step.seqs for step in steps),
-            kv_tokens=max(step.kv_tokens for step in steps),
-            context_tokens=max((new + done for step in steps for new, done in step.chunks), default=0),
-        ),
-        provenance=Provenance(
-            engine=first.engine.get("engine", "unknown engine"),
-            gpu=first.engine.get("gpu", "unknown GPU"),
-            recorded=first.engine.get("recorded", "unknown"),
-            fitter=FITTER,
-            scenarios=tuple(scenario.name for recording in recordings for scenario in recording.scenarios),
-            recordings={f"{r.path.name}/{file}": digest for r in recordings for file, digest in r.files.items()},
-        ),
+        measured=measured_range(recordings),
+        provenance=provenance(recordings),
         error={},
     )
     profile = rounded(profile)
     return with_errors(profile, check_profile(profile, recordings))
+
+
+def measured_range(recordings: Sequence[Recording]) -> Measured:
+    steps = [step for recording in recordings for scenario in recording.scenarios for step in scenario.steps]
+    return Measured(
+        tokens=max(step.tokens for step in steps),
+        seqs=max(step.seqs for step in steps),
+        kv_tokens=max(step.kv_tokens for step in steps),
+        context_tokens=max((new + done for step in steps for new, done in step.chunks), default=0),
+    )
+
+
+def provenance(recordings: Sequence[Recording]) -> Provenance:
+    engine = recordings[0].engine
+    return Provenance(
+        engine=engine.get("engine", "unknown engine"),
+        gpu=engine.get("gpu", "unknown GPU"),
+        recorded=engine.get("recorded", "unknown"),
+        fitter=FITTER,
+        scenarios=tuple(scenario.name for recording in recordings for scenario in recording.scenarios),
+        recordings={f"{r.path.name}/{file}": digest for r in recordings for file, digest in r.files.items()},
+    )
 
 
 def rounded(profile: Profile) -> Profile:

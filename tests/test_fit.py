@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from plain_engine import PlainEngine, PlainRequest, Settings, Step
 
+from calibration.__main__ import main
 from calibration.check import check_profile
 from calibration.fit import fit_clocks, monotone, robust
 from calibration.observe import DISPATCH_S
@@ -229,3 +232,18 @@ def test_a_fit_needs_decode_and_long_chunks() -> None:
     empty = replace(read_recording(FIRST, FITTED), scenarios=[])
     with pytest.raises(ValueError, match="no steady decode"):
         fit_profile([empty], "x", "h100-sxm", "llama-3.1-8b")
+
+
+def test_check_from_the_command_line_prints_every_scenario_and_its_errors() -> None:
+    shown = CliRunner().invoke(main, ["check", "h100-sxm", str(FIRST), "--scenarios", "closed64_1024_256"])
+    assert shown.exit_code == 0
+    assert re.search(r"closed64_1024_256 +held out +\d+ +0\.\d% +-?\d\.\d%", shown.output)
+
+
+def test_fit_from_the_command_line_writes_a_profile_that_can_be_read(tmp_path: Path) -> None:
+    output = tmp_path / "mine.json"
+    options = ["--scenarios", ",".join(FITTED), "-o", str(output), "--gpu", "h100-sxm", "--model", "llama-3.1-8b"]
+    shown = CliRunner().invoke(main, ["fit", str(FIRST), *options])
+    assert shown.exit_code == 0
+    assert read_profile(str(output)).name == "mine"
+    assert read_profile(str(output)).gpu_clock == read_profile("h100-sxm").gpu_clock
