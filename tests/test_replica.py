@@ -341,14 +341,14 @@ def test_hold_is_honest(policy: str, host: str, blocks: int, asynchronous: bool)
 def test_a_head_that_waits_for_an_answer_being_generated_is_admitted_when_it_can_be() -> None:
     """The second prompt repeats the first one's answer, 20 blocks of prompt and 20 of answer in a cache of 40.
 
-    When it arrives the first has begun its block 21: 20 are found, 20 needed, 19 free. When that block is full, after 16
-    decodes, 21 are found and 19 needed.
+    When it arrives the first has begun its block 21: 20 are found, 20 needed, 19 free. When that block is full, after
+    16 decodes, 21 are found and 19 needed.
     """
     outcomes = []
     for policy in (VllmScheduler(), AskedEveryTime(VllmScheduler())):
         ids = tuple(range(40))
         first = Request(0, 0.0, 320, 320, prefix_ids=ids, identity_tokens=640)
-        second = Request(1, 0.055, 640, 2, prefix_ids=ids, identity_tokens=640)
+        second = Request(1, 0.055, 640, 1, prefix_ids=ids, identity_tokens=640)
         env = simpy.Environment()
         kv, limits = KVCache(40, 16, prefix_block_tokens=16), Limits(8, 8192)
         replica = Replica(env, policy, HandCost(Host()), kv, limits, asynchronous=False)
