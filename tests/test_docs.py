@@ -12,6 +12,7 @@ import click
 import pytest
 
 from benchmarks.accuracy import update
+from llmsim.cost.profile import read_profile
 from llmsim.readers import FORMATS
 from llmsim.runs import read_run
 
@@ -149,3 +150,12 @@ def test_every_module_has_its_room_in_the_architecture():
     rooms |= {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
     assert sorted(name for name in rooms if f"`{name}`" not in " ".join(rows)) == []
     assert sorted(name for row in rows for name in re.findall(r"`([a-z_]+/?)`", row) if name not in rooms) == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/accuracy.md"])
+def test_printed_numbers_are_those_of_the_shipped_profile(page):
+    """After a new fit: python -m benchmarks.accuracy --update docs/accuracy.md, the same with
+    tests/data/recordings/* --update README.md, and the README's replay by hand."""
+    named = re.findall(r"profile ([\w.-]+) \(([0-9a-f]{12})\)", (ROOT / page).read_text(encoding="utf-8"))
+    assert named
+    assert set(named) == {(name, read_profile(name).id) for name, _ in named}
