@@ -73,8 +73,15 @@ class Engine:
     def decode_one(self, request: Request) -> None:
         """One decoding request makes a token; end the pass with `pause_others()`."""
         if self._granted is None:
+            if self.decoding:
+                raise self._error(f"asked to decode request {request.id} after decode() in the same iteration")
             self._granted = {}
+        if request not in self.batch or request in self._granted:
+            why = "makes a token in this iteration already" if request in self._granted else "is not decoding"
+            raise self._error(f"asked to decode request {request.id}, which {why}")
         if self.batch.needs_block(request):
+            if not self.kv.free_blocks:
+                raise self._error(f"asked to decode request {request.id}, which needs a KV block, with none free")
             self.kv.take(1)
         self._granted[request] = None
         self.decoding += 1
@@ -136,7 +143,10 @@ class Engine:
         return True
 
     def _admit(self, request: Request, hit: Hit, computed: int, tokens: int) -> None:
-        self.waiting.remove(request)
+        try:
+            self.waiting.remove(request)
+        except IndexError:
+            raise self._error(f"asked to prefill request {request.id}, which is neither waiting nor running") from None
         self.kv.admit(request, hit, computed + tokens)
         self.running[request] = None
         self.prefilling[request] = None
@@ -222,7 +232,10 @@ class Engine:
                 self._late.append(request)
             self.paused_now = []
         self._hits_grow = False
-        return bool(self.scheduler.schedule(self, now_s)) and not self._hits_grow
+        hold = self.scheduler.schedule(self, now_s)
+        if self.chunks or self._granted is not None:
+            self._check_iteration()
+        return bool(hold) and not self._hits_grow
 
     def commit(self, steps: int) -> list[Request]:
         """Book `steps` iterations as scheduled; returns the requests whose last token they make."""
@@ -265,6 +278,14 @@ class Engine:
     @property
     def _policy(self) -> str:
         return type(self.scheduler).__name__
+
+    def _check_iteration(self) -> None:
+        if self._granted is not None:
+            raise self._error("ended its answer without pause_others() after decode_one()")
+        tokens = self.decoding + sum(tokens for _, tokens, _ in self.chunks)
+        if tokens > self.limits.max_num_batched_tokens:
+            limit = self.limits.max_num_batched_tokens
+            raise self._error(f"scheduled {tokens} tokens in one iteration, beyond max_num_batched_tokens={limit}")
 
     def _error(self, what: str) -> PolicyError:
         return PolicyError(f"{self._policy} {what}.")

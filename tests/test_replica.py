@@ -164,11 +164,49 @@ def no_tokens(replica: Any) -> None:
 
 def too_many_requests(replica: Any) -> None:
     for request in replica.waiting:
-        replica.prefill(request, 100)
+        replica.prefill(request, 10)
 
 
 def preempt_a_waiting_one(replica: Any) -> None:
     replica.preempt(replica.waiting.head)
+
+
+def a_stranger(replica: Any) -> None:
+    replica.prefill(Request(9, 0.0, 100, 5), 100)
+
+
+def beyond_the_budget(replica: Any) -> None:
+    for request in list(replica.waiting)[:2]:
+        replica.prefill(request, 100)
+
+
+def prefilled(replica: Any) -> Request | None:
+    """The oldest decoding request; first its prompt."""
+    if not replica.batch and replica.waiting:
+        replica.prefill(replica.waiting.head, 100)
+    return next(iter(replica.batch), None)
+
+
+def decode_a_waiting_one(replica: Any) -> None:
+    if prefilled(replica):
+        replica.decode_one(replica.waiting.head)
+
+
+def decode_one_twice(replica: Any) -> None:
+    if request := prefilled(replica):
+        replica.decode_one(request)
+        replica.decode_one(request)
+
+
+def decode_all_and_one(replica: Any) -> None:
+    if request := prefilled(replica):
+        replica.decode()
+        replica.decode_one(request)
+
+
+def decode_one_and_stop(replica: Any) -> None:
+    if request := prefilled(replica):
+        replica.decode_one(request)
 
 
 def nothing(replica: Any) -> None:
@@ -182,6 +220,12 @@ BROKEN_RULES = {
     "Rule asked to prefill 0 tokens of request 0, which has 100 left.": no_tokens,
     "Rule admitted request 2 beyond max_num_seqs=2.": too_many_requests,
     "Rule preempted request 0, which is not running.": preempt_a_waiting_one,
+    "Rule asked to prefill request 9, which is neither waiting nor running.": a_stranger,
+    "Rule scheduled 200 tokens in one iteration, beyond max_num_batched_tokens=150.": beyond_the_budget,
+    "Rule asked to decode request 1, which is not decoding.": decode_a_waiting_one,
+    "Rule asked to decode request 0, which makes a token in this iteration already.": decode_one_twice,
+    "Rule asked to decode request 0 after decode() in the same iteration.": decode_all_and_one,
+    "Rule ended its answer without pause_others() after decode_one().": decode_one_and_stop,
     "Rule schedules nothing although 3 requests wait and 0 hold slots; the first is request 0, which needs 7 KV blocks"
     " of the 10000 free.": nothing,
 }
@@ -191,8 +235,23 @@ BROKEN_RULES = {
 def test_a_policy_that_breaks_a_rule_is_named(sentence: str) -> None:
     requests = [Request(i, 0.0, 100, 5) for i in range(3)]
     with pytest.raises(PolicyError) as error:
-        served(Rule(BROKEN_RULES[sentence]), requests, HandCost(Host()), seqs=2)
+        served(Rule(BROKEN_RULES[sentence]), requests, HandCost(Host()), seqs=2, budget=150)
     assert str(error.value) == sentence
+
+
+def test_decoding_without_a_free_block_is_an_error() -> None:
+    def decode_regardless(replica: Any) -> None:
+        if request := prefilled(replica):
+            replica.decode_one(request)
+            replica.pause_others()
+
+    class Borrowed(Rule):
+        def schedule(self, replica: Any, now_s: float) -> bool | None:
+            replica.kv.take(replica.kv.free_blocks if replica.batch else 0)
+            return super().schedule(replica, now_s)
+
+    with pytest.raises(PolicyError, match="request 0, which needs a KV block, with none free"):
+        served(Borrowed(decode_regardless), [Request(0, 0.0, 100, 30)], HandCost(Host()), blocks=20)
 
 
 def test_prefill_without_room_is_answered_not_raised() -> None:
