@@ -141,6 +141,7 @@ SHAPES = [  # engine block, tokens of a prefix id, blocks, typical prompt
     pytest.param(16, 16, 60, 150, id="ids of one block"),
     pytest.param(16, 512, 300, 1200, id="ids of 512, blocks of 16"),
     pytest.param(16, 64, 48, 150, id="ids of 64, blocks of 16, tight"),
+    pytest.param(16, 1024, 70, 300, id="ids of 1024, blocks of 16, tight"),
     pytest.param(64, 16, 40, 500, id="blocks of 64, ids of 16"),
     pytest.param(4, 4, 4000, 60, id="room for all"),
 ]
@@ -231,6 +232,23 @@ def test_the_tail_of_the_oldest_content_is_evicted_first() -> None:
     new = Request(3, 0.0, 80, 1, prefix_ids=("b0", "b1", "b2", "b3", "b4"), identity_tokens=80)
     assert kv.match(old, 80).blocks == 2
     assert kv.match(new, 80).blocks == 4
+
+
+def test_content_that_was_split_while_held_still_loses_its_tail_first() -> None:
+    kv = KVCache(10, 16, prefix_block_tokens=1024)
+    whole = Request(0, 0.0, 128, 1, prefix_ids=("a",), identity_tokens=128)
+    part = Request(1, 0.0, 65, 1, prefix_ids=("a",), identity_tokens=65)
+    kv.admit(whole, kv.match(whole, 128), 128)
+    kv.store(whole, 128)
+    hit = kv.match(part, 65)
+    kv.admit(part, hit, 65)  # holds the first four of the eight blocks, and one of its own
+    assert (hit.blocks, kv.free_blocks) == (4, 1)
+    kv.release(part, 5, 65)
+    kv.release(whole, 8, 128)
+    assert (kv.free_blocks, kv.idle_blocks) == (10, 8)
+    kv.take(5)  # two empty ones, and the last three of the eight
+    again = Request(2, 0.0, 128, 1, prefix_ids=("a",), identity_tokens=128)
+    assert kv.match(again, 128).blocks == 5
 
 
 def test_a_preempted_request_finds_its_own_blocks_and_nobody_else_does() -> None:
