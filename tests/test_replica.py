@@ -14,6 +14,7 @@ from test_twin import HOSTS, SteppedCost, gaps_of
 
 from llmsim.cost import EAGER, FULL, Host, LaunchNoise, Ramp
 from llmsim.cost.graphs import Graphs
+from llmsim.engine import Engine
 from llmsim.kvcache import KVCache
 from llmsim.plugins import PolicyError
 from llmsim.replica import Limits, Replica
@@ -268,6 +269,24 @@ def test_prefill_without_room_is_answered_not_raised() -> None:
     assert answers[:2] == [True, False]  # 7 blocks each
     assert answers[-1]
     assert [request.finish_s > 0 for request in requests] == [True, True]
+
+
+def test_cached_blocks_that_nobody_holds_count_as_needed() -> None:
+    """Taking them from the free list leaves less room: 8 blocks wanted, 6 of them cached, 7 free."""
+    kv = KVCache(10, 16, prefix_block_tokens=16)
+    engine = Engine(Rule(nothing), kv, Limits(8, 8192))
+    ids = tuple(range(8))
+    first = Request(0, 0.0, 97, 1, prefix_ids=ids, identity_tokens=97)
+    kv.admit(first, kv.match(first, 97), 97)
+    kv.release(first, 7, 97)
+    kv.take(3)
+    second = Request(1, 0.0, 128, 1, prefix_ids=ids, identity_tokens=128)
+    engine.waiting.append(second)
+    hit = engine.look_up(second)
+    assert (hit.blocks, hit.idle_blocks, kv.free_blocks) == (6, 6, 7)
+    assert not engine.prefill(second, 32, hit)
+    assert engine.prefill(second, 16, hit)
+    assert kv.free_blocks == 0
 
 
 # ---- a policy in the user's own file -------------------------------------------------------------------------------
