@@ -15,7 +15,7 @@ import simpy
 from plain_engine import PlainEngine, PlainRequest, Settings
 from test_twin import HOSTS, TOLERANCE_S, Noise, SteppedCost, gaps_of
 
-from llmsim.cost import LaunchNoise
+from llmsim.cost import Host, LaunchNoise
 from llmsim.cost.graphs import Graphs
 from llmsim.kvcache import KVCache
 from llmsim.replica import Limits, Replica
@@ -113,7 +113,25 @@ def test_replica_agrees_with_the_plain_twin(
     settings = Settings(num_gpu_blocks=blocks, async_scheduling=asynchronous, **extra)
     rows = dialogues(Random(seed), 60, rate, typical_tokens, id_tokens, answers)
     rows = [row for row in rows if (row.prompt + row.output) / BLOCK_TOKENS < blocks - 2]
-    cost = SteppedCost(HOSTS[host], Graphs.of_engine(settings.max_num_seqs, settings.max_num_batched_tokens), 1.0)
+    compare(rows, settings, HOSTS[host], 1.0, seed, id_tokens)
+
+
+@pytest.mark.parametrize("asynchronous", [True, False], ids=["async", "sync"])
+@pytest.mark.parametrize("scale", [0.2, 0.23, 0.26, 0.28, 0.3, 0.32, 0.35])
+@pytest.mark.parametrize("seed", [2, 3])
+def test_replica_agrees_where_the_two_clocks_are_close(seed, scale, asynchronous):
+    """Decode steps from 1.2 to 2.4 ms beside 1.9 ms of host time: which sets the pace changes as contexts grow.
+
+    Between the dialogues, long prompts: behind their work on the GPU the host gets ahead, and then falls back.
+    """
+    settings = Settings(num_gpu_blocks=4000, async_scheduling=asynchronous)
+    rows = dialogues(Random(seed), 40, 8.0 / scale, 150, 64, answers=True)
+    rows += [Row(rows[-1].arrival_s + 2.0 + 0.5 * i, 6000 + 500 * i, 60 + 40 * i, 0, (), 0) for i in range(4)]
+    compare(rows, settings, HOSTS["vllm"], scale, seed, 64)
+
+
+def compare(rows: list[Row], settings: Settings, host: Host, scale: float, seed: int, id_tokens: int) -> None:
+    cost = SteppedCost(host, Graphs.of_engine(settings.max_num_seqs, settings.max_num_batched_tokens), scale)
     plain = [
         PlainRequest(i, row.arrival_s, row.prompt, row.output, row.priority, block_keys(row, id_tokens))
         for i, row in enumerate(rows)
