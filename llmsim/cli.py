@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
+from io import TextIOWrapper
 from typing import IO, Any
 
 import click
@@ -98,6 +99,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a terminal that cannot show a character gets its escape, not an error
+            stream.reconfigure(errors="backslashreplace")
+    if sys.stdout is None:  # started with `>&-`
+        return _fail("standard output is closed: redirect it to a file or to /dev/null", WRONG_INPUT, debug)
     try:
         status = _run(args)
         sys.stdout.flush()
@@ -105,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _abandon(sys.stdout)
         return PIPE_CLOSED
     except (KeyboardInterrupt, click.Abort):
-        return _fail("interrupted: nothing was written", INTERRUPTED, debug, label="llmsim")
+        return _fail("interrupted: nothing was written", INTERRUPTED, debug)
     except click.ClickException as error:
         if isinstance(error, click.exceptions.NoArgsIsHelpError):  # a command group alone: its help, not a mistake
             print(error.format_message())
@@ -138,12 +144,12 @@ def _run(args: list[str]) -> int:
     return status if isinstance(status, int) else OK
 
 
-def _fail(message: str, status: int, debug: bool, label: str = "error") -> int:
+def _fail(message: str, status: int, debug: bool) -> int:
     if debug:
         import traceback
 
         traceback.print_exc()
-    print(f"{label}: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return status
 
 

@@ -195,17 +195,28 @@ def trace_arguments(flags: dict[str, Any]) -> dict[str, Any]:
     """The keyword arguments of load_trace among `flags`: those that were given."""
     given = {name: flags[name] for name in TRACE_PARAMETERS & flags.keys() if flags[name] is not None}
     if "columns" in given:
-        given["columns"] = dict(_column(pair) for pair in given["columns"].split(","))
+        given["columns"] = _columns(given["columns"])
     if "trace_model" in given:
         given["model"] = given.pop("trace_model")
     return given
 
 
-def _column(pair: str) -> tuple[str, str]:
-    field, sign, column = pair.partition("=")
-    if not sign or not field or not column:
-        raise ValueError(f"--columns {pair}: write FIELD=COLUMN, e.g. arrival=ts,prompt=in,output=out")
-    return field.strip(), column.strip()
+def _columns(text: str) -> dict[str, str]:
+    columns: dict[str, str] = {}
+    for pair in text.split(","):
+        field, sign, column = (part.strip() for part in pair.partition("="))
+        if not sign or not field or not column:
+            raise ValueError(f"--columns {pair}: write FIELD=COLUMN, e.g. arrival=ts,prompt=in,output=out")
+        if field in columns:
+            raise ValueError(f"--columns {text}: {field} is given twice: keep one")
+        columns[field] = column
+    return columns
+
+
+def tell(lines: Iterable[str]) -> None:
+    """What a person should know beside the result: stderr, one line each."""
+    for line in lines:
+        click.echo(f"note: {line}", err=True)
 
 
 def apply(flags: list[Callable[[Any], Any]], command: Any) -> Any:
@@ -230,8 +241,18 @@ def json_option(command: Any) -> Any:
 
 def scenario_from(flags: dict[str, Any], defaults: dict[str, Any] | None = None) -> Scenario:
     """Take the scenario flags out of `flags`: a file's fields, overridden by the flags that were given."""
+    source = str(flags["scenario_file"] or "flags")
+    values = dict(defaults or {}) | scenario_fields(flags)
+    for name in ("model", "gpu"):
+        if name not in values:
+            raise ValueError(f"no {name}: add --{name} NAME (llmsim list {name}s)")
+    return Scenario.from_dict(values, source=source)
+
+
+def scenario_fields(flags: dict[str, Any]) -> dict[str, Any]:
+    """The same, as the fields that were given; not yet checked together."""
     path, eager = flags.pop("scenario_file"), flags.pop("enforce_eager")
-    values: dict[str, Any] = dict(defaults or {})
+    values: dict[str, Any] = {}
     if path is not None:
         values |= read_scenario(path)
     pairs = flags.pop("scheduler_args")
@@ -244,10 +265,7 @@ def scenario_from(flags: dict[str, Any], defaults: dict[str, Any] | None = None)
     in_file = values.get("scheduler_args", {})
     if pairs and isinstance(in_file, dict):  # anything else is for Scenario to refuse
         values["scheduler_args"] = in_file | dict(_argument(pair) for pair in pairs)
-    for name in ("model", "gpu"):
-        if name not in values:
-            raise ValueError(f"no {name}: add --{name} NAME (llmsim list {name}s)")
-    return Scenario.from_dict(values, source=str(path or "flags"))
+    return values
 
 
 def _argument(pair: str) -> tuple[str, Any]:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
@@ -21,6 +24,7 @@ from llmsim.cli_options import (
     json_option,
     scenario_from,
     scenario_options,
+    tell,
     trace_arguments,
     trace_options,
 )
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
     from llmsim.trace import Trace
 
 DEMO_TRACE = "chat.csv"
+RUNS = "runs"
 STRICT_EXTRAPOLATED = 0.05  # share of GPU time outside the measured range that --strict accepts
 PROGRESS_AFTER_S = 2.0
 
@@ -68,15 +73,17 @@ def replay(
     from llmsim.metrics import parse_goodput
 
     _check_outputs(out, no_out, timeline=timeline, save_detailed=save_detailed)
+    _check_closed_loop(flags)
     targets = parse_goodput(goodput) or None
     scenario = scenario_from(flags).resolved()
     trace = _load(trace_path, scenario, flags)
     result = _simulate(trace, scenario)
+    _check_rejected(result)
     summary = result.summary(targets)
     if strict:
         _check_extrapolation(summary)
-    folder = None if no_out else out or _new_folder(scenario, trace)
-    if folder is not None:
+    folder = None
+    if not no_out:
         from llmsim.runs import write_run
 
         extra = {
@@ -84,10 +91,11 @@ def replay(
             "trace": {"name": trace.name, "sha256": trace.sha256, "requests": len(trace.prompt_tokens)},
             "notes": list(trace.notes),
         }
-        notes = write_run(
-            result, folder, summary=summary, manifest_extra=extra, timeline=timeline, detailed=save_detailed
-        )
-        _tell(notes)
+        with _run_folder(out, scenario, trace) as folder:
+            notes = write_run(
+                result, folder, summary=summary, manifest_extra=extra, timeline=timeline, detailed=save_detailed
+            )
+        tell(notes)
     _print(summary, folder, as_json)
 
 
@@ -140,8 +148,48 @@ def _check_outputs(out: Path | None, no_out: bool, **needing: bool) -> None:
     if no_out:
         for name in [name for name, asked in {"out": out is not None, **needing}.items() if asked]:
             raise ValueError(f"--no-out contradicts --{name.replace('_', '-')}: leave one of them out")
-    elif out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        return
+    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out}: exists and is not an empty folder: give another name")
+    folder = (Path(RUNS) if out is None else out).absolute()
+    there = next(parent for parent in folder.parents if os.path.lexists(parent))
+    if not there.is_dir():
+        raise ValueError(f"--out {folder}: {there} is not a folder: give another name")
+    if not os.access(there if not folder.exists() or out is not None else folder, os.W_OK | os.X_OK):
+        raise ValueError(f"--out {folder}: no permission to write in {there}: give another folder, or --no-out")
+
+
+def _check_closed_loop(flags: dict[str, Any]) -> None:
+    """What shifts arrival times says nothing where they are ignored."""
+    if flags["concurrency"] is None:
+        return
+    for name in ("rate", "time_scale", "spread"):
+        if flags[name] is not None:
+            raise ValueError(
+                f"--concurrency {flags['concurrency']} ignores arrival times, which --{name.replace('_', '-')} "
+                f"{flags[name]} changes: leave one of them out"
+            )
+
+
+def _check_sessions(trace: Trace, scenario: Scenario) -> None:
+    waiting = int((trace.arrival_s != trace.arrival_s).sum())  # nan: waits for its parent
+    if waiting and scenario.concurrency is not None:
+        raise ValueError(
+            f"concurrency={scenario.concurrency} contradicts {trace.name}: {waiting} of its {len(trace)} requests wait "
+            "for the answer before them in their session, so it is a closed loop of its own: leave --concurrency out"
+        )
+
+
+def _check_rejected(result: Result) -> None:
+    """A request whose KV cache can never fit is rejected, as engines do: never silently, and not all of them."""
+    rejected, sent = int(result.stats["rejected"]), len(result.requests["id"])
+    if not rejected:
+        return
+    tokens = (result.kv_blocks - 1) * result.scenario.block_size
+    what = f"{rejected} of {sent} requests are rejected: a replica's {result.kv_blocks} KV blocks hold {tokens} tokens"
+    if rejected == sent:
+        raise ValueError(f"{what}: raise num_gpu_blocks_override or gpu_memory_utilization, or leave them out")
+    print(f"WARNING: {what}, they need more; latencies are those of the others", file=sys.stderr)
 
 
 def _load(path: str, scenario: Scenario, flags: dict[str, Any]) -> Trace:
@@ -149,7 +197,8 @@ def _load(path: str, scenario: Scenario, flags: dict[str, Any]) -> Trace:
 
     options = trace_arguments(flags)
     trace = load_trace(path, **options, context_tokens=scenario.max_model_len, seed=scenario.seed)
-    _tell(trace.notes)
+    tell(trace.notes)
+    _check_sessions(trace, scenario)
     return trace
 
 
@@ -197,20 +246,34 @@ def _check_extrapolation(summary: dict[str, Any]) -> None:
         )
 
 
+@contextmanager
+def _run_folder(out: Path | None, scenario: Scenario, trace: Trace) -> Iterator[Path]:
+    """The folder to write; if writing fails, no folder that was made for it stays."""
+    wanted = (Path(RUNS) / "new" if out is None else out).absolute()
+    made = [parent for parent in wanted.parents if not parent.exists()]
+    folder = _new_folder(scenario, trace) if out is None else out
+    try:
+        yield folder
+    except BaseException:
+        for empty in [folder, *made] if out is None else made:
+            with suppress(OSError):
+                empty.rmdir()
+        raise
+
+
 def _new_folder(scenario: Scenario, trace: Trace) -> Path:
     """runs/TIME_HASH; the hash is of what decides the result, so equal runs are seen at a glance."""
     what = json.dumps([scenario.to_dict(), trace.sha256, len(trace.prompt_tokens)], sort_keys=True, default=str)
     name = f"{datetime.now(UTC):%Y-%m-%dT%H-%M-%S}_{hashlib.sha256(what.encode()).hexdigest()[:6]}"
-    folder, again = Path("runs") / name, 1
-    while folder.exists():  # two runs within a second
-        again += 1
-        folder = Path("runs") / f"{name}-{again}"
-    return folder
-
-
-def _tell(lines: Any) -> None:
-    for line in lines:
-        print(line, file=sys.stderr)
+    folder, again = Path(RUNS) / name, 1
+    while True:
+        folder.parent.mkdir(exist_ok=True)
+        try:
+            folder.mkdir()  # taken, also before another replay that ends within the same second
+            return folder
+        except FileExistsError:
+            again += 1
+            folder = Path(RUNS) / f"{name}-{again}"
 
 
 def _print(summary: dict[str, Any], folder: Path | None, as_json: bool) -> None:

@@ -10,7 +10,15 @@ from typing import Any
 
 import click
 
-from llmsim.cli_options import CONTEXT, GPU, MODEL, Known, cost_specs, json_option
+from llmsim.cli_options import (
+    CONTEXT,
+    GPU,
+    SectionedCommand,
+    json_option,
+    scenario_fields,
+    scenario_options,
+    tell,
+)
 
 RAW = {**CONTEXT, "ignore_unknown_options": True, "allow_interspersed_args": False, "token_normalize_func": None}
 
@@ -66,30 +74,32 @@ def _scenario_text(fields: dict[str, Any], flags: list[str], not_modelled: list[
     return "\n".join(lines) + "\n" + "".join(toml_line(*item) for item in fields.items()).rstrip()
 
 
-@click.command(context_settings=CONTEXT)
+@click.command(cls=SectionedCommand, context_settings=CONTEXT)
 @click.argument("paths", metavar="PATH…", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--model", type=MODEL, metavar="NAME", help="Model of a recording that does not name a known one.")
-@click.option("--gpu", type=GPU, metavar="NAME", help="GPU of a recording that does not name a known one.")
-@click.option("--cost", type=Known(cost_specs), metavar="SPEC", default="auto", help="As for replay. [auto]")
+@scenario_options
 @json_option
-def validate(paths: tuple[Path, ...], model: str | None, gpu: str | None, cost: str, as_json: bool) -> int:
+def validate(paths: tuple[Path, ...], as_json: bool, **flags: Any) -> int:
     """Check llmsim against what real engines did.
 
     PATH is a recorded schedule (JSON: every step must match), a recording folder, or the result file of
     'vllm bench serve --save-detailed'; a folder of schedules is checked file by file. Exit status 1 if a schedule
-    differs.
+    differs. The scenario flags say what a recording does not (a benchmark result holds no engine settings) or what
+    is to differ from it.
 
     \b
     llmsim validate tests/data/oracle
+    llmsim validate result.json --model llama-3.1-8b --gpu h100-sxm --max-num-seqs 128
     """
+    overrides = scenario_fields(flags)
     cases: list[dict[str, Any]] = []
     measured: list[dict[str, Any]] = []
     for path in paths:
         for file in _expand(path):
             if _is_schedule(file):
+                _refuse_overrides(file, overrides)
                 cases.append(_replayed(file, as_json))
             else:
-                measured += _measured(file, model, gpu, cost, as_json)
+                measured += _measured(file, overrides, as_json)
     differs = [case for case in cases if case["difference"] is not None]
     if as_json:
         click.echo(json.dumps({**({"cases": cases} if cases else {}), **({"scenarios": measured} if measured else {})}))
@@ -129,13 +139,18 @@ def _replayed(path: Path, as_json: bool) -> dict[str, Any]:
     return {"path": str(path), "difference": difference}
 
 
-def _measured(path: Path, model: str | None, gpu: str | None, cost: str, as_json: bool) -> list[dict[str, Any]]:
+def _refuse_overrides(path: Path, overrides: dict[str, Any]) -> None:
+    if overrides:
+        names = ", ".join(overrides)
+        raise ValueError(f"{path}: a recorded schedule states all its settings: leave out what gives {names}")
+
+
+def _measured(path: Path, overrides: dict[str, Any], as_json: bool) -> list[dict[str, Any]]:
     from llmsim.validate import report, validate
 
     notes: list[str] = []
-    outcome = validate(path, model, gpu, cost, notes=notes)
-    for note in notes:
-        click.echo(note, err=True)
+    outcome = validate(path, notes=notes, **overrides)
+    tell(notes)
     if not as_json:
         click.echo(report(outcome))
     scenarios: list[dict[str, Any]] = outcome["scenarios"]

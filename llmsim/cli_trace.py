@@ -1,122 +1,92 @@
 """`llmsim trace`: describe a trace, convert it, make one.
 
-The report goes to stdout (`--json`: one document), what was guessed or dropped to stderr. Wrong input exits with 2 and
-one line.
+The report goes to stdout (`--json`: one document), what was guessed or dropped to stderr.
 """
 
 from __future__ import annotations
 
-import functools
 import json
-import sys
-from collections.abc import Callable
+import os
 from typing import Any
 
 import click
 
+from llmsim.cli_options import CONTEXT, INT, json_option, tell, trace_arguments, trace_options
 
-def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of everything that reads a trace, in the words of `load_trace`."""
-    options = (
-        click.option("--format", "format", help="Trace format; recognised by content if left out."),
-        click.option("--columns", help="Column names: arrival=when,prompt=in,output=out."),
-        click.option("--time-unit", type=click.Choice(["s", "ms", "us", "ns"]), help="Unit of numeric time stamps."),
-        click.option("--time-scale", type=float, help="Stretch arrival times (2: half the rate)."),
-        click.option("--rate", type=float, help="Rescale to a mean rate in requests/s, or draw arrivals at it."),
-        click.option("--start", "start_s", type=float, help="Begin of the window in s."),
-        click.option("--duration", "duration_s", type=float, help="Length of the window in s."),
-        click.option("--limit", type=int, help="At most so many requests."),
-        click.option("--failed", type=click.Choice(["drop", "keep"]), default="drop", help="Rows without output."),
-        click.option("--model-filter", "model", help="Only rows of this model (BurstGPT)."),
-        click.option("--log-type", help="Only rows of this log type (BurstGPT)."),
-        click.option("--spread", type=click.Choice(["none", "uniform"]), default="none", help="Move ties apart."),
-        click.option("--over-context", type=click.Choice(["error", "drop", "truncate"]), default="error",
-                     help="Requests longer than --context-tokens."),
-        click.option("--context-tokens", type=int, help="Context of the model in tokens."),
-        click.option("--block-tokens", "--block-size", "block_tokens", type=int, help="Tokens a prefix id stands for."),
-        click.option("--strict-order", is_flag=True, help="Refuse rows out of time order."),
-        click.option("--sharegpt-mode", type=click.Choice(["first-pair", "multi-turn"]), default="multi-turn"),
-        click.option("--closed-loop", is_flag=True, help="Later turns wait for their parents (Qwen-Bailian)."),
-        click.option("--max-wait", "max_wait_s", type=float, help="Cap on waits between turns in s."),
-        click.option("--rank-correlated", is_flag=True, help="ServeGen: one uniform for prompt and output."),
-        click.option("--seed", type=int, default=0),
-    )  # fmt: skip
-    for option in reversed(options):
-        command = option(command)
-    return command
+WRITABLE = ("csv", "jsonl", "parquet", "mooncake")
 
 
-def one_line_errors(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrong input ends with one line on stderr and exit code 2."""
-
-    @functools.wraps(command)
-    def run(*arguments: Any, **options: Any) -> Any:
-        try:
-            return command(*arguments, **options)
-        except (ValueError, FileNotFoundError) as error:
-            click.echo(f"llmsim: {' '.join(str(error).splitlines())}", err=True)
-            sys.exit(2)
-
-    return run
+def _reading(command: Any) -> Any:
+    """What a replay takes from its scenario, a trace alone has to be told."""
+    context = click.option("--context-tokens", type=INT, help="Context of the model, for --over-context.")
+    seed = click.option("--seed", type=INT, default=0, help="Of arrivals that are drawn or spread. [0]")
+    return trace_options(context(seed(command)))
 
 
-def parse_columns(text: str | None) -> dict[str, str] | None:
-    if text is None:
-        return None
-    mapping: dict[str, str] = {}
-    for part in text.split(","):
-        kind, equals, name = part.partition("=")
-        if not equals or not kind.strip() or not name.strip():
-            raise ValueError(f"--columns {text}: {part!r} is not kind=name; write arrival=when,prompt=in,output=out")
-        mapping[kind.strip()] = name.strip()
-    return mapping
+def _writing(command: Any) -> Any:
+    out = click.option("-o", "--out", metavar="FILE", required=True, help="File to write (.csv, .jsonl, .parquet).")
+    to = click.option("--to", type=click.Choice(WRITABLE), help="Format to write. [by the file's ending]")
+    return out(to(command))
 
 
-def _load(path: str, columns: str | None, options: dict[str, Any]) -> Any:
+def _load(path: str, flags: dict[str, Any]) -> Any:
     from llmsim.trace import load_trace
 
-    trace = load_trace(path, columns=parse_columns(columns), **options)
-    for note in trace.notes:
-        click.echo(f"note: {note}", err=True)
+    context_tokens, seed = flags["context_tokens"], flags["seed"]
+    if flags["over_context"] is not None and context_tokens is None:
+        raise ValueError(f"--over-context {flags['over_context']} needs a limit: add --context-tokens N")
+    trace = load_trace(path, **trace_arguments(flags), context_tokens=context_tokens, seed=seed)
+    tell(trace.notes)
     return trace
 
 
-@click.group()
+@click.group(context_settings=CONTEXT)
 def trace() -> None:
     """Look at traces, convert them, make them."""
 
 
-@trace.command()
-@click.argument("path")
-@reading_options
-@click.option("--json", "as_json", is_flag=True, help="One JSON document instead of a table.")
-@one_line_errors
-def describe(path: str, as_json: bool, columns: str | None, **options: Any) -> None:
-    """Report what PATH holds: rows, rate, burstiness, lengths, prefixes."""
+@trace.command(context_settings=CONTEXT)
+@click.argument("path", metavar="TRACE")
+@_reading
+@json_option
+def describe(path: str, as_json: bool, **flags: Any) -> None:
+    """Report what TRACE (a file, a folder, or - for standard input) holds: rows, rate, burstiness, lengths, prefixes.
+
+    \b
+    llmsim trace describe chat.csv
+    llmsim trace describe AzureLLMInferenceTrace_conv.csv --start 600 --duration 60 --json
+    """
     from llmsim.readers.report import as_text
     from llmsim.readers.report import describe as report_of
 
-    report = report_of(_load(path, columns, options))
-    click.echo(json.dumps(report, indent=2) if as_json else as_text(report))
+    report = report_of(_load(path, flags))
+    click.echo(json.dumps(report, allow_nan=False) if as_json else as_text(report))
 
 
-@trace.command()
-@click.argument("path")
-@click.option("-o", "--out", required=True, help="File to write (.csv, .jsonl, .parquet).")
-@click.option("--to", type=click.Choice(["csv", "jsonl", "parquet", "mooncake"]), help="Format to write.")
-@reading_options
-@one_line_errors
-def convert(path: str, out: str, to: str | None, columns: str | None, **options: Any) -> None:
-    """Write PATH in llmsim's generic format, or as Mooncake JSON lines."""
-    from llmsim.readers.write import write_trace
+@trace.command(context_settings=CONTEXT)
+@click.argument("path", metavar="TRACE")
+@_writing
+@_reading
+def convert(path: str, out: str, to: str | None, **flags: Any) -> None:
+    """Write TRACE in llmsim's generic format, or as Mooncake JSON lines.
 
-    read = _load(path, columns, options)
+    \b
+    llmsim trace convert BurstGPT_1.csv --model-filter GPT-4 -o gpt4.parquet
+    llmsim trace convert chat.csv --rate 20 --limit 500 -o faster.csv
+    llmsim trace convert chat.csv --to mooncake -o chat.jsonl
+    """
+    from llmsim.readers.write import check_writable, write_trace
+
+    check_writable(out, to)
+    if os.path.exists(out) and os.path.exists(path) and os.path.samefile(out, path):
+        raise ValueError(f"--out {out}: is the trace that is read: give another name")
+    read = _load(path, flags)
     kind = write_trace(read, out, to)
     click.echo(f"{out}: {len(read)} requests written as {kind}")
 
 
-@trace.command()
-@click.option("--requests", type=int, required=True, help="How many requests.")
+@trace.command(context_settings=CONTEXT)
+@click.option("--requests", type=INT, required=True, help="How many requests.")
 @click.option(
     "--arrivals",
     default="poisson:rate=1",
@@ -136,28 +106,27 @@ def convert(path: str, out: str, to: str | None, columns: str | None, **options:
 @click.option("--sessions", help="sessions:turns=(...),think=(...),... or closed:users=N,think=(...)")
 @click.option("--classes", "classes_file", help="JSON list of classes: name, share, priority, slo_ttft_ms, ...")
 @click.option("--clients", "clients_file", help="JSON list of clients: name, arrivals, lengths, ...")
-@click.option("--block-tokens", type=int, default=16, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("-o", "--out", required=True, help="File to write (.csv, .jsonl, .parquet).")
-@click.option("--to", type=click.Choice(["csv", "jsonl", "parquet", "mooncake"]), help="Format to write.")
-@one_line_errors
+@click.option("--block-tokens", type=INT, default=16, show_default=True)
+@click.option("--seed", type=INT, default=0, show_default=True)
+@_writing
 def synth(
     requests: int, classes_file: str | None, clients_file: str | None, out: str, to: str | None, **options: Any
 ) -> None:
-    """Make a workload, for example
+    """Make a workload.
 
+    \b
     llmsim trace synth --requests 2000 --arrivals gamma:rate=10,cv=2 --lengths lognormal:median=900,sigma=1 -o out.csv
     """
-    from llmsim.readers.write import write_trace
+    from llmsim.readers.write import check_writable, write_trace
     from llmsim.synth import Client, RequestClass, mix, synthesise
 
+    check_writable(out, to)
     if clients_file is not None:
         made = mix(_labels(clients_file, Client), requests, seed=options["seed"], name=out)
     else:
         classes = _labels(classes_file, RequestClass) if classes_file is not None else ()
         made = synthesise(requests, classes=classes, name=out, **options)
-    for note in made.notes:
-        click.echo(f"note: {note}", err=True)
+    tell(made.notes)
     kind = write_trace(made, out, to)
     click.echo(f"{out}: {len(made)} requests written as {kind}")
 

@@ -20,7 +20,7 @@ def load_plugin(
     """An instance of a built-in or of a class in a user's file, made with the given keyword arguments.
 
     `kind` names the plug-in in messages, `method` is what its class must have, written as `signature` in messages.
-    Raises ValueError or FileNotFoundError with the fix; an exception inside the user's file surfaces untouched.
+    Raises ValueError or FileNotFoundError with the fix; any other exception inside the user's file surfaces untouched.
     """
     found = _find_class(spec, kind, builtin, method, signature)
     arguments = arguments or {}
@@ -34,7 +34,21 @@ def load_plugin(
     for parameter in known:
         if parameter.default is parameter.empty and parameter.name not in arguments:
             raise ValueError(f"{kind} {spec}: argument {parameter.name!r} has no default. Give it a value.")
+    if spec in builtin:
+        _check_types(f"{kind} {spec}", {p.name: p.default for p in known}, arguments)
     return found(**arguments)
+
+
+def _check_types(what: str, defaults: dict[str, Any], arguments: dict[str, Any]) -> None:
+    """A built-in's argument is of the kind of its default: text, number, whole number or switch."""
+    words: dict[type, tuple[tuple[type, ...], str]] = {
+        bool: ((bool,), "true or false"), int: ((int,), "a whole number"), float: ((int, float), "a number"),
+        str: ((str,), "text"),
+    }  # fmt: skip
+    for name, value in arguments.items():
+        types, expected = words.get(type(defaults[name]), ((object,), ""))
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types and object not in types):
+            raise ValueError(f"{what}: {name}={value!r} is not {expected}. The default is {defaults[name]!r}.")
 
 
 def _find_class(spec: str, kind: str, builtin: dict[str, str], method: str, signature: str) -> Any:
@@ -52,7 +66,10 @@ def _find_class(spec: str, kind: str, builtin: dict[str, str], method: str, sign
     assert module_spec is not None and module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module  # dataclasses look a class's module up there
-    module_spec.loader.exec_module(module)
+    try:
+        module_spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise ValueError(f"{kind} {spec!r}: {path_text}, line {error.lineno}: {error.msg}. Repair the file.") from None
     found = getattr(module, class_name, None)
     if not inspect.isclass(found):
         classes = [name for name, value in vars(module).items() if inspect.isclass(value) and hasattr(value, method)]

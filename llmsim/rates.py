@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -11,13 +12,15 @@ from numpy.typing import NDArray
 Columns = dict[str, NDArray[Any]]
 Floats = NDArray[np.float64]
 
+DENSE_SECONDS = 10_000_000  # above 115 days only the seconds with tokens are held: 80 MB would not do
 CHUNK = 1 << 20  # tokens' instants held at a time: 8 MB an array
 FEWEST_FOR_STABILITY = 100  # requests
 UNSERVED = 0.02  # part of the arrivals
 
 
 def tokens_per_second(requests: Columns, iterations: Columns, gaps: Columns) -> Floats:
-    """Output tokens in each whole second since the first send, as vLLM's benchmark counts them.
+    """Output tokens in each whole second since the first send, as vLLM's benchmark counts them (of a run longer than
+    `DENSE_SECONDS`: in each second that has any).
 
     With the gaps' `end_s` the instants are the client's; without it the GPU's log stands in: the same tokens a few
     milliseconds earlier, evenly placed within a run of iterations.
@@ -27,13 +30,27 @@ def tokens_per_second(requests: Columns, iterations: Columns, gaps: Columns) -> 
         return np.zeros(0)
     origin_s = float(requests["arrival_s"].min())
     seconds = int(np.ceil(requests["finish_s"][done].max() - origin_s)) + 1
-    tokens = np.zeros(seconds)
     first_s = requests["first_token_s"][done]
-    for instants_s, weights in ((first_s, np.ones(first_s.size)), *_token_instants(iterations, gaps, origin_s)):
+    parts = chain(((first_s, np.ones(first_s.size)),), _token_instants(iterations, gaps, origin_s))
+    if seconds > DENSE_SECONDS:
+        return _sparse_tokens(parts, origin_s, seconds)
+    tokens = np.zeros(seconds)
+    for instants_s, weights in parts:
         second = (instants_s - origin_s).astype(np.int64)
         counts = np.bincount(second, weights=weights, minlength=seconds)
         tokens += counts[:seconds]  # tokens of requests that never completed can lie beyond; vLLM leaves them out too
     return tokens
+
+
+def _sparse_tokens(parts: Iterable[tuple[Floats, Floats]], origin_s: float, seconds: int) -> Floats:
+    """Output tokens of those seconds in which there were any."""
+    held_s: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+    counts: Floats = np.zeros(0)
+    for instants_s, weights in parts:
+        second = np.concatenate([held_s, (instants_s - origin_s).astype(np.int64)])
+        held_s, place = np.unique(second, return_inverse=True)
+        counts = np.bincount(place, weights=np.concatenate([counts, weights]), minlength=held_s.size).astype(np.float64)
+    return counts[held_s < seconds]
 
 
 def _token_instants(iterations: Columns, gaps: Columns, origin_s: float) -> Iterator[tuple[Floats, Floats]]:

@@ -76,6 +76,9 @@ def write_run(
             notes += write_timeline(result, partial / "trace.json.gz", window_s=timeline_window_s)
         _write_json(partial / "manifest.json", _manifest(result, summary, partial) | (manifest_extra or {}))
         os.replace(partial, folder)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(error.errno or 0, error.strerror or str(error), str(folder)) from error
     except BaseException:  # Ctrl-C included: nothing half-written stays
         shutil.rmtree(partial, ignore_errors=True)
         raise

@@ -31,6 +31,14 @@ KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32", "fp8", "fp8_e4m3", 
 QUANTIZATIONS = ("fp8", "int8", "int4", "mxfp4", "awq", "awq_marlin", "gptq", "gptq_marlin")
 CUDAGRAPHS = ("full_and_piecewise", "piecewise", "none")
 SCHEDULING_POLICIES = ("fcfs", "priority")
+# argument of the policy "vllm": the field it comes from
+VLLM_OPTIONS = {
+    "policy": "scheduling_policy",
+    "long_prefill_token_threshold": "long_prefill_token_threshold",
+    "watermark": "watermark",
+    "reserve_full_isl": "reserve_full_isl",
+    "enable_chunked_prefill": "enable_chunked_prefill",
+}
 
 
 @dataclass(frozen=True)
@@ -222,6 +230,26 @@ def _check_together(s: Scenario) -> None:
         raise ValueError(_below_seqs(tokens, seqs))
     if context is not None:
         _check_context(s, context)
+    _check_policy(s)
+
+
+def _check_policy(s: Scenario) -> None:
+    """vLLM's policy takes its options from fields of their own, and no other policy knows them."""
+    if s.scheduler == "vllm":
+        for name, field_name in VLLM_OPTIONS.items():
+            if name in s.scheduler_args:
+                raise ValueError(
+                    f"scheduler_args {name}={s.scheduler_args[name]!r}: the scheduler vllm takes it from the field "
+                    f"{field_name}: give {field_name} instead"
+                )
+        return
+    for field_name in VLLM_OPTIONS.values():
+        given, default = getattr(s, field_name), Scenario.__dataclass_fields__[field_name].default
+        if given != default:
+            raise ValueError(
+                f"{field_name}={given!r} is an option of the scheduler vllm, which {s.scheduler} does not know: "
+                "leave it out"
+            )
 
 
 def _check_context(s: Scenario, context: int) -> None:

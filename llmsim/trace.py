@@ -102,7 +102,7 @@ def load_trace(
 ) -> Trace:
     """Read a trace of any known format (a file, a directory, ``-`` for standard input)."""
     from llmsim import readers
-    from llmsim.readers.settle import Keeping, order_in_time, regenerate_arrivals, settle
+    from llmsim.readers.settle import Keeping, check_times, order_in_time, regenerate_arrivals, settle
     from llmsim.readers.source import open_source
 
     _check_choice("failed", failed, ("drop", "keep"))
@@ -111,7 +111,8 @@ def load_trace(
     _check_choice("sharegpt_mode", sharegpt_mode, ("first-pair", "multi-turn"))
     if time_unit is not None:
         _check_choice("time_unit", time_unit, ("s", "ms", "us", "ns"))
-    for name, count, least in (("block_tokens", block_tokens, 1), ("context_tokens", context_tokens, 2)):
+    wanted = (("block_tokens", block_tokens, 1), ("context_tokens", context_tokens, 2), ("seed", seed, 0))
+    for name, count, least in wanted:
         if count is not None and count < least:
             raise ValueError(f"{name}={count} must be at least {least}")
     if max_wait_s is not None and not max_wait_s >= 0:
@@ -136,6 +137,7 @@ def load_trace(
     given |= {"name": source.name, "notes": tuple(rows.notes), "sha256": source.sha256}
     given |= {"rows_read": read, "dropped": dropped}
     trace = Trace(**given)
+    check_times(trace.name, trace.arrival_s, trace.delay_s)
     if rows.time_unit is not None:
         trace = _suspect_unit(trace, rows.time_unit)
     if max_wait_s is not None:
@@ -259,7 +261,12 @@ def time_scaled(trace: Trace, time_scale: float) -> Trace:
     """All arrivals `time_scale` times as late (2: half the rate). Waits between turns stay: users do not speed up."""
     if not (time_scale > 0 and math.isfinite(time_scale)):
         raise ValueError(f"time_scale={time_scale:g} must be a finite number above 0")
-    return replace(trace, arrival_s=trace.arrival_s * time_scale, tick_s=trace.tick_s * time_scale)
+    from llmsim.readers.settle import check_times
+
+    with np.errstate(over="ignore"):
+        arrival_s = trace.arrival_s * time_scale
+    check_times(f"{trace.name}, time_scale={time_scale:g}", arrival_s, None)
+    return replace(trace, arrival_s=arrival_s, tick_s=trace.tick_s * time_scale)
 
 
 def mean_rate_per_s(trace: Trace) -> float:

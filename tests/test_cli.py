@@ -523,7 +523,7 @@ def test_interrupting_a_replay_leaves_nothing_behind(tmp_path: Path) -> None:
         out, err = running.communicate(timeout=30)
     assert running.returncode == 130, err
     assert out == ""
-    assert err.splitlines()[-1] == "llmsim: interrupted: nothing was written"
+    assert err.splitlines()[-1] == "error: interrupted: nothing was written"
     assert "Traceback" not in err
     assert [path.name for path in tmp_path.iterdir()] == ["long.csv"]
 

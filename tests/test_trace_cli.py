@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shlex
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
 
-from llmsim.cli_trace import trace
+from llmsim.cli import main
 from llmsim.trace import load_trace
 
 TRACES = Path(__file__).parents[1] / "traces"
 
 
-def run(*arguments: str) -> Result:
-    return CliRunner().invoke(trace, list(arguments))
+class Run(NamedTuple):
+    exit_code: int
+    stdout: str
+    stderr: str
+
+
+def run(*arguments: str) -> Run:
+    """The whole command, errors and all."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        status = main(["trace", *arguments])
+    return Run(status, out.getvalue(), err.getvalue())
 
 
 def test_describe_reports_on_stdout_and_notes_on_stderr() -> None:
@@ -35,7 +47,7 @@ def test_error_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     for arguments in (("describe", str(tmp_path / "bad.csv")), ("describe", str(tmp_path / "none.csv"))):
         result = run(*arguments)
         assert result.exit_code == 2 and result.stdout == ""
-        assert result.stderr.count("\n") == 1 and result.stderr.startswith("llmsim: ")
+        assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: ")
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])

@@ -17,13 +17,17 @@ from numpy.typing import NDArray
 from llmsim.cost import Host, Ramp
 from llmsim.cost.graphs import Graphs
 
+LONGEST_S = 86_400.0  # nothing a server does takes a day
+
 
 class ConstantCost:
     kind = "constant"
 
     def __init__(self, seconds: float, graphs: Graphs) -> None:
-        if not (isfinite(seconds) and seconds > 0):
-            raise ValueError(f"cost=constant:{seconds} must be more than 0 seconds and finite, as in constant:0.01")
+        if not (isfinite(seconds) and 0 < seconds <= LONGEST_S):
+            raise ValueError(
+                f"cost=constant:{seconds} must be more than 0 seconds and at most {LONGEST_S:g}, as in constant:0.01"
+            )
         self.label = f"every iteration lasts {seconds:g} s, the host takes no time"
         self.host = Host()
         self.mode = graphs.mode

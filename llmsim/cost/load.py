@@ -75,4 +75,8 @@ def _constant(spec: str, settings: CostSettings) -> CostModel:
         seconds = float(given)
     except ValueError:
         raise ValueError(f"cost={spec} needs seconds after the colon, as in constant:0.01") from None
+    if settings.host_scale != 1.0:
+        raise ValueError(
+            f"host_scale={settings.host_scale:g} contradicts cost={spec}, which has no host: leave one of them out"
+        )
     return ConstantCost(seconds, settings.graphs)

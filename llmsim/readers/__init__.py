@@ -27,6 +27,7 @@ from llmsim.readers import (
     weka,
 )  # fmt: skip
 from llmsim.readers.csv_text import read_csv
+from llmsim.readers.effect import apply_filters, idle_options
 from llmsim.readers.rows import ReadOptions, Rows, listed
 from llmsim.readers.source import PARQUET, Source, open_source
 from llmsim.readers.table import Columns, Records, Table, fold
@@ -78,7 +79,10 @@ def read(source: Source, options: ReadOptions, format: str | None = None) -> Row
     collecting = gc.isenabled()
     gc.disable()  # a million new containers and no garbage: collecting meanwhile doubles the time
     try:
-        return _read(source, options, format)
+        rows = _read(source, options, format)
+        apply_filters(source.name, rows, options)
+        rows.notes += idle_options(rows, options)
+        return rows
     finally:
         if collecting:
             gc.enable()

@@ -160,7 +160,11 @@ def _header(source: Source, head: bytes, first_line: int) -> tuple[str, list[str
 
 def _line_numbers(name: str, body: bytes, delimiter: str, first_line: int) -> list[int]:
     """The line each row starts on; blank lines and quoted line breaks make it differ from the row number."""
-    reader = csv.reader(io.StringIO(body.decode("utf-8"), newline=""), delimiter=delimiter)
+    try:
+        text = body.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise not_utf8(name, body, error.start, first_line) from None
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     starts, at = [], first_line
     try:
         for row in reader:

@@ -70,7 +70,7 @@ def read_burstgpt(table: Table, options: ReadOptions) -> Rows:
         rows.session = table.texts(session)
     if model:
         rows.model = table.texts(model)
-    _keep_only(table, rows, "Model", options.model, "--model")
+    _keep_only(table, rows, "Model", options.model, "--model-filter")
     _keep_only(table, rows, "Log Type", options.log_type, "--log-type")
     failed = rows.output_tokens == 0
     if failed.any():

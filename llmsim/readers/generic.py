@@ -13,11 +13,15 @@ from typing import Any
 import numpy as np
 
 from llmsim.readers.links import check_unique, fitting_sizes, forked_ids, link_parents
-from llmsim.readers.rows import UNITS_S, Blocks, FloatArray, ReadOptions, Rows, bad_rows, shown
+from llmsim.readers.rows import UNITS_S, Blocks, FloatArray, IntArray, ReadOptions, Rows, bad_rows, shown
 from llmsim.readers.table import Table
 
-ARRIVAL = ("arrival_time_s", "arrival_time_ms", "arrival_time_us", "arrival_time_ns", "arrival", "arrived_at",
-           "timestamp", "time", "start_time")  # fmt: skip
+ARRIVAL = (
+    "arrival_time_s", "arrival_time_ms", "arrival_time_us", "arrival_time_ns",
+    "arrival_s", "arrival_ms", "arrival_us", "arrival_ns",
+    "timestamp_s", "timestamp_ms", "timestamp_us", "timestamp_ns",
+    "arrival", "arrival_time", "arrived_at", "timestamp", "time", "start_time",
+)  # fmt: skip
 PROMPT = ("prompt_tokens", "input_tokens", "input_length", "input_len", "input_toks", "num_prefill_tokens",
           "prompt_len", "isl", "ContextTokens")  # fmt: skip
 OUTPUT = ("output_tokens", "completion_tokens", "generated_tokens", "output_length", "output_len", "output_toks",
@@ -25,6 +29,7 @@ OUTPUT = ("output_tokens", "completion_tokens", "generated_tokens", "output_leng
 OPTIONAL = ("request_id", "session_id", "turn", "parent_id", "delay_s", "priority", "slo_class", "slo_ttft_ms",
             "slo_tpot_ms", "deadline_s", "model", "tenant", "prefix_id", "prefix_tokens", "hash_ids",
             "output_hash_ids", "block_tokens")  # fmt: skip
+MAX_WHOLE = 2.0**53  # above this a double skips whole numbers
 PREFIX_BLOCK_TOKENS = 16  # for prefix_id + prefix_tokens: vLLM's block, so no shared token is lost to rounding there
 KNOWN = (
     "Known: azure (TIMESTAMP, ContextTokens, GeneratedTokens), burstgpt (Timestamp, Request tokens, Response tokens), "
@@ -135,11 +140,7 @@ def _plain_columns(table: Table, rows: Rows, columns: dict[str, str]) -> None:
     if "deadline_s" in columns:
         rows.deadline_s = _sparse(table, columns["deadline_s"])
     if "priority" in columns:
-        priority = table.floats(columns["priority"], negative=True)
-        fractions = [(int(table.lines[i]), float(priority[i])) for i in np.flatnonzero(priority % 1)]
-        if fractions:
-            raise bad_rows(table.name, fractions, columns["priority"], "a whole number", unit=table.unit)
-        rows.priority = priority.astype(np.int64)
+        rows.priority = _whole(table, columns["priority"], table.floats(columns["priority"], negative=True))
     if "request_id" in columns:
         rows.ids = table.texts(columns["request_id"])
     if "parent_id" in columns:
@@ -159,6 +160,15 @@ def _sparse(table: Table, column: str) -> FloatArray:
     if not empty.all():
         filled[~empty] = table.where(~empty).floats(column)
     return filled
+
+
+def _whole(table: Table, column: str, values: FloatArray) -> IntArray:
+    """Numbers that must be whole, and small enough to be exact."""
+    odd = np.flatnonzero((values % 1 != 0) | (abs(values) > MAX_WHOLE))
+    bad = [(int(table.lines[i]), float(values[i])) for i in odd]
+    if bad:
+        raise bad_rows(table.name, bad, column, f"a whole number of at most {MAX_WHOLE:.0f}", unit=table.unit)
+    return values.astype(np.int64)
 
 
 def _parents(table: Table, rows: Rows, columns: dict[str, str]) -> None:
@@ -183,12 +193,15 @@ def _sessions(table: Table, rows: Rows, columns: dict[str, str]) -> None:
     if rows.arrival_s is None:
         rows.arrival_s = np.full(len(table), np.nan)
     previous: dict[str, int] = {}
+    unstamped = 0
     for row, name in enumerate(rows.session or []):
         if name and name in previous:
             rows.parent[row] = previous[name]
         elif np.isnan(rows.arrival_s[row]):
-            rows.arrival_s[row] = 0.0
+            rows.arrival_s[row], unstamped = 0.0, unstamped + 1
         previous[name] = row
+    if unstamped:
+        rows.notes.append(f"{unstamped} sessions have no arrival time: they start at time 0")
 
 
 def _sharing(table: Table, rows: Rows, columns: dict[str, str], options: ReadOptions) -> None:
@@ -267,7 +280,8 @@ def _block_tokens(table: Table, rows: Rows, columns: dict[str, str], options: Re
 def _shared_prefixes(table: Table, rows: Rows, columns: dict[str, str]) -> None:
     """The first prefix_tokens of all rows with one prefix_id are the same text: whole blocks of it are shared."""
     names = table.texts(columns["prefix_id"])
-    lengths = np.nan_to_num(_sparse(table, columns["prefix_tokens"])).astype(np.int64)
+    given = np.nan_to_num(_sparse(table, columns["prefix_tokens"]))
+    lengths = _whole(table, columns["prefix_tokens"], given)
     over = np.flatnonzero(lengths > rows.prompt_tokens)
     if len(over):
         bad = [(int(table.lines[row]), int(lengths[row])) for row in over]

@@ -39,6 +39,11 @@ def link_parents(
     table: Table, ids: Sequence[Hashable], parents: Sequence[Hashable | None], id_column: str, parent_column: str
 ) -> tuple[IntArray, list[str]]:
     """Row of each parent (-1: none) and notes about parents that the file does not hold. Cycles are errors."""
+    for column, values in ((id_column, ids), (parent_column, parents)):
+        odd = [(int(table.lines[i]), one) for i, one in enumerate(values) if type(one) not in (int, str)]
+        odd = [(line, one) for line, one in odd if one is not None or column == id_column]
+        if odd:
+            raise bad_rows(table.name, odd, column, "an id (a whole number or a string)", unit=table.unit)
     rows = check_unique(table, id_column, ids)
     linked = np.array([-1 if parent is None else rows.get(parent, -2) for parent in parents], dtype=np.int64)
     notes = []
@@ -101,8 +106,16 @@ def fitting_sizes(blocks: Blocks, prompt_tokens: IntArray) -> list[int]:
 
 
 def check_hash_counts(
-    table: Table, column: str, blocks: Blocks, prompt_tokens: IntArray, block_tokens: int, option: int | None
+    table: Table,
+    column: str,
+    blocks: Blocks,
+    prompt_tokens: IntArray,
+    block_tokens: int,
+    option: int | None,
+    lines: IntArray | None = None,
 ) -> None:
+    """`lines`: where each request stands, if a line of the file holds several."""
+    lines = table.lines if lines is None else lines
     held = np.fromiter(map(len, blocks), dtype=np.int64, count=len(blocks))
     needed = -(-prompt_tokens // block_tokens)
     wrong = np.flatnonzero(held != needed)
@@ -116,11 +129,9 @@ def check_hash_counts(
             f"give --block-tokens {sizes[0]}"
         )
     row = int(wrong[0])
-    more = (
-        f" ({len(wrong) - 1} more rows are wrong, next {table.unit} {table.lines[wrong[1]]})" if len(wrong) > 1 else ""
-    )
+    more = f" ({len(wrong) - 1} more rows are wrong, next {table.unit} {lines[wrong[1]]})" if len(wrong) > 1 else ""
     raise ValueError(
-        f"{table.name}: {table.unit} {table.lines[row]}: input_length {prompt_tokens[row]} needs "
+        f"{table.name}: {table.unit} {lines[row]}: input_length {prompt_tokens[row]} needs "
         f"ceil({prompt_tokens[row]}/{block_tokens}) = {needed[row]} {column}, found {held[row]}{more}. "
         "Wrong --block-tokens?"
     )

@@ -38,7 +38,7 @@ def read(table: Records, options: ReadOptions) -> Rows:
     at = numbers(table.name, "arrival_time_ns", stamps, line[first], text=False, unit=table.unit)
     arrival_s[first] = (at - at.min()) * unit_s
     rows.arrival_s = arrival_s
-    if any(session):
+    if any(before >= 0 for before in parent) or any(session):
         rows.session = session
         rows.parent = np.array(parent, dtype=np.int64)
         waits = [0 if before < 0 else calls[before].get("tool_duration_ns", 0) for before in parent]
@@ -96,7 +96,12 @@ def _blocks(table: Records, rows: Rows, calls: list[dict[str, Any]]) -> None:
             without += 1
             ids, answer = [("none", row)] * prompt, []
         for given, needed, field in ((ids, prompt, "input_toks"), (answer, output, "output_toks")):
-            if not isinstance(given, list) or (given and len(given) != needed):
+            if not isinstance(given, list) or not set(map(type, given)) <= {int, tuple}:
+                raise bad_rows(
+                    table.name, [(int(rows.line[row]), given)], f"token ids of {field}", "a list of whole numbers",
+                    unit=table.unit,
+                )  # fmt: skip
+            if given and len(given) != needed:
                 bad.append((int(rows.line[row]), f"{len(given)} token ids for {field} {needed}"))
         if bad:
             continue

@@ -64,7 +64,11 @@ def read_vllm(table: Records, options: ReadOptions) -> Rows:
     else:
         rate, burstiness = seconds_of(result.get("request_rate"), text=True), result.get("burstiness")
         rows.rate = rate if rate else None
-        rows.burstiness = float(burstiness) if isinstance(burstiness, int | float) and burstiness > 0 else 1.0
+        if burstiness is not None:
+            shape = seconds_of(burstiness, text=False)
+            if shape is None or shape <= 0:
+                raise ValueError(f"{table.name}: burstiness {burstiness!r} is not a number above 0; repair the file")
+            rows.burstiness = shape
         rows.notes.append("the result has no start_times (older vLLM): arrivals are drawn again, not those measured")
     _closed(rows, result.get("max_concurrency"))
     if isinstance(result.get("model_id"), str):

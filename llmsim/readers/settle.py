@@ -22,6 +22,7 @@ ARRAYS = ("line", "prompt_tokens", "output_tokens", "arrival_s", "delay_s", "pri
           "deadline_s")  # fmt: skip
 
 
+MAX_SPAN_S = 1e10
 STREAM_ARRIVALS = 0  # its own random stream of the seed
 
 
@@ -112,14 +113,16 @@ def _bridge(rows: Rows, keep: NDArray[np.bool_]) -> None:
     if rows.parent is None:
         return
     parent, delay_s, arrival_s = rows.parent, rows.delay_s, rows.arrival_s
-    assert delay_s is not None and arrival_s is not None
+    assert delay_s is not None
+    if arrival_s is None:  # sessions whose starts are drawn later: every later turn waits
+        arrival_s = np.where(parent >= 0, np.nan, -np.inf)
     for row in np.flatnonzero(keep & (parent >= 0)):
         while parent[row] >= 0 and not keep[parent[row]]:
             lost = int(parent[row])
             if np.isnan(arrival_s[row]):
                 if np.isnan(arrival_s[lost]):
                     delay_s[row] += delay_s[lost]
-                elif parent[lost] < 0:
+                else:
                     arrival_s[row] = arrival_s[lost] + delay_s[row]
             parent[row] = parent[lost]
 
@@ -144,6 +147,17 @@ def renumbered(parent: IntArray, order: NDArray[np.int64]) -> IntArray:
     place = np.full(len(parent) + 1, -1, dtype=np.int64)
     place[order] = np.arange(len(order))
     return np.asarray(place[parent[order]])
+
+
+def check_times(name: str, arrival_s: FloatArray, delay_s: FloatArray | None) -> None:
+    """Centuries are a mistaken unit, and a double would no longer resolve their microseconds."""
+    for what, seconds in (("arrivals span", arrival_s), ("a turn waits", delay_s)):
+        longest_s = np.nan_to_num(seconds, nan=0.0).max(initial=0.0) if seconds is not None else 0.0
+        if longest_s > MAX_SPAN_S:
+            raise ValueError(
+                f"{name}: {what} {longest_s:.4g} s, more than {MAX_SPAN_S:.0e} s (300 years): give the unit of the "
+                "times with --time-unit ms, us or ns, or correct them"
+            )
 
 
 def session_starts(arrival_s: FloatArray, parent: IntArray | None) -> FloatArray:

@@ -45,8 +45,8 @@ class Source:
             raise not_utf8(self.name, self.data, error.start) from None
 
 
-def not_utf8(name: str, data: bytes, offset: int) -> ValueError:
-    line = data.count(b"\n", 0, offset) + 1
+def not_utf8(name: str, data: bytes, offset: int, first_line: int = 1) -> ValueError:
+    line = data.count(b"\n", 0, offset) + first_line
     return ValueError(
         f"{name}: line {line}: not UTF-8 (byte 0x{data[offset]:02x} at byte offset {offset}); convert the file, "
         "for example with: iconv -f latin1 -t utf-8"
@@ -57,13 +57,17 @@ def open_source(path: str | Path) -> Source:
     """Read `path` whole; ``-`` is standard input."""
     if str(path) == "-":
         return _source("standard input", sys.stdin.buffer.read())
+    if not str(path).strip():
+        raise ValueError("the path of the trace is empty; give a file, or - for standard input")
     place = Path(path)
+    if place.is_block_device() or place.is_char_device():
+        raise ValueError(f"{path}: a device, not a trace; give a file, or - for standard input")
     if place.is_dir():
         return Source(place.name or str(place), b"", "", directory=place)
     try:
         stored = place.read_bytes()
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such trace file{_near(place)}") from None
+        raise FileNotFoundError(f"{path}: no such file{_near(place)}") from None
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
     return _source(place.name, stored)
@@ -77,7 +81,7 @@ def _near(place: Path) -> str:
     names = [entry.name for entry in place.parent.iterdir()]
     close = difflib.get_close_matches(place.name, names, n=1)
     return (
-        f"; did you mean {place.parent / close[0]}?" if close else "; give the path of a trace, or - for standard input"
+        f"; did you mean {place.parent / close[0]}?" if close else "; give the path of a file, or - for standard input"
     )
 
 

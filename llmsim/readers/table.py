@@ -136,8 +136,9 @@ class Records(Table):
 
     def __init__(self, name: str, records: list[dict[str, Any]], lines: IntArray, unit: str = "line") -> None:
         names: dict[str, None] = {}
-        for record in records[:1000]:
-            names.update(dict.fromkeys(record))
+        for record in records:
+            if not names.keys() >= record.keys():  # a field may first appear far down the file
+                names.update(dict.fromkeys(record))
         super().__init__(name, list(names), lines, unit)
         self.records = records
         self._gathered: dict[str, list[Any]] = {}

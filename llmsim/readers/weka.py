@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from llmsim.readers.links import check_hash_counts
-from llmsim.readers.rows import ReadOptions, Rows, bad_rows
+from llmsim.readers.rows import ReadOptions, Rows, bad_rows, listed
 from llmsim.readers.table import Records, Table
 from llmsim.readers.values import counts, missing_field, numbers, seconds_of
 
@@ -35,7 +35,7 @@ def read(table: Records, options: ReadOptions) -> Rows:
     parent: list[int] = []
     session: list[str] = []
     seen: dict[str, int] = {}
-    sizes = set()
+    sizes: set[int] = set()
     for place, (record, line) in enumerate(zip(table.records, table.lines.tolist(), strict=True)):
         name = str(record.get("id", place))
         if name in seen:
@@ -43,17 +43,18 @@ def read(table: Records, options: ReadOptions) -> Rows:
                 f"{table.name}: session id {name} appears on {table.unit}s {seen[name]} and {line}; rename one"
             )
         seen[name] = line
-        sizes.add(record.get("block_size", BLOCK_TOKENS))
+        size = record.get("block_size", BLOCK_TOKENS)
+        if type(size) is not int or size < 1:
+            raise bad_rows(table.name, [(line, size)], "block_size", "a whole number above 0", unit=table.unit)
+        sizes.add(size)
         start = len(calls)
         _walk(table, line, record.get("requests"), -1, calls, parent)
         lines += [line] * (len(calls) - start)
         session += [name] * (len(calls) - start)
     if not calls:
         raise ValueError(f"{table.name}: {len(table)} sessions but no requests in them; nothing to replay")
-    if len(sizes) != 1 or not all(isinstance(size, int) and size > 0 for size in sizes):
-        raise ValueError(
-            f"{table.name}: block_size must be one whole number for all sessions, found {sorted(map(str, sizes))}"
-        )
+    if len(sizes) != 1:
+        raise ValueError(f"{table.name}: block_size must be the same in all sessions, found {listed(sorted(sizes))}")
     line = np.array(lines, dtype=np.int64)
     prompts = counts(table.name, "in", [call.get("in") for call in calls], line, text=False, unit=table.unit)
     outputs = counts(table.name, "out", [call.get("out") for call in calls], line, text=False, unit=table.unit)
@@ -104,14 +105,20 @@ def _blocks(table: Table, rows: Rows, calls: list[dict[str, Any]], options: Read
     if all(ids is None for ids in held):
         rows.block_tokens = 0
         return
-    bad = [(int(rows.line[i]), ids) for i, ids in enumerate(held) if not isinstance(ids, list)]
+    bad = [
+        (int(rows.line[i]), ids)
+        for i, ids in enumerate(held)
+        if type(ids) is not list or not set(map(type, ids)) <= {int, str}
+    ]
     if bad:
-        raise bad_rows(table.name, bad, "hash_ids", "a list of ids", unit=table.unit)
+        raise bad_rows(table.name, bad, "hash_ids", "a list of whole numbers or strings", unit=table.unit)
     # Ids are local to their session: the session is part of the name.
     assert rows.session is not None
     blocks = [tuple((name, value) for value in ids or []) for name, ids in zip(rows.session, held, strict=True)]
     rows.block_ids = list(blocks)
-    check_hash_counts(table, "hash_ids", rows.block_ids, rows.prompt_tokens, rows.block_tokens, options.block_tokens)
+    check_hash_counts(
+        table, "hash_ids", rows.block_ids, rows.prompt_tokens, rows.block_tokens, options.block_tokens, rows.line
+    )
 
 
 def _warn_long(rows: Rows, options: ReadOptions) -> None:

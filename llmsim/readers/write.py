@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,14 +25,44 @@ IDS = ("hash_ids", "output_hash_ids")
 
 def write_trace(trace: Trace, path: str | Path, format: str | None = None) -> str:
     """Write `trace`; the format is the file's suffix unless given (csv, jsonl, parquet, mooncake)."""
+    kind = check_writable(path, format)
+    place = Path(path).resolve()  # through a symbolic link to the file it names
+    if place.exists() and not place.is_file():  # /dev/stdout, a named pipe: nothing to rename into place
+        _write(trace, place, kind)
+        return kind
+    partial = place.with_name(f".{place.name}.partial-{os.getpid()}")
+    try:
+        _write(trace, partial, kind)
+        os.replace(partial, place)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(error.errno or 0, error.strerror or str(error), str(path)) from error
+    except BaseException:  # Ctrl-C included: nothing half-written stays, and what was there before does
+        partial.unlink(missing_ok=True)
+        raise
+    return kind
+
+
+def check_writable(path: str | Path, format: str | None = None) -> str:
+    """The format a file would be written in; an error if it could not be, before there is anything to lose."""
     place = Path(path)
     kind = format or WRITERS.get(place.suffix)
+    if str(path) == "-":
+        raise ValueError("-: traces are not written to standard output under this name; give a file, or /dev/stdout")
     if kind not in ("csv", "jsonl", "parquet", "mooncake"):
         raise ValueError(
             f"{path}: cannot tell the format to write: end the name in .csv, .jsonl or .parquet, or give --to"
         )
     if not place.parent.is_dir():
         raise FileNotFoundError(f"{path}: there is no directory {place.parent}; create it first")
+    if place.is_dir():
+        raise ValueError(f"{path}: is a directory; give the name of a file")
+    if not os.access(place if place.exists() else place.parent, os.W_OK):
+        raise ValueError(f"{path}: no permission to write there; give another name")
+    return kind
+
+
+def _write(trace: Trace, place: Path, kind: str) -> None:
     if kind == "mooncake":
         _write_lines(place, _mooncake(trace))
     elif kind == "parquet":
@@ -42,7 +73,6 @@ def write_trace(trace: Trace, path: str | Path, format: str | None = None) -> st
         _write_lines(place, ({k: v for k, v in zip(made, row, strict=True) if v is not None} for row in rows))
     else:
         _write_csv(place, columns(trace))
-    return kind
 
 
 def columns(trace: Trace) -> dict[str, list[Any]]:

@@ -19,8 +19,8 @@ class Chunked:
     """`headroom`: fraction of the KV blocks that admission leaves free."""
 
     def __init__(self, headroom: float = 0.01) -> None:
-        if not 0.0 <= headroom < 1.0:
-            raise ValueError(f"headroom={headroom} is not a fraction. Give 0 <= headroom < 1.")
+        if isinstance(headroom, bool) or not isinstance(headroom, int | float) or not 0.0 <= headroom < 1.0:
+            raise ValueError(f"headroom={headroom!r} is not a fraction. Give 0 <= headroom < 1.")
         self.headroom = headroom
 
     def schedule(self, replica: Replica, now_s: float) -> bool | None:

@@ -41,7 +41,10 @@ def quantile(text: str) -> Quantile:
 
 def tokens(text: str, u: FloatArray) -> IntArray:
     """Whole numbers of tokens, at least 1."""
-    return np.maximum(np.rint(quantile(text)(u)), 1).astype(np.int64)
+    values = quantile(text)(u)
+    if len(values) and float(values.max()) < 0.5:
+        raise ValueError(f"{text!r}: every length drawn is below half a token; a request has at least one")
+    return np.maximum(np.rint(values), 1).astype(np.int64)
 
 
 def correlated(u: FloatArray, other: FloatArray, rho: float) -> FloatArray:

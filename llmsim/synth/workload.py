@@ -64,6 +64,8 @@ def synthesise(
     """`requests` requests; `lengths` are prompts (or what follows the prefix, or the new input of a turn)."""
     if requests < 1:
         raise ValueError(f"requests={requests} must be at least 1")
+    if seed < 0:
+        raise ValueError(f"seed={seed} must be at least 0")
     if prefixes is not None and sessions is not None:
         raise ValueError("prefixes and sessions exclude each other: sessions share their system prompt and history")
     if block_tokens < 1:
