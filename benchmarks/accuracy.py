@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from llmsim.recording import GRID, load_recording
-from llmsim.validate import PERCENTS, compare, predicted
+from llmsim.validate import PERCENTS, SEEDS, compare, predicted
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = (ROOT / "tests" / "data" / "recordings", ROOT / "calibration" / "recordings")
@@ -50,9 +50,11 @@ def judged(folder: Path, cost: str, host_scale: float) -> Iterator[Load]:
         raise click.UsageError(f"{folder}: no NAME.requests.json.gz in it. Give a recording folder.")
     for file in files:
         scenarios = load_recording(file)
-        results = [predicted(scenario, cost=cost, host_scale=host_scale) for scenario in scenarios]
-        outcomes = [compare(result, scenario) for result, scenario in zip(results, scenarios, strict=True)]
-        model = results[0].cost
+        outcomes = []
+        for scenario in scenarios:
+            draws = [predicted(scenario, cost=cost, host_scale=host_scale, seed=seed) for seed in range(SEEDS)]
+            outcomes.append(compare(draws, scenario))
+        model = draws[0].cost
         profile = getattr(model, "profile", None)
         seen = [] if profile is None else profile.provenance.recordings.values()
         fitted = hashlib.sha256(file.read_bytes()).hexdigest() in seen
@@ -81,7 +83,7 @@ def table(loads: Sequence[Load]) -> str:
         lines += [f"| load | requests | {' | '.join(METRICS.values())} |", "|---|---:|" + "---|" * len(METRICS)]
         for fitted, words in ((False, ""), (True, " *(fitted)*")):
             lines += [
-                f"| {load.name}{words} | {load.requests} | {' | '.join(_cell(load, metric) for metric in METRICS)} |"
+                f"| {load.name}{words} | {load.requests} | {' | '.join(cells(load, metric) for metric in METRICS)} |"
                 for load in own
                 if load.fitted is fitted
             ]
@@ -89,7 +91,7 @@ def table(loads: Sequence[Load]) -> str:
     return "\n".join(lines)
 
 
-def _cell(load: Load, metric: str) -> str:
+def cells(load: Load, metric: str) -> str:
     statistics = load.errors[metric]
     sign = "" if load.name.startswith("decode_grid") else "+"
     return " / ".join(f"{100 * statistics[name]:{sign}z.1f}" for name in STATISTICS if name in statistics)

@@ -154,8 +154,7 @@ def test_every_module_has_its_room_in_the_architecture():
 
 @pytest.mark.parametrize("page", ["README.md", "docs/accuracy.md"])
 def test_printed_numbers_are_those_of_the_shipped_profile(page):
-    """After a new fit: python -m benchmarks.accuracy --update docs/accuracy.md, the same with
-    tests/data/recordings/* --update README.md, and the README's replay by hand."""
+    """After a new fit: python -m benchmarks.refresh."""
     named = re.findall(r"profile ([\w.-]+) \(([0-9a-f]{12})\)", (ROOT / page).read_text(encoding="utf-8"))
     assert named
     assert set(named) == {(name, read_profile(name).id) for name, _ in named}

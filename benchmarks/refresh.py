@@ -1,0 +1,59 @@
+"""Make the numbers printed in README.md and docs/accuracy.md again: `python -m benchmarks.refresh`, after a new fit.
+
+The README's replay is run as it stands there (its trace has to be in ../shared/traces), the tables of accuracy are those
+of `benchmarks.accuracy`. The table of speed depends on the machine and is left alone.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+
+from benchmarks.accuracy import FOLDERS, METRICS, ROOT, Load, cells, judged, recordings, table, update
+
+README, ACCURACY = ROOT / "README.md", ROOT / "docs" / "accuracy.md"
+SECOND = FOLDERS[0] / "vllm-0.25.1_h100-sxm_llama-3.1-8b_bf16_second-machine"
+
+
+def replay_block(page: str) -> str:
+    """The page with the output of the replay that it shows first."""
+    shown = re.search(r"^(llmsim replay .*)\n```\n```text\n(.*?)\n```$", page, flags=re.DOTALL | re.MULTILINE)
+    assert shown is not None, "README.md shows a replay and its output"
+    with tempfile.TemporaryDirectory() as folder:
+        run = f"{folder}/run"
+        command = [sys.executable, "-m", "llmsim", *shlex.split(shown[1])[1:], "--out", run]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+        if done.returncode:
+            raise SystemExit(done.stderr.strip())
+        results = re.search(r"^Results: .*$", shown[2], flags=re.MULTILINE)
+        assert results is not None, "the output ends with the run folder"
+        return page.replace(shown[2], done.stdout.strip().replace(f"Results: {run}", results[0]))
+
+
+def host_scale_rows(page: str) -> str:
+    """The page with the second machine's errors at the profile's host speed and at its own."""
+
+    def row(label: str, load: Load) -> str:
+        return f"| {label} | {' | '.join(cells(load, metric) for metric in list(METRICS)[:4])} |"
+
+    def again(found: re.Match[str]) -> str:
+        scale = found[2]
+        plain, scaled = (next(judged(SECOND, "auto", factor)) for factor in (1.0, float(scale)))
+        return f"{row('as shipped', plain)}\n{row(f'`--host-scale {scale}`', scaled)}"
+
+    return re.sub(r"^\| as shipped \|(.*)\n\| `--host-scale ([\d.]+)` \|.*$", again, page, flags=re.MULTILINE)
+
+
+def main() -> None:
+    loads = [load for folder in recordings() for load in judged(folder, "auto", 1.0)]
+    update(ACCURACY, table(loads))
+    update(README, table([load for load in loads if (FOLDERS[0] / load.folder).is_dir()]))
+    README.write_text(replay_block(README.read_text(encoding="utf-8")), encoding="utf-8")
+    ACCURACY.write_text(host_scale_rows(ACCURACY.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
