@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from llmsim.recorded import Floats, Positive, RecordedScenario, read_bytes
+from llmsim.recorded import LARGEST, LONGEST_S, Floats, Positive, RecordedScenario, read_bytes
 from llmsim.trace import Trace
 
 NEEDED = ("input_lens", "output_lens", "ttfts", "itls")
@@ -112,11 +112,15 @@ def _checked(where: str, bench: _Bench) -> dict[str, Any]:
             raise ValueError(f"{where}: {name} has {len(values)} entries, input_lens {rows}; the file is damaged")
     for name in ("input_lens", "output_lens", "ttfts"):
         for row, value in enumerate(getattr(bench, name)):
-            if value < 0 or (name == "input_lens" and value < 1):
+            limit = LONGEST_S if name == "ttfts" else LARGEST
+            if not 0 <= value <= limit or (name == "input_lens" and value < 1):
                 raise ValueError(f"{where}: {name}[{row}]={value} is not possible; the file is damaged")
     for row, gaps in enumerate(bench.itls or []):
-        if any(gap < 0 for gap in gaps):
-            raise ValueError(f"{where}: itls[{row}] has a negative gap; the file is damaged")
+        if not all(0 <= gap <= LONGEST_S for gap in gaps):
+            raise ValueError(f"{where}: itls[{row}] has a negative gap, or one of centuries; the file is damaged")
+    starts = bench.start_times or [0.0]
+    if max(starts) - min(starts) > LONGEST_S:
+        raise ValueError(f"{where}: start_times span {max(starts) - min(starts):.3g} s; the file is damaged")
     return {
         "input_lens": np.array(bench.input_lens, dtype=np.int64),
         "output_lens": np.array(bench.output_lens, dtype=np.int64),

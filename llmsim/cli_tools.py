@@ -132,7 +132,13 @@ def _replayed(path: Path, as_json: bool) -> dict[str, Any]:
 
     try:
         difference = replay_case(path)
-    except (AttributeError, KeyError, TypeError) as error:  # a field of another kind than recorders write
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        LookupError,
+        TypeError,
+    ) as error:  # a field of another kind than recorders write
         raise ValueError(f"{path}: damaged ({type(error).__name__}: {error}): record the schedule again") from error
     if not as_json:
         click.echo(f"{path}: {difference or 'match'}")

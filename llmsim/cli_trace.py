@@ -75,13 +75,14 @@ def convert(path: str, out: str, to: str | None, **flags: Any) -> None:
     llmsim trace convert chat.csv --rate 20 --limit 500 -o faster.csv
     llmsim trace convert chat.csv --to mooncake -o chat.jsonl
     """
-    from llmsim.readers.write import check_writable, write_trace
+    from llmsim.readers.write import check_writable, left_out, write_trace
 
     check_writable(out, to)
     if os.path.exists(out) and os.path.exists(path) and os.path.samefile(out, path):
         raise ValueError(f"--out {out}: is the trace that is read: give another name")
     read = _load(path, flags)
     kind = write_trace(read, out, to)
+    tell(left_out(read, kind))
     click.echo(f"{out}: {len(read)} requests written as {kind}")
 
 

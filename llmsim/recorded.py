@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from llmsim.trace import Trace
 
 Floats = NDArray[np.float64]
-Positive = Annotated[int, msgspec.Meta(ge=1)]
+LARGEST = 1_000_000_000  # tokens of a request, or requests at a time: above it a count is a mistake
+LONGEST_S = 1e10  # three hundred years: above it a time is a mistake
+Positive = Annotated[int, msgspec.Meta(ge=1, le=LARGEST)]
 
 
 @dataclass(frozen=True)

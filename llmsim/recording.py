@@ -28,7 +28,7 @@ import numpy as np
 
 from llmsim.benchmark_result import load_benchmark
 from llmsim.cost.graphs import capture_sizes
-from llmsim.recorded import Floats, Positive, RecordedScenario, decoded
+from llmsim.recorded import LONGEST_S, Floats, Positive, RecordedScenario, decoded
 from llmsim.trace import Trace
 
 HASH_BLOCK_TOKENS = 512
@@ -134,6 +134,11 @@ def read_settings(path: Path) -> tuple[dict[str, Any], dict[str, Any], tuple[str
             raise ValueError(f"{path}: cudagraph_mode={mode!r} is not modelled; only {known} are")
         settings["cudagraph"] = CUDAGRAPH_MODES[mode]
     sizes = engine.get("cudagraph_capture_sizes")
+    if sizes is not None and not (isinstance(sizes, list) and all(type(size) is int for size in sizes)):
+        raise ValueError(f"{path}: cudagraph_capture_sizes={sizes!r} is not a list of whole numbers")
+    for field in ("max_num_seqs", "max_num_batched_tokens"):
+        if type(settings.get(field, 1)) is not int:
+            raise ValueError(f"{path}: {field}={settings[field]!r} is not a whole number")
     if sizes and "max_num_seqs" in settings and "max_num_batched_tokens" in settings:
         modelled = capture_sizes(settings["max_num_seqs"], settings["max_num_batched_tokens"])
         if tuple(sizes) != modelled:
@@ -197,6 +202,8 @@ def _check_request(where: str, request: _Request) -> None:
         raise ValueError(f"{where}: received tokens but has no submit; the recording is damaged")
     if any(later < sooner for sooner, later in zip([request.submit or 0.0, *times_s], times_s, strict=False)):
         raise ValueError(f"{where}: its times run backwards (submit={request.submit}); the recording is damaged")
+    if any(abs(time_s) > LONGEST_S for time_s in (request.submit or 0.0, *times_s)):
+        raise ValueError(f"{where}: a time beyond {LONGEST_S:.0e} s; the recording is damaged")
 
 
 def _trace(name: str, sent: list[_Request], submit_s: Floats, load: _Load) -> Trace:

@@ -113,8 +113,8 @@ def load_trace(
         _check_choice("time_unit", time_unit, ("s", "ms", "us", "ns"))
     wanted = (("block_tokens", block_tokens, 1), ("context_tokens", context_tokens, 2), ("seed", seed, 0))
     for name, count, least in wanted:
-        if count is not None and count < least:
-            raise ValueError(f"{name}={count} must be at least {least}")
+        if count is not None and not least <= count < 2**63:
+            raise ValueError(f"{name}={count} must be at least {least}" + (" and below 2**63" if count > 0 else ""))
     if max_wait_s is not None and not max_wait_s >= 0:
         raise ValueError(f"max_wait_s={max_wait_s} must be at least 0 seconds")
     options = readers.ReadOptions(

@@ -73,7 +73,7 @@ def read_csv(source: Source, data: bytes | None = None, first_line: int = 1) -> 
     data = source.data if data is None else data
     head = data[: data.find(b"\n")] if b"\n" in data else data
     delimiter, names = _header(source, head if head.count(b'"') % 2 == 0 else data[:65536], first_line)
-    body = data.rstrip(b"\r\n ")
+    body = _without_blank_end(data)
     quoted = b'"' in body
     parse_options = pacsv.ParseOptions(delimiter=delimiter, newlines_in_values=quoted, ignore_empty_lines=True)
     read_options = pacsv.ReadOptions(column_names=[str(i) for i in range(len(names))], skip_rows_after_names=1)
@@ -108,7 +108,13 @@ def read_csv(source: Source, data: bytes | None = None, first_line: int = 1) -> 
         column_types={str(i): pa.string() for i in range(len(names))}, strings_can_be_null=False
     )
     try:
-        arrow = parsed(every)
+        try:
+            arrow = parsed(every)
+        except pa.ArrowInvalid as error:
+            if "straddl" not in str(error):
+                raise
+            read_options.block_size = len(body) + 1  # a row longer than Arrow's block: the ids of a very long prompt
+            arrow = parsed(every)
     except pa.ArrowInvalid as error:
         if len(body.split(b"\n", 1)) == 1:
             raise ValueError(f"{source.name}: the trace has a header but no requests") from None
@@ -126,6 +132,14 @@ def read_csv(source: Source, data: bytes | None = None, first_line: int = 1) -> 
     return CsvTable(source.name, names, lines, arrow, typed)
 
 
+def _without_blank_end(data: bytes) -> bytes:
+    """Without the blank lines at the end; spaces that end the last row are part of it."""
+    body = data.rstrip(b"\r\n")
+    while b"\n" in body and not body[body.rfind(b"\n") :].strip():
+        body = body[: body.rfind(b"\n")].rstrip(b"\r\n")
+    return body
+
+
 def _header(source: Source, head: bytes, first_line: int) -> tuple[str, list[str]]:
     try:
         text = head.decode("utf-8").strip("\r\n")
@@ -134,6 +148,8 @@ def _header(source: Source, head: bytes, first_line: int) -> tuple[str, list[str
     delimiter = next((mark for mark in (",", "\t", ";") if mark in text), ",")
     if "\r" in text:
         raise ValueError(f"{source.name}: line {first_line}: lines end in CR alone; convert them to LF: tr '\\r' '\\n'")
+    if not text.strip():
+        raise ValueError(f"{source.name}: line {first_line}: blank where the header should be; remove the line")
     if text.startswith("#"):
         raise ValueError(f"{source.name}: line {first_line}: a comment where the header should be; remove it")
     names = [name.strip() for name in next(csv.reader(io.StringIO(text), delimiter=delimiter), [])]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from llmsim.readers.links import check_hash_counts
-from llmsim.readers.rows import ReadOptions, Rows, bad_rows, listed
+from llmsim.readers.rows import MAX_TOKENS, ReadOptions, Rows, bad_rows, listed
 from llmsim.readers.table import Records, Table
 from llmsim.readers.values import counts, missing_field, numbers, seconds_of
 
@@ -44,8 +44,9 @@ def read(table: Records, options: ReadOptions) -> Rows:
             )
         seen[name] = line
         size = record.get("block_size", BLOCK_TOKENS)
-        if type(size) is not int or size < 1:
-            raise bad_rows(table.name, [(line, size)], "block_size", "a whole number above 0", unit=table.unit)
+        if type(size) is not int or not 1 <= size <= MAX_TOKENS:
+            expected = f"a whole number from 1 to {MAX_TOKENS}"
+            raise bad_rows(table.name, [(line, size)], "block_size", expected, unit=table.unit)
         sizes.add(size)
         start = len(calls)
         _walk(table, line, record.get("requests"), -1, calls, parent)

@@ -62,6 +62,14 @@ def check_writable(path: str | Path, format: str | None = None) -> str:
     return kind
 
 
+def left_out(trace: Trace, kind: str) -> list[str]:
+    """What the written form has no place for although a replay does not need it, as notes."""
+    waits = trace.parent is not None and bool(np.isnan(trace.arrival_s).any())
+    labels = ["ids", "model", "tenant", "slo_ttft_s", "slo_tpot_s", "deadline_s", *([] if waits else ["parent"])]
+    lost = [name for name in labels if getattr(trace, name) is not None]
+    return [f"Mooncake lines have no place for {', '.join(lost)}: left out"] if kind == "mooncake" and lost else []
+
+
 def _write(trace: Trace, place: Path, kind: str) -> None:
     if kind == "mooncake":
         _write_lines(place, _mooncake(trace))
@@ -161,7 +169,7 @@ def _mooncake(trace: Trace) -> Iterator[dict[str, Any]]:
         at_s = float(trace.arrival_s[row])
         if at_s == at_s:
             record["timestamp"] = at_s * 1e3
-        if waits and trace.session is not None:
+        if trace.session is not None and trace.session[row]:
             record["session_id"] = trace.session[row]
             if at_s != at_s and trace.delay_s is not None:
                 record["delay"] = float(trace.delay_s[row]) * 1e3
