@@ -67,12 +67,14 @@ def _check(
     seen = [row for row in rows if row.gpu_s == row.gpu_s and row.gpu_s > 0.0]
     decodes = [row for row in seen if row.mode == FULL and row.follows_gpu and row.clean]
     chunks = [row for row in seen if row.step.chunks]
-    decode = np.array([gpu_seconds(clock, graphs, row.step) for row in decodes])
-    chunk = np.array([gpu_seconds(clock, graphs, row.step) for row in chunks])
+    decode = np.array([gpu_seconds(clock, host.warm_share, graphs, row.step) for row in decodes])
+    chunk = np.array([gpu_seconds(clock, host.warm_share, graphs, row.step) for row in chunks])
     decode_s, chunk_s = np.array([row.gpu_s for row in decodes]), np.array([row.gpu_s for row in chunks])
     launches = [row for row in rows if row.mode in (PIECEWISE, EAGER) and row.launched_s == row.launched_s]
     recorded_s = sum(row.launched_s - row.launch_s for row in launches)
-    expected_s = sum(host.launch_s[row.mode] for row in launches)
+    expected_s = sum(
+        host.launch_s[row.mode] + host.launch_per_chunk_s[row.mode] * len(row.step.chunks) for row in launches
+    )
     return Check(
         scenario=name,
         fitted=fitted,

@@ -1,7 +1,7 @@
 """Fit a profile to recordings: the GPU's clock, the host's, and the way between client and engine.
 
     GPU   decode steps after decode steps: G at the captured sizes and b_full, by robust least squares, G made monotone;
-          steps with chunks that wait for the GPU: G at its larger knots, a, b_mixed and d, by robust least squares
+          steps with chunks that wait for the GPU: G at its larger knots, a, b_mixed and w, by robust least squares
           in relative error; then bandwidth (from b_full), rate and sharpness of the form that scales G to other models
     host  schedule and update by least squares; launches by mode; their slow drift (the body of the distribution, with
           the time it is held from the autocorrelation) and jitter (the stalls beyond it)
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -25,15 +26,18 @@ from numpy.typing import NDArray
 from calibration.fit_host import first_host, fit_host, stall_share
 from calibration.observe import Seen, observe
 from calibration.steps import Recording, Scenario, StepRow
-from llmsim.cost import FULL, Host
+from llmsim.cost import FULL, WARM_S, Host
 from llmsim.cost.graphs import Graphs
-from llmsim.cost.profile import GpuClock, Shape, effective_rows
+from llmsim.cost.profile import GpuClock, Shape, effective_rows, power
 
 Floats = NDArray[np.float64]
 
 ROUNDS = 4
 LARGE_KNOTS = (512, 1024, 2048, 4096, 8192, 16384)
 SUSTAINED_ROWS = 1024
+# w and its spread, by CUDA events on an H200 (calibration/recordings, mixed_grid and five loads). Logs of updates say
+# little about it: they show GPU seconds of few chunks beside many decodes that were not in a burst.
+POWER_SHARE, POWER_SHARE_SD = 0.18, 0.05
 FEWEST = 4  # observations that a knot of a table needs
 NEAR = 1.3  # a knot counts as seen if steps come this near to it
 
@@ -73,14 +77,16 @@ def monotone(values: Floats, weights: Floats) -> Floats:
 # ---- the GPU ------------------------------------------------------------------------------------------------------
 
 
-def gpu_seconds(clock: GpuClock, graphs: Graphs, step: StepRow) -> float:
+def gpu_seconds(clock: GpuClock, warm_share: float, graphs: Graphs, step: StepRow) -> float:
     """GPU seconds of a recorded step without stalls, by the equation of llmsim.cost.profile."""
     linear_s = between(clock.tokens, clock.linear_s, effective_rows(graphs.padded(step.tokens)))
     if not step.chunks:
         return linear_s + clock.full_kv_token_s * step.kv_tokens
     kv_s, pair_s = clock.mixed_kv_token_s, clock.pair_s
     attention_s = sum(max(pair_s * (n * c + 0.5 * n * (n + 1)), kv_s * c) for n, c in step.chunks)
-    return linear_s + kv_s * step.kv_tokens + clock.mixed_request_s * step.seqs + attention_s
+    base_s = linear_s + kv_s * step.kv_tokens + attention_s
+    base_s += clock.power_share * power(step.seqs) * min(base_s, WARM_S)
+    return base_s + (warm_share * min(base_s, WARM_S) if step.warm else 0.0)
 
 
 def between(knots: Sequence[int], values: Sequence[float], at: float) -> float:
@@ -147,8 +153,8 @@ def attention_work(steps: Sequence[StepRow], breakeven_rows: float) -> tuple[Flo
     return pairs, kv_tokens
 
 
-def fit_mixed(seen: Sequence[tuple[str, Seen]], small: GpuClock, graphs: Graphs) -> GpuClock:
-    """The large knots of G, a, b_mixed and d, the small knots and b_full being given."""
+def fit_mixed(seen: Sequence[tuple[str, Seen]], small: GpuClock, graphs: Graphs) -> tuple[GpuClock, float]:
+    """The large knots of G, a, b_mixed, w and the share of a warm GPU; the small knots and b_full are given."""
     rows = [row for _, row in seen if row.step.chunks and row.gpu_s == row.gpu_s and row.gpu_s > 0]
     steps = [row.step for row in rows]
     gemm_rows = np.array([effective_rows(graphs.padded(step.tokens)) for step in steps])
@@ -159,18 +165,24 @@ def fit_mixed(seen: Sequence[tuple[str, Seen]], small: GpuClock, graphs: Graphs)
     pairs, kv_tokens = attention_work(steps, small.mixed_kv_token_s / small.pair_s)
     # b_mixed is b_full plus something not below 0: alone in a full graph a decode reads at its best
     known_s += small.full_kv_token_s * kv_tokens
-    seqs = np.array([step.seqs for step in steps], float)
+    pulled = np.array([power(step.seqs) for step in steps])
     target = np.array([row.gpu_s for row in rows])
-    matrix = np.column_stack([linear[:, len(small.tokens) :], pairs * 1e-9, seqs * 1e-5, kv_tokens * 1e-8])
-    extra = [True] * matrix.shape[1]
-    coefficients = np.zeros(matrix.shape[1])
-    for _ in range(2):  # a second time without d or the extra of b, should one of them come out below 0
-        used = np.array(extra)
+    warm = np.array([step.warm for step in steps], float)
+    plain = np.column_stack([linear[:, len(small.tokens) :], pairs * 1e-9, kv_tokens * 1e-8])
+    base_s = target
+    used = np.ones(plain.shape[1] + 2, bool)
+    coefficients = np.zeros(len(used))
+    for _ in range(8):  # both shares stretch the others' sum; without what comes out below 0
+        stretched_s = np.clip(base_s, 0.0, WARM_S)
+        matrix = np.column_stack([plain, pulled * stretched_s, warm * stretched_s]) / target[:, None]
+        known = np.zeros((1, len(used)))  # one more row: what is known of w, as sure as its spread
+        known[0, -2] = 0.02 / POWER_SHARE_SD
+        rows_and_known = np.vstack([matrix, known])[:, used]
+        wanted = np.append((target - known_s) / target, POWER_SHARE * known[0, -2])
         coefficients[:] = 0.0
-        coefficients[used] = robust(matrix[:, used] / target[:, None], (target - known_s) / target, 0.02)
-        extra = [
-            bool(u and (i < len(large) or c >= 0.0)) for i, (u, c) in enumerate(zip(used, coefficients, strict=True))
-        ]
+        coefficients[used] = robust(rows_and_known, wanted, 0.02)
+        base_s = known_s + plain @ coefficients[:-2]
+        used[len(large) :] &= coefficients[len(large) :] >= 0.0
     fields = {name: getattr(small, name) for name in small.__struct_fields__}
     values = np.array([*small.linear_s, *coefficients[: len(large)]])
     if large and large[-1] > SUSTAINED_ROWS:
@@ -179,10 +191,10 @@ def fit_mixed(seen: Sequence[tuple[str, Seen]], small: GpuClock, graphs: Graphs)
         values = np.where(knots >= SUSTAINED_ROWS, np.maximum(values, per_row_s * knots), values)
     fields["tokens"] = (*small.tokens, *large)
     fields["linear_s"] = tuple(float(v) for v in monotone(values, np.ones(len(values))))
-    fields["pair_s"] = float(coefficients[-3] * 1e-9)
-    fields["mixed_request_s"] = float(coefficients[-2] * 1e-5)
-    fields["mixed_kv_token_s"] = small.full_kv_token_s + float(coefficients[-1] * 1e-8)
-    return GpuClock(**fields)
+    fields["pair_s"] = float(coefficients[-4] * 1e-9)
+    fields["mixed_kv_token_s"] = small.full_kv_token_s + float(coefficients[-3] * 1e-8)
+    fields["power_share"] = float(coefficients[-2])
+    return GpuClock(**fields), float(coefficients[-1])
 
 
 def fit_form(clock: GpuClock, shape: Shape) -> GpuClock:
@@ -222,10 +234,12 @@ def fit_clocks(recordings: Sequence[Recording], graphs: Graphs, shape: Shape) ->
     for _ in range(ROUNDS):
         seen = walk(scenarios, clock, host, graphs)
         knots, linear_s, full_kv_s = fit_decode(seen, graphs)
-        clock = fit_mixed(seen, replace_small(clock, knots, linear_s, full_kv_s), graphs)
+        clock, warm_share = fit_mixed(seen, replace_small(clock, knots, linear_s, full_kv_s), graphs)
+        host = replace(host, warm_share=warm_share)
         seen = walk(scenarios, clock, host, graphs)
-        host = fit_host(scenarios, seen, partial(gpu_seconds, clock, graphs))
-    stalls = stall_share(scenarios, partial(gpu_seconds, clock, graphs))
+        host = fit_host(scenarios, seen, partial(gpu_seconds, clock, warm_share, graphs))
+        host = replace(host, warm_share=warm_share)
+    stalls = stall_share(scenarios, partial(gpu_seconds, clock, host.warm_share, graphs))
     return fit_form(clock, shape), host, stalls
 
 
@@ -240,5 +254,5 @@ def walk(scenarios: Sequence[Scenario], clock: GpuClock, host: Host, graphs: Gra
     return [
         (scenario.name, row)
         for scenario in scenarios
-        for row in observe(scenario.steps, host, graphs.mode, lambda step: gpu_seconds(clock, graphs, step))
+        for row in observe(scenario.steps, host, graphs.mode, partial(gpu_seconds, clock, host.warm_share, graphs))
     ]

@@ -23,6 +23,12 @@ DRIFT_RANKS = 24
 STALL_RANKS = 100
 BURST_REQUESTS = 4  # launches during which as many arrive are left out: the client's burst, not load
 FEWEST_LAUNCHES = 20
+# A minute of load says little of two small effects, each about the size of the launches' own spread. What is known of
+# them, as shares of a mean eager launch with standard errors: by regression over the 1,284 to 2,005 eager launches of
+# eight open-loop loads on an H200 host, logged call by call (calibration/recordings). Where a recording has more to
+# say, it outweighs this.
+CHUNK_SHARE, CHUNK_SHARE_SD = 0.064, 0.012  # for each prompt in the launch: 1.12 of 17.5 ms
+ARRIVAL_SHARE, ARRIVAL_SHARE_SD = 0.060, 0.013  # per 1,000 prompt tokens that arrive meanwhile: 1.0 of 16.7 ms
 WINDOW_S = 15e-3  # arrivals in this first part of a launch, which every launch has, cannot depend on its length
 
 
@@ -52,11 +58,13 @@ def fit_host(
     launches, quiet_rows = collect_launches(scenarios, rows)
     lead_s = fit_lead(quiet_rows, gpu_s)
     interference = fit_interference(launches[EAGER])
-    quiet = np.array([took - interference * early for took, early, _ in launches[EAGER]])
-    piecewise = [took - interference * early for took, early, _ in launches[PIECEWISE]]
-    drift, jitter, hold_s = fit_noise(quiet, np.array([at for _, _, at in launches[EAGER]]))
+    per_chunk_s = fit_per_chunk(launches[EAGER])
+    quiet = np.array([took - interference * early - per_chunk_s * n for took, early, _, n in launches[EAGER]])
+    drift, jitter, hold_s = fit_noise(quiet, np.array([at for _, _, at, _ in launches[EAGER]]))
     mean_s = float(np.mean(quiet))
-    graph_s = float(np.median([took for took, _, _ in launches[FULL]]))
+    shrunk = per_chunk_s * float(np.median([took for took, *_ in launches[PIECEWISE]])) / (mean_s + per_chunk_s)
+    piecewise = [took - interference * early - shrunk * n for took, early, _, n in launches[PIECEWISE]]
+    graph_s = float(np.median([took for took, *_ in launches[FULL]]))
     # too few piecewise launches for a mean: their median, raised as stalls raise the eager ones'
     piecewise_s = float(np.median(piecewise)) * mean_s / float(np.median(quiet))
     share = piecewise_s / mean_s
@@ -66,6 +74,7 @@ def fit_host(
         schedule_per_request_s=float(schedule[1]),
         schedule_per_token_s=float(schedule[2]),
         launch_s=(graph_s, piecewise_s, mean_s),
+        launch_per_chunk_s=(0.0, per_chunk_s * share, per_chunk_s),
         launch_drift_s=((), tuple(d * share for d in drift), tuple(drift)),
         launch_jitter_s=((), tuple(j * share for j in jitter), tuple(jitter)),
         drift_hold_s=hold_s,
@@ -77,7 +86,27 @@ def fit_host(
     )
 
 
-Launch = tuple[float, float, float]  # seconds it took, prompt tokens that arrived in its first part, when it began
+# Seconds it took, prompt tokens that arrived in its first part, when it began, prompts in it.
+Launch = tuple[float, float, float, int]
+
+
+def fit_per_chunk(launches: Sequence[Launch]) -> float:
+    """Seconds of launch for each prompt in it: these launches and what is known of others, each by its certainty."""
+    took = np.array([launch[0] for launch in launches])
+    chunks = np.array([launch[3] for launch in launches], float)
+    known_s, known_sd_s = CHUNK_SHARE * float(np.mean(took)), CHUNK_SHARE_SD * float(np.mean(took))
+    return pooled_slope(chunks, took, known_s, known_sd_s)
+
+
+def pooled_slope(at: Floats, took: Floats, known: float, known_sd: float) -> float:
+    """Slope of `took` over `at`, 0 or more: from these points and from what is known, each by its certainty."""
+    from_mean = at - np.mean(at)
+    squares = float(np.sum(from_mean**2))
+    slope = float(np.sum(from_mean * took)) / squares if squares > 0.0 else 0.0
+    residual = took - np.mean(took) - slope * from_mean
+    weight = squares / max(float(np.var(residual)), 1e-12)
+    known_weight = known_sd**-2
+    return max((slope * weight + known * known_weight) / (weight + known_weight), 0.0)
 
 
 def collect_launches(
@@ -102,7 +131,8 @@ def collect_launches(
             quiet.append((row, before))
             after_chunk = before is not None and bool(before.step.chunks)
             if row.launched_s == row.launched_s and (row.mode != FULL or after_chunk):
-                launch = (row.launched_s - row.launch_s, (early - first) * prompt[name], row.launch_s)
+                took_s, arrived = row.launched_s - row.launch_s, (early - first) * prompt[name]
+                launch = (took_s, arrived, row.launch_s, len(row.step.chunks))
                 anywhere[row.mode].append(launch)
                 if name in open_loop:
                     steady[row.mode].append(launch)
@@ -185,12 +215,10 @@ def fit_lead(rows: Sequence[tuple[Seen, Seen | None]], gpu_s: Callable[[StepRow]
 
 def fit_interference(launches: Sequence[Launch]) -> float:
     """Seconds of launch per prompt token that arrives in its first part, without the stalls."""
-    took, early = np.array([t for t, _, _ in launches]), np.array([e for _, e, _ in launches])
+    took, early = np.array([launch[0] for launch in launches]), np.array([launch[1] for launch in launches])
     body = took <= np.quantile(took, STALL_QUANTILE)
-    if np.ptp(early[body]) == 0.0:
-        return 0.0
-    slope = np.linalg.lstsq(np.column_stack([np.ones(body.sum()), early[body]]), took[body], rcond=None)[0][1]
-    return max(float(slope), 0.0)
+    mean_s = float(np.mean(took))
+    return pooled_slope(early[body], took[body], ARRIVAL_SHARE * mean_s / 1e3, ARRIVAL_SHARE_SD * mean_s / 1e3)
 
 
 def fit_noise(took_s: Floats, at_s: Floats) -> tuple[list[float], list[float], float]:

@@ -51,7 +51,8 @@ def observe(
         launch_s = step.launch_s if logged else step.schedule_s + step.schedule_took_s + DISPATCH_S
         ready_s = launch_s + host.lead_s[mode]
         start_s = max(end_s, ready_s)
-        expected_s = max(start_s + gpu_s(step), launch_s + host.launch_s[mode] + host.tail_s[mode])
+        took_s = host.launch_s[mode] + host.launch_per_chunk_s[mode] * len(step.chunks)
+        expected_s = max(start_s + gpu_s(step), launch_s + took_s + host.tail_s[mode])
         overlapped = i > 0 and step.schedule_s < steps[i - 1].update_s
         row = Seen(step, mode, launch_s, nan, start_s, expected_s, nan, end_s >= ready_s, end_seen, overlapped)
         end_seen = _waits_for_gpu(steps, i, host, mode_of, expected_s)
@@ -74,7 +75,8 @@ def _waits_for_gpu(
         return True
     after = steps[i + 1]
     mode = mode_of(after.tokens, len(after.chunks))
-    launched_s = after.schedule_s + after.schedule_took_s + DISPATCH_S + host.launch_s[mode]
+    launched_s = after.schedule_s + after.schedule_took_s + DISPATCH_S
+    launched_s += host.launch_s[mode] + host.launch_per_chunk_s[mode] * len(after.chunks)
     return expected_s > launched_s + (GRAPH_MARGIN_S if mode == FULL else LAUNCH_MARGIN_S)
 
 

@@ -21,9 +21,12 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from math import nan
 from pathlib import Path
 from typing import Any
+
+from llmsim.cost import WARM_S
 
 # Sooner than this after its schedule no step has a result: the update must be of an older, empty batch.
 SOONEST_RESULT_S = 4e-3
@@ -46,6 +49,7 @@ class StepRow:
     launch_s: float = nan  # only if the log has "x" lines
     launched_s: float = nan
     after_preemption: bool = False
+    warm: bool = False  # has chunks, and the step just before it had some too
 
     @property
     def new_tokens(self) -> int:
@@ -79,6 +83,11 @@ class Scenario:
     steps: list[StepRow]
     preemptions: int = 0
     concurrency: int | None = None
+
+    def __post_init__(self) -> None:
+        for before, step in pairwise(self.steps):
+            step.warm = bool(before.chunks and step.chunks and step.schedule_s - before.update_s < WARM_S)
+
 
 
 @dataclass

@@ -28,7 +28,7 @@ from typing import Any
 
 import simpy
 
-from llmsim.cost import FULL, CostModel, LaunchNoise, Ramp
+from llmsim.cost import FULL, WARM_S, CostModel, LaunchNoise, Ramp
 from llmsim.engine import Engine, Limits
 from llmsim.kvcache import KVCache
 from llmsim.macrostep import Plan, Step, plan_run, plan_synchronous_run
@@ -85,6 +85,7 @@ class Replica(Engine):
         self._to_free: list[Request] = []  # ended, results taken: free at the next schedule
         self._flight: _Flight | None = None  # the iteration launched last, until its results are taken
         self._gpu_s = -inf  # when the GPU is done with it: E(k-1)
+        self._after_chunks = False  # whether it had any
         self._emitted_s = 0.0  # when clients saw the tokens of the iteration before
         # Arrivals.
         self._feed: Iterator[Request] | None = None
@@ -145,6 +146,8 @@ class Replica(Engine):
                 if step.mode != FULL and host.interference_per_token_s:
                     yield from self._interfere(step)
                 begin_s = step.launch_s + host.lead_s[step.mode]
+                if step.chunks and self._after_chunks and begin_s - self._gpu_s < WARM_S:
+                    step.gpu = Ramp(host.warmed_s(step.gpu.first_s), 0.0)
                 gpu_end_s = (self._gpu_s if self._gpu_s > begin_s else begin_s) + step.gpu.first_s
                 launch_tail_s = step.launched_s + host.tail_s[step.mode]
                 step.gpu_end_s = gpu_end_s if gpu_end_s > launch_tail_s else launch_tail_s
@@ -214,6 +217,8 @@ class Replica(Engine):
             launch_s += host.schedule_per_token_s * new_tokens
         step.launch_s = launch_s
         step.launched_s = launch_s + host.launch_s[mode] + host.launch_per_request_s[mode] * requests
+        if step.chunks:
+            step.launched_s += host.launch_per_chunk_s[mode] * len(step.chunks)
         if mode != FULL and self._noise is not None:
             step.launched_s += self._noise.draw(mode, launch_s)
         return step
@@ -268,6 +273,7 @@ class Replica(Engine):
                 firsts.append(request)
         ended = self.commit(1)
         self._gpu_s = step.gpu_end_s
+        self._after_chunks = bool(step.chunks)
         flight = self._own_flight
         flight.outputs = self.decoding + len(firsts)
         flight.decodes, flight.firsts, flight.late, flight.ended = decodes, firsts, late, ended
@@ -293,6 +299,7 @@ class Replica(Engine):
 
     def _finish_run(self, step: Step, plan: Plan, steps: int) -> None:
         """Book a run of iterations; the last one's results are in flight, or taken if scheduling is synchronous."""
+        self._after_chunks = False
         host = self.cost.host
         seqs = step.seqs
         pace_s, pace_growth_s = plan.pace

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import ceil, inf, nan
 
-from llmsim.cost import FULL, CostModel
+from llmsim.cost import FULL, WARM_S, CostModel
 
 
 @dataclass(frozen=True)
@@ -358,6 +358,7 @@ class PlainEngine:
             + host.schedule_per_token_s * new_tokens
         )
         launch_s = host.launch_s[mode] + host.launch_per_request_s[mode] * requests
+        launch_s += host.launch_per_chunk_s[mode] * len(chunks)
         step.launched_s = step.launch_s + launch_s
         if mode != FULL:  # a full graph's short launch hides behind the GPU: neither noise nor interference
             step.launched_s += self.noise(mode, step.launch_s)
@@ -366,6 +367,8 @@ class PlainEngine:
             step.gpu_time_s = self.cost.mixed_s(chunks, step.seqs, step.kv_tokens)
         else:
             step.gpu_time_s = self.cost.decode_ramp(step.seqs, step.kv_tokens).first_s
+        if chunks and self.log and self.log[-1].chunks and step.launch_s + host.lead_s[mode] - self.gpu_free_s < WARM_S:
+            step.gpu_time_s = host.warmed_s(step.gpu_time_s)
         start_s = max(self.gpu_free_s, step.launch_s + host.lead_s[mode])
         step.gpu_end_s = max(start_s + step.gpu_time_s, step.launched_s + host.tail_s[mode])
         self.gpu_free_s = step.gpu_end_s

@@ -83,7 +83,7 @@ def test_metrics_compare_only_requests_that_finished(tmp_path: Path) -> None:
         Served(float(sent_s), [float(sent_s) + 1.0 + (row == 1) * 1e6])
         for row, sent_s in enumerate(recorded.trace.arrival_s.tolist())
     ]
-    assert compare(made_result(served), partly)["ttft_ms"]["mean"]["predicted"] == pytest.approx(1000.0)
+    assert compare([made_result(served)], partly)["ttft_ms"]["mean"]["predicted"] == pytest.approx(1000.0)
 
 
 def test_requests_that_do_not_fit_the_simulated_engine_are_an_error(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from random import Random
 from typing import Any, NamedTuple, Protocol
 
 FULL, PIECEWISE, EAGER = 0, 1, 2
+WARM_S = 50e-3  # how long the GPU's clocks stay low after heavy work, and how much of it they stretch
 MODE_NAMES = ("full graph", "piecewise graph", "eager")
 
 
@@ -60,7 +61,8 @@ class Host:
     """The host thread's clock, seconds. Tuples of three are indexed by mode: full graph, piecewise, eager.
 
     schedule = schedule_s + schedule_per_request_s * running + schedule_per_token_s * new prompt tokens
-    launch   = launch_s[mode] + launch_per_request_s[mode] * requests in the step + `LaunchNoise`
+    launch   = launch_s[mode] + launch_per_request_s[mode] * requests in the step
+               + launch_per_chunk_s[mode] * requests with more than one token + `LaunchNoise`
     update   = update_s + update_per_output_s * outputs of the step
     While a launch is under way, a request of p prompt tokens that becomes schedulable slows it by
     interference_per_token_s * p (one interpreter lock).
@@ -68,6 +70,8 @@ class Host:
     The client side: requests pass to the engine one at a time, each in receive_busy_s + receive_per_token_s * prompt,
     and are schedulable receive_s after that; the client sees the tokens of a step
     respond_s + respond_per_output_s * outputs after its update began.
+    A chunk whose iteration follows another with chunks within WARM_S finds the GPU's clocks still low: its first WARM_S
+    of GPU time last longer by warm_share.
     """
 
     schedule_s: float = 0.0
@@ -75,6 +79,7 @@ class Host:
     schedule_per_token_s: float = 0.0
     launch_s: tuple[float, float, float] = (0.0, 0.0, 0.0)
     launch_per_request_s: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    launch_per_chunk_s: tuple[float, float, float] = (0.0, 0.0, 0.0)
     launch_jitter_s: tuple[tuple[float, ...], ...] = ((), (), ())  # equally likely; drawn for every launch
     launch_drift_s: tuple[tuple[float, ...], ...] = ((), (), ())  # equally likely; the same rank in every mode, held
     drift_hold_s: float = 0.0  # mean time between two draws of the drift
@@ -88,6 +93,11 @@ class Host:
     receive_s: float = 0.0
     respond_s: float = 0.0
     respond_per_output_s: float = 0.0
+    warm_share: float = 0.0
+
+    def warmed_s(self, gpu_s: float) -> float:
+        """GPU seconds of a chunk that follows a chunk at once."""
+        return gpu_s + self.warm_share * min(gpu_s, WARM_S)
 
 
 class LaunchNoise:

@@ -1,13 +1,19 @@
 """Cost of iterations from a profile: coefficients fitted to recordings of a real engine, scaled by shapes.
 
     pure decodes      T = (G(n) + b_full * kv_tokens) * (1 + stalls)
-    with chunks       T = G(n) + d * seqs + b_mixed * kv_tokens + sum over chunks max(a * pairs, b_mixed * computed)
+    with chunks       T = B + w * min(B, 50 ms) * seqs^2 / (seqs^2 + 55^2)
+                      B = G(n) + b_mixed * kv_tokens + sum over chunks max(a * pairs, b_mixed * computed)
 
 T GPU seconds; n rows of the iteration: its tokens, padded in graph modes. G: table of seconds over rows, linear between
 its knots: linear layers, norms, sampling. a: seconds per (query, key) pair of prefill attention. b: seconds per cached
-token that a decode reads; beside chunks the decodes run in the prefill's attention kernel, which reads no faster and
-costs d seconds more for each decode. A short chunk over a long context costs at least what a decode of it does. Stalls:
-the share of decode time that the host loses now and then (its own launches never pace a decode, its hiccups do).
+token that a decode reads; beside chunks the decodes run in the prefill's attention kernel, which reads no faster. A
+short chunk over a long context costs at least what a decode of it does. Stalls: the share of decode time that the host
+loses now and then (its own launches never pace a decode, its hiccups do).
+
+w is power (and so is `Host.warm_share`, after another chunk): after many decodes, which draw it on memory, the matrix
+units of a chunk find lower clocks for some 50 ms.
+Timed on an H200 by CUDA events, chunks of 16 to 8,192 tokens beside 8 to 220 decodes: the same kernels need 2 % longer
+beside 8, 6 % beside 30, 12 % beside 60 and 18 to 20 % beside 120 and more, and as long as expected after 45 ms of rest.
 
 GEMMs compute tiles of 128 rows. Above 256 rows, where they pace G, a tile just begun costs a quarter of a full one and
 half a tile costs all of it: on an H200, of what 1,152 rows cost more than 1,024, 1,032 cost 0.3 and 1,090 cost 0.95.
@@ -18,8 +24,8 @@ Another dense model, dtype or tensor-parallel size is scaled by shapes. G by the
     F(n) = layers * o + (M^p + C(n)^p)^(1/p) + all-reduce
 
 M weight bytes / bandwidth, C(n) n * FLOPs per token / rate, o seconds per layer, p sharpness of the change from
-memory-bound to compute-bound; bandwidth, rate and p fitted to G. a is scaled by attention FLOPs, b by KV bytes, d by
-layers, all per rank; launches of piecewise and eager iterations by layers (every layer is so many kernels). Above the
+memory-bound to compute-bound; bandwidth, rate and p fitted to G. a is scaled by attention FLOPs, b by KV bytes, all
+per rank; launches of piecewise and eager iterations by layers (every layer is so many kernels). Above the
 last knot G grows with F. Left out: skew of context lengths inside a batch, MoE, MLA and sliding windows (refused),
 overlap of all-reduce with compute, pipeline parallelism.
 """
@@ -37,7 +43,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from llmsim.cost import FULL, PIECEWISE, Host, Ramp
+from llmsim.cost import FULL, PIECEWISE, WARM_S, Host, Ramp
 from llmsim.hardware import ELEMENT_BYTES, Gpu, Model, find_model
 
 if TYPE_CHECKING:
@@ -49,6 +55,7 @@ TILE_ROWS = 128
 TILE_AT_ONCE = 0.25  # of a full tile's time, as soon as its first row is there
 TILE_PAID_ROWS = 64  # rows after which the whole tile is paid
 FIRST_TILED_ROW = 256  # below, memory paces the GEMMs
+POWER_SEQS = 55  # decodes that pull them half-way down
 # An all-reduce over NVLink costs about this before bytes count (NCCL tests, small messages).
 ALL_REDUCE_LATENCY_S = 8e-6
 
@@ -59,7 +66,7 @@ class GpuClock(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pair_s: float
     full_kv_token_s: float
     mixed_kv_token_s: float
-    mixed_request_s: float
+    power_share: float
     layer_overhead_s: float
     bandwidth_bytes_per_s: float
     flops_per_s: float
@@ -75,6 +82,7 @@ class HostClock(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     schedule_per_token_s: float
     launch_s: tuple[float, float, float]
     launch_per_request_s: tuple[float, float, float]
+    launch_per_chunk_s: tuple[float, float, float]
     launch_jitter_s: tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]
     launch_drift_s: tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]
     drift_hold_s: float
@@ -88,6 +96,7 @@ class HostClock(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     receive_s: float
     respond_s: float
     respond_per_output_s: float
+    warm_share: float
 
 
 class Measured(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -180,6 +189,11 @@ def decode_profile(text: bytes, where: str) -> Profile:
     return profile
 
 
+def power(seqs: int) -> float:
+    """How far `seqs` decodes have pulled the clocks down for a chunk beside them: 0 to 1."""
+    return seqs * seqs / (seqs * seqs + POWER_SEQS * POWER_SEQS)
+
+
 def effective_rows(rows: int) -> float:
     """Rows of full GEMM tiles that take as long as `rows` do."""
     if rows <= FIRST_TILED_ROW:
@@ -251,7 +265,7 @@ def scaled_host(clock: HostClock, layers_ratio: float, host_scale: float) -> Hos
 
     plain = {name: getattr(clock, name) for name in clock.__struct_fields__ if name != "stall_share"}
     for name, value in plain.items():
-        if isinstance(value, float) and name != "drift_hold_s":
+        if isinstance(value, float) and name not in ("drift_hold_s", "warm_share"):
             plain[name] = value * host_scale
         elif isinstance(value, tuple) and not isinstance(value[0], tuple):
             plain[name] = tuple(part * host_scale for part in value)
@@ -289,7 +303,7 @@ class ProfileCost:
         self._pair_s = clock.pair_s * shape.pair_flops / fitted.pair_flops / shape.flops_ratio
         self._full_kv_s = clock.full_kv_token_s * kv_ratio * (1.0 + profile.host_clock.stall_share)
         self._mixed_kv_s = clock.mixed_kv_token_s * kv_ratio
-        self._mixed_request_s = clock.mixed_request_s * shape.layers / fitted.layers
+        self._power_share = clock.power_share
         self._stalled = 1.0 + profile.host_clock.stall_share
         sizes = range(1, self._largest_graph + 1)
         self._decode_s = [0.0, *(self._stalled * self.linear_s(self._padded(n)) for n in sizes)]
@@ -322,12 +336,13 @@ class ProfileCost:
 
     def mixed_s(self, chunks: Sequence[tuple[int, int]], seqs: int, kv_tokens: int) -> float:
         kv_s, pair_s = self._mixed_kv_s, self._pair_s
-        seconds = kv_s * kv_tokens + self._mixed_request_s * seqs
+        seconds = kv_s * kv_tokens
         tokens = seqs
         for new, done in chunks:
             tokens += new
             seconds += max(pair_s * new * (done + 0.5 * (new + 1)), kv_s * done)
-        return seconds + self.linear_s(self._padded(tokens))
+        seconds += self.linear_s(self._padded(tokens))
+        return seconds + self._power_share * power(seqs) * min(seconds, WARM_S)
 
     def outside_measured(self, iterations: dict[str, Any]) -> Any:
         """Rows with more tokens, decodes, cached tokens or prompt context than any step the profile was fitted to."""
