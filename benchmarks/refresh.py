@@ -1,7 +1,7 @@
 """Make the numbers printed in README.md and docs/accuracy.md again: `python -m benchmarks.refresh`, after a new fit.
 
-The README's replay is run as it stands there (its trace has to be in ../shared/traces), the tables of accuracy are those
-of `benchmarks.accuracy`. The table of speed depends on the machine and is left alone.
+The README's replay is run as it stands there (its trace has to be in ../shared/traces), the tables of accuracy are
+those of `benchmarks.accuracy`. The table of speed depends on the machine and is left alone.
 """
 
 from __future__ import annotations
