@@ -165,7 +165,10 @@ def read_recording(path: Path, names: Sequence[str] | None = None) -> Recording:
         with gzip.open(file, "rt") as stream:
             content = json.load(stream)
         if isinstance(content, list):
-            recording.scenarios += [_scenario(part["name"], part, part["steps"]) for part in content]
+            served = [part for part in content if all("t" in row for row in part["requests"])]
+            if names is not None and len(served) < len(content):
+                raise ValueError(f"{file}: has steps that no client waited for. It times kernels and cannot be fitted")
+            recording.scenarios += [_scenario(part["name"], part, part["steps"]) for part in served]
             continue
         steps = path / f"{name}.steps.jsonl.gz"
         if not steps.is_file():

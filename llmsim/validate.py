@@ -7,8 +7,8 @@ settings, its number of KV blocks included, are those of the recording. Then, fo
     output_throughput                     output tokens / (last completion - first send), tokens/s
     error                                 (predicted - measured) / measured, so +0.02 is 2 % too slow (or too much)
 
-The host's launch times are drawn; a prediction is the mean of each statistic over `SEEDS` draws, so that the error shown
-is the model's and not the draw's (near saturation one draw is 1 to 2 % from the mean).
+The host's launch times are drawn; a prediction is the mean of each statistic over `SEEDS` draws, so that the error
+shown is the model's and not the draw's (near saturation one draw is 1 to 2 % from the mean).
 """
 
 from __future__ import annotations
