@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 DEMO_TRACE = "chat.csv"
 RUNS = "runs"
+LATEST_S = 1e10  # a double no longer resolves a microsecond beyond
 STRICT_EXTRAPOLATED = 0.05  # share of GPU time outside the measured range that --strict accepts
 PROGRESS_AFTER_S = 2.0
 
@@ -78,6 +79,7 @@ def replay(
     scenario = scenario_from(flags).resolved()
     trace = _load(trace_path, scenario, flags)
     result = _simulate(trace, scenario)
+    _check_ends(result)
     _check_rejected(result)
     summary = result.summary(targets)
     if strict:
@@ -177,6 +179,15 @@ def _check_sessions(trace: Trace, scenario: Scenario) -> None:
         raise ValueError(
             f"concurrency={scenario.concurrency} contradicts {trace.name}: {waiting} of its {len(trace)} requests wait "
             "for the answer before them in their session, so it is a closed loop of its own: leave --concurrency out"
+        )
+
+
+def _check_ends(result: Result) -> None:
+    late = result.requests["finish_s"] > LATEST_S  # False for nan, a rejected request
+    if late.any():
+        raise ValueError(
+            f"{int(late.sum())} of {len(late)} requests end more than {LATEST_S:.0e} s (300 years) after time 0: "
+            f"cost={result.scenario.cost} gives times that cannot be meant: {result.cost.label}"
         )
 
 

@@ -35,6 +35,8 @@ def read_lines(source: Source) -> Records:
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return _line_by_line(source, data)
     lines = _line_numbers(data, len(records))
+    if len(lines) != len(records):  # an object over several lines: the decoder minds it less than a reader of lines
+        return _line_by_line(source, data)
     return _records(source, records, lines, "line")
 
 
