@@ -1,4 +1,4 @@
-"""Shortest prompt first, and never more than `prefill_tokens` of prompts beside the decodes: short gaps for everybody."""
+"""Shortest prompt first, never more than `prefill_tokens` of prompts beside the decodes: short gaps for everybody."""
 
 from llmsim import HOLD
 

@@ -134,7 +134,7 @@ class Replica(Engine):
         """The engine's loop; yields the time until which it sleeps."""
         host = self.cost.host
         peek = self.env.peek
-        t = 0.0  # S(k)
+        t = yield from self._idle(0.0)  # S(k)
         while True:
             while self.next_ready_s <= t:
                 self._receive()
@@ -176,11 +176,19 @@ class Replica(Engine):
             elif self.waiting or self.running:
                 raise self._stuck()
             else:
-                while self.next_ready_s == inf:
-                    yield inf
-                t = max(t, self.next_ready_s)
+                t = yield from self._idle(t)
+                continue
             if peek() <= t:  # else nothing can happen before t: going on without sleeping saves a third of the time
                 yield t
+
+    def _idle(self, t: float) -> Generator[float, None, float]:
+        """Nothing to do: the next request wakes the engine; returns S(k)."""
+        while self.next_ready_s == inf:
+            yield inf
+        t = max(t, self.next_ready_s + self.cost.host.wake_s)
+        if self.env.peek() <= t:
+            yield t
+        return t
 
     def _compose(self, t: float) -> Step:
         """What the iteration consists of and when its launch begins and, arrivals apart, ends."""

@@ -396,7 +396,7 @@ class PlainEngine:
         return at_s + self.host.update_s + self.host.update_per_output_s * step.outputs
 
     def _synchronous(self) -> None:
-        now_s = self._next_arrival_s()
+        now_s = self._next_arrival_s() + self.host.wake_s
         while now_s < inf:
             step = self._schedule(now_s)
             if step.scheduled:
@@ -407,7 +407,7 @@ class PlainEngine:
 
     def _asynchronous(self) -> None:
         in_flight: Step | None = None
-        now_s = self._next_arrival_s()
+        now_s = self._next_arrival_s() + self.host.wake_s
         while now_s < inf:
             step = self._schedule(now_s)
             if step.scheduled:
@@ -428,4 +428,4 @@ class PlainEngine:
         if self.scheduler.waiting:
             request = self.scheduler.waiting[0]
             raise ValueError(f"request {request.id} with {request.tokens} tokens never fits the KV cache")
-        return max(now_s, self._next_arrival_s())
+        return max(now_s, self._next_arrival_s() + self.host.wake_s)

@@ -16,6 +16,7 @@ from plain_engine import PlainEngine, PlainRequest, Settings, Step
 from calibration.__main__ import main
 from calibration.check import check_profile
 from calibration.fit import fit_clocks, monotone, robust
+from calibration.fit_host import WAKE_S
 from calibration.observe import DISPATCH_S
 from calibration.profiles import fit_profile
 from calibration.steps import Recording, RequestRow, Scenario, StepRow, pair_steps, read_recording
@@ -89,6 +90,7 @@ def planted() -> ProfileCost:
         launch_per_chunk_s=(0.0, 0.8e-3, 1.6e-3),
         interference_per_token_s=1.4e-6,
         warm_share=0.04,
+        wake_s=WAKE_S,
         launch_drift_s=((), (-1e-3, 0.0, 1e-3), (-3e-3, 0.0, 3e-3)),
         drift_hold_s=0.15,
         update_s=0.2e-3,

@@ -47,7 +47,8 @@ HOSTS = {
         launch_jitter_s=((), (-2e-3, 0.0, 3e-3), (-4e-3, 0.0, 1e-3, 9e-3)),
         launch_drift_s=((), (-1e-3, 2e-3), (-2e-3, 3e-3)), drift_hold_s=0.2, update_s=1.3e-4, update_per_output_s=6e-6,
         interference_per_token_s=2e-6, lead_s=(1e-3, 2e-3, 2e-3), tail_s=(5e-4, 1e-3, 1e-3), receive_busy_s=3e-4,
-        receive_per_token_s=5e-7, receive_s=9e-4, respond_s=1.2e-3, respond_per_output_s=3.6e-5, warm_share=0.05,
+        receive_per_token_s=5e-7, receive_s=9e-4, wake_s=4e-4, respond_s=1.2e-3, respond_per_output_s=3.6e-5,
+        warm_share=0.05,
     ),
 }  # fmt: skip
 

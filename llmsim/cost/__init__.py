@@ -68,7 +68,8 @@ class Host:
     interference_per_token_s * p (one interpreter lock).
     The GPU can start `lead_s[mode]` after the launch began and ends no earlier than `tail_s[mode]` after it ended.
     The client side: requests pass to the engine one at a time, each in receive_busy_s + receive_per_token_s * prompt,
-    and are schedulable receive_s after that; the client sees the tokens of a step
+    and are schedulable receive_s after that; an idle engine begins to schedule wake_s later, with all that have come by
+    then; the client sees the tokens of a step
     respond_s + respond_per_output_s * outputs after its update began.
     A chunk whose iteration follows another with chunks within WARM_S finds the GPU's clocks still low: its first WARM_S
     of GPU time last longer by warm_share.
@@ -91,6 +92,7 @@ class Host:
     receive_busy_s: float = 0.0
     receive_per_token_s: float = 0.0
     receive_s: float = 0.0
+    wake_s: float = 0.0
     respond_s: float = 0.0
     respond_per_output_s: float = 0.0
     warm_share: float = 0.0

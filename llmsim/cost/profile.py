@@ -94,6 +94,7 @@ class HostClock(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     receive_busy_s: float
     receive_per_token_s: float
     receive_s: float
+    wake_s: float
     respond_s: float
     respond_per_output_s: float
     warm_share: float
