@@ -91,11 +91,13 @@ def validate(paths: tuple[Path, ...], as_json: bool, **flags: Any) -> int:
     llmsim validate result.json --model llama-3.1-8b --gpu h100-sxm --max-num-seqs 128
     """
     overrides = scenario_fields(flags)
+    from llmsim.oracle import is_case_file
+
     cases: list[dict[str, Any]] = []
     measured: list[dict[str, Any]] = []
     for path in paths:
         for file in _expand(path):
-            if _is_schedule(file):
+            if is_case_file(file):
                 _refuse_overrides(file, overrides)
                 cases.append(_replayed(file, as_json))
             else:
@@ -112,19 +114,10 @@ def _expand(path: Path) -> list[Path]:
     """A folder of recorded schedules is its files; any other folder is a recording and stays one path."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder: give a recorded schedule or a recording")
-    schedules = [file for file in sorted(path.glob("*.json")) if _is_schedule(file)] if path.is_dir() else []
-    return schedules or [path]
+    from llmsim.oracle import is_case_file
 
-
-def _is_schedule(path: Path) -> bool:
-    from llmsim.oracle import is_case
-
-    if path.is_dir() or path.suffix != ".json":
-        return False
-    try:
-        return is_case(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError:
-        return False  # not one JSON document: the recording reader says what is wrong with it
+    files = sorted([*path.glob("*.json"), *path.glob("*.json.gz")]) if path.is_dir() else []
+    return [file for file in files if is_case_file(file)] or [path]
 
 
 def _replayed(path: Path, as_json: bool) -> dict[str, Any]:

@@ -14,7 +14,9 @@ token.
 
 from __future__ import annotations
 
+import gzip
 import json
+import zlib
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -58,9 +60,28 @@ def is_case(document: Any) -> bool:
     return isinstance(document, dict) and {"config", "requests", "steps"} <= document.keys()
 
 
+def is_case_file(path: Path) -> bool:
+    """Whether a file, gzipped or not, holds a recorded schedule."""
+    if path.is_dir() or not path.name.endswith((".json", ".json.gz")):
+        return False
+    try:
+        return is_case(json.loads(_text(path)))
+    except (ValueError, OSError, EOFError):
+        return False  # not one JSON document: whoever reads it as something else says what is wrong with it
+
+
+def _text(path: Path) -> str:
+    content = path.read_bytes()
+    if content[:2] == b"\x1f\x8b":
+        content = gzip.decompress(content)
+    return content.decode("utf-8")
+
+
 def load_case(path: str | Path) -> dict[str, Any]:
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = _text(Path(path))
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: damaged gzip file ({error}). Copy it again.") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 at byte {error.start}. A recorded case is a JSON file.") from None
     try:

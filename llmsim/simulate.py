@@ -126,6 +126,11 @@ class Fleet:
         self.progress = progress
         self._finished = 0
         self._children = _children(trace)
+        if s.concurrency is not None and self._children is not None:
+            raise ValueError(
+                f"concurrency={s.concurrency}: {trace.name} has turns that wait for their parents, a closed loop"
+                " of its own. Leave concurrency out."
+            )
         self._ahead = s.concurrency is None and self._children is None and getattr(self.router, "stateless", False)
         self._answers: list[tuple[float, int]] = []  # heap: when clients have answers still to come, and from whom
         self._think_s = trace.delay_s
