@@ -83,6 +83,7 @@ class Engine:
             if not self.kv.free_blocks:
                 raise self._error(f"asked to decode request {request.id}, which needs a KV block, with none free")
             self.kv.take(1)
+            self._blocks_taken += 1
         self._granted[request] = None
         self.decoding += 1
 
@@ -171,6 +172,7 @@ class Engine:
             if self._granted is not None and request in self._granted:  # it was to make a token in this very iteration
                 del self._granted[request]
                 self.decoding -= 1
+                self._blocks_taken -= tokens % self.kv.block_tokens == 0
                 tokens += 1
             full = tokens - in_flight if stayed or tokens > request.computed_tokens else tokens
             self._cut(request)
@@ -221,7 +223,7 @@ class Engine:
     def begin(self, now_s: float) -> bool:
         """Let the policy decide the iteration that starts now; returns whether its answer lasts."""
         self._now_s = now_s
-        self.decoding = 0
+        self.decoding = self._blocks_taken = 0
         if self.chunks:
             self.chunks = []
         if self.preempted_now:
