@@ -44,16 +44,16 @@ def million() -> tuple[Any, dict[str, Any]]:
     return _synthetic(1_000_000, rate=8.0 * 64), {"replicas": 64}
 
 
-def queue(waiting: int, requests: int) -> tuple[Any, dict[str, Any]]:
-    """`waiting` requests at once, and the rest as fast as the replica answers: the queue keeps about that depth."""
+def queue(waiting: int) -> tuple[Any, dict[str, Any]]:
+    """As many clients as keep a replica full and `waiting` requests queued, each sending when it has its answer."""
     import numpy as np
 
     from llmsim.trace import Trace
 
-    rate = 21.5  # what one replica sustains at these lengths
-    at_s = np.concatenate([np.zeros(waiting), np.arange(1, requests - waiting + 1) / rate])
-    trace = Trace(f"queue-{waiting}", at_s, np.full(requests, 1024), np.full(requests, 128))
-    return trace, {}
+    clients = 400 + waiting  # about 400 requests of this length fill the KV cache
+    requests = clients + 20_000
+    lengths = np.full(requests, 1024), np.full(requests, 128)
+    return Trace(f"queue-{waiting}", np.zeros(requests), *lengths), {"concurrency": clients}
 
 
 def _synthetic(requests: int, rate: float) -> Any:
@@ -72,8 +72,8 @@ CASES: dict[str, tuple[str, Callable[[], tuple[Any, dict[str, Any]]], Path | Non
     "azure-1x": ("Azure conversation trace, 1 replica", lambda: azure(1.0), AZURE, 5),
     "azure-2.5x": ("the same, 2.5 times as fast", lambda: azure(2.5), AZURE, 5),
     "mooncake": ("Mooncake conversation, first 2,000, prefix caching", mooncake, MOONCAKE, 5),
-    "queue-50": ("50 waiting, 20,000 requests", lambda: queue(50, 20_000), None, 3),
-    "queue-50000": ("50,000 waiting, 70,000 requests", lambda: queue(50_000, 70_000), None, 3),
+    "queue-50": ("about 50 waiting, KV cache full, 20,450 requests", lambda: queue(50), None, 3),
+    "queue-50000": ("up to 50,000 waiting, the same, 70,400 requests", lambda: queue(50_000), None, 3),
     "million-64": ("1,000,000 synthetic requests, 64 replicas", million, None, 1),
 }
 
