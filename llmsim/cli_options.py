@@ -119,7 +119,9 @@ SCENARIO_FLAGS: list[Callable[[Any], Any]] = [
     click.option("--scheduling-policy", type=_choice(SCHEDULING_POLICIES), help="fcfs or priority. [fcfs]"),
     click.option("--max-num-seqs", type=INT, help="Requests running at once. [vLLM's for this GPU]"),
     click.option("--max-num-batched-tokens", type=INT, help="Tokens of one iteration. [vLLM's for this GPU]"),
-    click.option("--max-model-len", type=INT, help="Longest prompt plus answer, e.g. 32k. [the model's context]"),
+    click.option(
+        "--max-model-len", type=INT, help="Longest prompt plus answer; 32K: 32,768, 32k: 32,000. [the model's]"
+    ),
     click.option("--block-size", type=INT, help="Tokens of a KV block. [16]"),
     click.option("--gpu-memory-utilization", type=float, help="Share of the GPU's memory the engine takes. [0.92]"),
     _switch("enable_prefix_caching", "enable-prefix-caching", "Reuse KV blocks of shared prefixes. [on]"),
@@ -150,7 +152,9 @@ TRACE_FLAGS: list[Callable[[Any], Any]] = [
     click.option(
         "--columns", metavar="FIELD=COLUMN,…", help="Which column is what, e.g. arrival=ts,prompt=in,output=out."
     ),
-    click.option("--time-unit", type=_choice(("s", "ms", "us", "ns")), help="Of the trace's times. [recognised]"),
+    click.option(
+        "--time-unit", type=_choice(("s", "ms", "us", "ns")), help="Of the trace's times: s, ms, us, ns. [recognised]"
+    ),
     click.option("--rate", type=float, help="Rescale arrivals to this mean rate (requests/s), keeping their shape."),
     click.option("--time-scale", type=float, help="Multiply arrival times: 2 is half the rate."),
     click.option("--start", "start_s", type=float, help="Leave out what arrives before this time (s)."),
@@ -162,7 +166,7 @@ TRACE_FLAGS: list[Callable[[Any], Any]] = [
     click.option(
         "--model-filter", "trace_model", metavar="NAME", help="Only requests the trace marks with this model."
     ),
-    click.option("--log-type", metavar="NAME", help="Only requests the trace marks with this log type."),
+    click.option("--log-type", metavar="NAME", help="BurstGPT: only requests of this log type."),
     click.option("--spread", type=_choice(("none", "uniform")), help="Simultaneous arrivals: none or uniform. [none]"),
     click.option(
         "--over-context",
@@ -172,7 +176,9 @@ TRACE_FLAGS: list[Callable[[Any], Any]] = [
     click.option("--block-tokens", type=INT, help="Tokens of one prefix hash. [recognised]"),
     click.option("--strict-order", is_flag=True, default=None, help="Fail if arrivals are not in order of time."),
     click.option(
-        "--sharegpt-mode", type=_choice(("multi-turn", "first-pair")), help="ShareGPT: multi-turn or first-pair."
+        "--sharegpt-mode",
+        type=_choice(("multi-turn", "first-pair")),
+        help="ShareGPT: multi-turn or first-pair. [multi-turn]",
     ),
     click.option(
         "--closed-loop", is_flag=True, default=None, help="Later turns wait for the answer, not for their time."
@@ -295,7 +301,8 @@ class SectionedCommand(click.Command):
         return super().parse_args(ctx, spread)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        marked = [(_section(param), param.get_help_record(ctx)) for param in self.get_params(ctx)]
+        options = [param for param in self.get_params(ctx) if isinstance(param, click.Option)]
+        marked = [(_section(option), option.get_help_record(ctx)) for option in options]
         for title in ("Model, GPU and engine", "Trace", "Output"):
             records = [record for section, record in marked if section == title and record is not None]
             if records:

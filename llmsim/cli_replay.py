@@ -45,7 +45,9 @@ PROGRESS_AFTER_S = 2.0
 @click.argument("trace_path", metavar="TRACE")
 @scenario_options
 @trace_options
-@click.option("--goodput", multiple=True, metavar="METRIC:MS…", help="Targets, e.g. --goodput ttft:500 tpot:50.")
+@click.option(
+    "--goodput", multiple=True, metavar="METRIC:MS…", help="For ttft, tpot, e2el, e.g. --goodput ttft:500 tpot:50."
+)
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Run folder. [runs/TIME_HASH]")
 @click.option("--no-out", is_flag=True, help="Write no run folder.")
 @json_option

@@ -107,7 +107,7 @@ def convert(path: str, out: str, to: str | None, **flags: Any) -> None:
 @click.option("--sessions", help="sessions:turns=(...),think=(...),... or closed:users=N,think=(...)")
 @click.option("--classes", "classes_file", help="JSON list of classes: name, share, priority, slo_ttft_ms, ...")
 @click.option("--clients", "clients_file", help="JSON list of clients: name, arrivals, lengths, ...")
-@click.option("--block-tokens", type=INT, default=16, show_default=True)
+@click.option("--block-tokens", type=INT, default=16, show_default=True, help="Tokens of one prefix hash.")
 @click.option("--seed", type=INT, default=0, show_default=True)
 @_writing
 def synth(
