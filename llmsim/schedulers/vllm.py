@@ -96,19 +96,24 @@ class VllmScheduler:
         """The pass over running requests as vLLM writes it, one at a time in list order. Returns the budget left."""
         batch, kv = replica.batch, replica.kv
         granted: dict[Request, int] = {}
-        for request in list(replica.running):
-            if budget <= 0:
-                break
+        order = list(replica.running)
+        at = 0
+        while at < len(order) and budget > 0:
+            request = order[at]
+            at += 1
             if request in batch:
                 tokens, blocks = 1, int(batch.needs_block(request))
             elif request in replica.prefilling:
                 tokens = self._chunk(request, budget)
                 blocks = kv.blocks_for(request.computed_tokens + tokens) - kv.blocks_for(request.computed_tokens)
-            else:  # preempted above, or its last token is in flight
+            else:  # its last token is in flight
                 continue
             while blocks > kv.free_blocks and request in replica.running:
                 victim = self.victim(replica)
-                budget += granted.pop(victim, 0)
+                order.remove(victim)
+                if victim in granted:
+                    budget += granted.pop(victim)
+                    at -= 1  # only then: vLLM passes over a request if one that got nothing leaves ahead of it
                 replica.preempt(victim)
             if request not in replica.running:
                 break
