@@ -12,6 +12,8 @@ import subprocess
 import sys
 import tempfile
 
+import click
+
 from benchmarks.accuracy import FOLDERS, METRICS, ROOT, Load, cells, judged, recordings, table, update
 
 README, ACCURACY = ROOT / "README.md", ROOT / "docs" / "accuracy.md"
@@ -47,7 +49,9 @@ def host_scale_rows(page: str) -> str:
     return re.sub(r"^\| as shipped \|(.*)\n\| `--host-scale ([\d.]+)` \|.*$", again, page, flags=re.MULTILINE)
 
 
+@click.command()
 def main() -> None:
+    """Make the numbers printed in README.md and docs/accuracy.md again, after a new fit or recording."""
     loads = [load for folder in recordings() for load in judged(folder, "auto", 1.0)]
     update(ACCURACY, table(loads))
     update(README, table([load for load in loads if (FOLDERS[0] / load.folder).is_dir()]))

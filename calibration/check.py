@@ -49,13 +49,15 @@ def check_profile(profile: Profile, recordings: Sequence[Recording]) -> list[Che
     for recording in recordings:
         graphs = Graphs(recording.engine["cudagraph_capture_sizes"], recording.engine["max_num_seqs"])
         groups: dict[str, list[Seen]] = {}
+        own = set(recording.files.values()) & set(profile.provenance.recordings.values())
+        fitted_names = set(profile.provenance.scenarios) if own or not recording.files else set()
         for name, row in walk(recording.scenarios, profile.gpu_clock, host, graphs):
             # the batches of a grid are one scenario's worth of steps
             known = name in profile.provenance.scenarios
             groups.setdefault("grid" if name.startswith("grid_") and known else name, []).append(row)
         bursts = {scenario.name for scenario in recording.scenarios if not spread(scenario)} | {"grid"}
         for name, rows in groups.items():
-            fitted = name == "grid" or name in profile.provenance.scenarios
+            fitted = bool(fitted_names) and (name == "grid" or name in fitted_names)
             checks.append(_check(profile, host, graphs, name, rows, fitted, name in bursts))
     return checks
 

@@ -123,7 +123,7 @@ def demo(model: str, gpu: str, as_json: bool) -> None:
         click.echo(
             "Next:\n"
             "  # the same chats, arriving faster\n"
-            f"  llmsim replay {setting} --rate 20 --goodput ttft:500 tpot:50\n"
+            f"  llmsim replay {setting} --rate 16 --goodput ttft:500 tpot:50\n"
             "  # smaller prefill chunks\n"
             f"  llmsim replay {setting} --max-num-batched-tokens 2048\n"
             "  # the settings of a server of your own\n"

@@ -27,6 +27,7 @@ from llmsim.hardware import find_gpu, find_model
 from llmsim.kvcache import KVCache
 from llmsim.memory import kv_blocks
 from llmsim.metrics import Result
+from llmsim.plugins import PolicyError
 from llmsim.replica import Limits, Replica
 from llmsim.request import Request
 from llmsim.routers import load_router
@@ -227,7 +228,7 @@ class Fleet:
                     request = next(requests, None)
                     if request is None:
                         return
-                    dealt[self.router.route(request, self.replicas, request.arrival_s).index].append(request)
+                    dealt[self._routed(request, request.arrival_s).index].append(request)
                 yield mine.popleft()
 
         return [feed(index) for index in range(len(self.replicas))]
@@ -252,10 +253,17 @@ class Fleet:
         now_s, answers = self.env.now, self._answers
         while answers and answers[0][0] <= now_s:
             self.replicas[heappop(answers)[1]].outstanding -= 1
-        replica = self.router.route(request, self.replicas, now_s)
+        replica = self._routed(request, now_s)
         replica.outstanding += 1
         self._ints["replica"][request.id] = replica.index
         replica.submit(request)
+
+    def _routed(self, request: Request, now_s: float) -> Replica:
+        replica = self.router.route(request, self.replicas, now_s)
+        if not isinstance(replica, Replica):
+            name = type(self.router).__name__
+            raise PolicyError(f"{name} routed request {request.id} to {replica!r}. Return one of the replicas given.")
+        return replica
 
     def _send_at(self, request: Request, at_s: float) -> None:
         def send(_: simpy.Event) -> None:

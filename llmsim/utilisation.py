@@ -65,7 +65,7 @@ def utilisation(
         "gpus": gpus,
         "gpu_hours": gpu_hours,
         "calibration": _calibration(cost),
-        "extrapolated": extrapolated(iterations, cost, busy_s),
+        "extrapolated": extrapolated(iterations, cost, busy_s, scenario.async_scheduling),
     }
 
 
@@ -99,9 +99,12 @@ def active_seconds(iterations: Columns) -> Floats:
     return active_s
 
 
-def extrapolated(iterations: Columns, cost: CostModel, busy_s: Floats) -> float | None:
+def extrapolated(iterations: Columns, cost: CostModel, busy_s: Floats, asynchronous: bool = True) -> float | None:
+    """Profiles come from recordings of asynchronous scheduling; without it every iteration is outside."""
     if cost.kind != "profile":
         return None
+    if not asynchronous:
+        return 1.0 if busy_s.sum() else None
     return _ratio(busy_s[np.asarray(cost.outside_measured(iterations), dtype=bool)].sum(), busy_s.sum())
 
 

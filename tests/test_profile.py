@@ -83,13 +83,14 @@ def test_modes_are_those_of_the_graphs() -> None:
 def test_outside_measured_marks_rows() -> None:
     measured = read_profile("h100-sxm").measured
     rows = {
-        "seqs": np.array([10, measured.seqs + 1, 10, 10, 10]),
-        "kv_tokens": np.array([100, 100, measured.kv_tokens - 5, 100, 100]),
-        "iterations": np.array([1, 1, 2, 1, 1]),
-        "prefill_tokens": np.array([0, 0, 0, measured.tokens, 0]),
-        "prefill_context": np.array([0, 0, 0, 0, measured.context_tokens + 1]),
+        "seqs": np.array([10, measured.seqs + 1, 10, 10, 10, 10]),
+        "kv_tokens": np.array([100, 100, measured.kv_tokens - 5, 100, 100, 100]),
+        "iterations": np.array([1, 1, 2, 1, 1, 1]),
+        "prefill_tokens": np.array([0, 0, 0, measured.tokens, 0, 0]),
+        "prefill_context": np.array([0, 0, 0, 0, measured.context_tokens + 1, 0]),
+        "mode": np.array([FULL, FULL, FULL, EAGER, FULL, EAGER]),  # the last one: eager decodes
     }
-    assert cost_of().outside_measured(rows).tolist() == [False, True, True, True, True]
+    assert cost_of().outside_measured(rows).tolist() == [False, True, True, True, True, True]
 
 
 # ---- scaling ------------------------------------------------------------------------------------------------------

@@ -314,8 +314,13 @@ class ProfileCost:
         error = profile.error.get("fit_decode_step_median")
         shown = "" if error is None else f", decode steps within {error:.1%} (median) of those it was fitted to"
         scaled = f", scaled from {profile.model} by shapes to {model.name}" if self.scaled else ""
-        if self.scaled and settings.tensor_parallel != profile.tensor_parallel:
-            scaled += f" with tensor_parallel={settings.tensor_parallel}"
+        for name, now, then in (
+            ("tensor_parallel", settings.tensor_parallel, profile.tensor_parallel),
+            ("weights in", settings.dtype, profile.dtype),
+            ("KV cache in", settings.kv_dtype, profile.dtype if profile.kv_dtype == "auto" else profile.kv_dtype),
+        ):
+            if self.scaled and now != then:
+                scaled += f", {name} {now}"
         return f"profile {profile.name} ({profile.id}), {profile.provenance.engine}{scaled}{shown}"
 
     def linear_s(self, tokens: int) -> float:
@@ -346,7 +351,10 @@ class ProfileCost:
         return seconds + self._power_share * power(seqs) * min(seconds, WARM_S)
 
     def outside_measured(self, iterations: dict[str, Any]) -> Any:
-        """Rows with more tokens, decodes, cached tokens or prompt context than any step the profile was fitted to."""
+        """Rows with more tokens, decodes, cached tokens or prompt context than any step the profile was fitted to.
+
+        Decodes without a full graph are outside too: recordings have piecewise and eager launches of prompts only.
+        """
         measured = self.profile.measured
         last_kv_tokens = iterations["kv_tokens"] + iterations["seqs"] * (iterations["iterations"] - 1)
         return (
@@ -354,4 +362,5 @@ class ProfileCost:
             | (iterations["seqs"] > measured.seqs)
             | (last_kv_tokens > measured.kv_tokens)
             | (iterations["prefill_context"] > measured.context_tokens)
+            | ((iterations["prefill_tokens"] == 0) & (iterations["mode"] != FULL))
         )
