@@ -18,6 +18,9 @@ from llmsim.queue import WaitingQueue
 from llmsim.request import Request
 
 
+FRUITLESS_PREEMPTIONS = 10_000  # without a token in between: requests take each other's blocks for ever
+
+
 class Limits(NamedTuple):
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -47,6 +50,7 @@ class Engine:
         self._granted: dict[Request, None] | None = None  # decodes of a one-by-one pass
         self._publishing: dict[Request, None] = {}  # running requests whose answer others may share
         self._hits_grow = False  # one of these is generating what the policy has looked for: its answer cannot last
+        self._fruitless = 0  # preemptions since the last token
         self._late: list[Request] = []  # decode again after an iteration without them
 
     # ---------------------------------------------------------------------------------------------- what policies do
@@ -192,6 +196,13 @@ class Engine:
         request.computed_tokens = 0
         request.preemptions += 1
         self.preemptions += 1
+        self._fruitless += 1
+        if self._fruitless > FRUITLESS_PREEMPTIONS:
+            raise self._error(
+                f"preempted {FRUITLESS_PREEMPTIONS} times without a token in between, request {request.id} last: running"
+                f" requests take each other's KV blocks, of which there are {kv.total_blocks}. A real engine would hang"
+                " too; reserve whole sequences at admission (reserve_full_isl) or give it more blocks"
+            )
         self.preempted_now.append(request)
         self.waiting.put_back(request)
 
@@ -248,11 +259,13 @@ class Engine:
                 if blocks:
                     self.kv.take(blocks)
             ended = batch.advance(steps)
+            self._fruitless = 0
         else:
             ended = []
         for request, _, _ in self.chunks:
             if request.computed_tokens == request.prompt_tokens + request.generated_tokens:
                 request.generated_tokens += 1
+                self._fruitless = 0
                 del self.prefilling[request]
                 if request.identity_tokens > request.prompt_tokens:
                     self._publishing[request] = None

@@ -527,3 +527,12 @@ def test_hold_is_exported_for_policies() -> None:
     import llmsim
 
     assert llmsim.HOLD is HOLD is True
+
+
+def test_requests_that_take_each_others_blocks_for_ever_are_an_error() -> None:
+    policy = VllmScheduler(policy="priority", long_prefill_token_threshold=12, reserve_full_isl=False)
+    kv = KVCache(19, 16, prefix_caching=False)
+    env = simpy.Environment()
+    replica = Replica(env, policy, SteppedCost(HOSTS["none"], Graphs.of_engine(2, 128), 1.0), kv, Limits(2, 128))
+    with pytest.raises(PolicyError, match=r"without a token in between.*reserve_full_isl"):
+        replica.start(iter([Request(0, 0.0, 209, 20), Request(1, 0.0, 209, 20)]))
