@@ -17,7 +17,6 @@ from llmsim.plugins import PolicyError
 from llmsim.queue import WaitingQueue
 from llmsim.request import Request
 
-
 FRUITLESS_PREEMPTIONS = 10_000  # without a token in between: requests take each other's blocks for ever
 
 
@@ -199,8 +198,8 @@ class Engine:
         self._fruitless += 1
         if self._fruitless > FRUITLESS_PREEMPTIONS:
             raise self._error(
-                f"preempted {FRUITLESS_PREEMPTIONS} times without a token in between, request {request.id} last: running"
-                f" requests take each other's KV blocks, of which there are {kv.total_blocks}. A real engine would hang"
+                f"preempted {FRUITLESS_PREEMPTIONS} times without a token in between, request {request.id} last:"
+                f" running requests take each other's KV blocks, of which there are {kv.total_blocks}. A real engine would hang"
                 " too; reserve whole sequences at admission (reserve_full_isl) or give it more blocks"
             )
         self.preempted_now.append(request)
