@@ -199,8 +199,8 @@ class Engine:
         if self._fruitless > FRUITLESS_PREEMPTIONS:
             raise self._error(
                 f"preempted {FRUITLESS_PREEMPTIONS} times without a token in between, request {request.id} last:"
-                f" running requests take each other's KV blocks, of which there are {kv.total_blocks}. A real engine would"
-                " hang too; reserve whole sequences at admission (reserve_full_isl) or give it more blocks"
+                f" running requests take each other's KV blocks, of which there are {kv.total_blocks}. A real engine"
+                " would hang too; reserve whole sequences at admission (reserve_full_isl) or give it more blocks"
             )
         self.preempted_now.append(request)
         self.waiting.put_back(request)
