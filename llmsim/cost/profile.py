@@ -39,6 +39,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -167,6 +168,20 @@ def find_profile(model: Model, gpu: Gpu, settings: CostSettings) -> str | None:
         return None
     fitting = [name for name in profile_names() if read_profile(name).gpu == gpu.name]
     return min(fitting, key=lambda name: (read_profile(name).model != model.name, name), default=None)
+
+
+def measured_error(profile: Profile) -> str:
+    """Median error of step times on recordings it was not fitted to, or where there are none on those it was."""
+    for others, label in ((True, "steps it was not fitted to"), (False, "steps it was fitted to")):
+        kinds = []
+        for kind, name in (("decode", "decodes"), ("chunk", "with prompts")):
+            ending = f"{kind}_step_median"
+            errors = [e for key, e in profile.error.items() if key.endswith(ending) and (key[:4] != "fit_") == others]
+            if errors:
+                kinds.append(f"{name} {median(errors):.1%}")
+        if kinds:
+            return f", median error of {label}: {', '.join(kinds)}"
+    return ""
 
 
 def load_profile(path_or_name: str, model: Model, gpu: Gpu, settings: CostSettings) -> ProfileCost:
@@ -311,8 +326,7 @@ class ProfileCost:
 
     def _describe(self, model: Model, settings: CostSettings) -> str:
         profile = self.profile
-        error = profile.error.get("fit_decode_step_median")
-        shown = "" if error is None else f", decode steps within {error:.1%} (median) of those it was fitted to"
+        shown = measured_error(profile)
         scaled = f", scaled from {profile.model} by shapes to {model.name}" if self.scaled else ""
         for name, now, then in (
             ("tensor_parallel", settings.tensor_parallel, profile.tensor_parallel),
