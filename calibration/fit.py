@@ -28,7 +28,7 @@ from calibration.observe import Seen, observe
 from calibration.steps import Recording, Scenario, StepRow
 from llmsim.cost import FULL, WARM_S, Host
 from llmsim.cost.graphs import Graphs
-from llmsim.cost.profile import GpuClock, Shape, effective_rows, power
+from llmsim.cost.profile import GpuClock, Shape, effective_rows, power, unevenness
 
 Floats = NDArray[np.float64]
 
@@ -38,6 +38,7 @@ SUSTAINED_ROWS = 1024
 # w and its spread, by CUDA events on an H200 (calibration/recordings, mixed_grid and five loads). Logs of updates say
 # little about it: they show GPU seconds of few chunks beside many decodes that were not in a burst.
 POWER_SHARE, POWER_SHARE_SD = 0.18, 0.05
+FITTED_KV_HEADS = 8  # of the models that profiles are fitted on (Llama-3.1-8B)
 FEWEST = 4  # observations that a knot of a table needs
 NEAR = 1.3  # a knot counts as seen if steps come this near to it
 
@@ -81,7 +82,7 @@ def gpu_seconds(clock: GpuClock, warm_share: float, graphs: Graphs, step: StepRo
     """GPU seconds of a recorded step without stalls, by the equation of llmsim.cost.profile."""
     linear_s = between(clock.tokens, clock.linear_s, effective_rows(graphs.padded(step.tokens)))
     if not step.chunks:
-        return linear_s + clock.full_kv_token_s * step.kv_tokens
+        return linear_s + clock.full_kv_token_s * step.kv_tokens * (1.0 + unevenness(step.seqs, FITTED_KV_HEADS))
     kv_s, pair_s = clock.mixed_kv_token_s, clock.pair_s
     attention_s = sum(max(pair_s * (n * c + 0.5 * n * (n + 1)), kv_s * c) for n, c in step.chunks)
     base_s = linear_s + kv_s * step.kv_tokens + attention_s
@@ -127,7 +128,8 @@ def fit_decode(seen: Sequence[tuple[str, Seen]], graphs: Graphs) -> tuple[list[i
     ]
     padded = np.array([graphs.padded(row.step.tokens) for _, row in rows])
     knots = [int(size) for size in np.unique(padded) if np.sum(padded == size) >= FEWEST]
-    kv_tokens = np.array([row.step.kv_tokens for _, row in rows], float)
+    uneven = np.array([unevenness(row.step.seqs, FITTED_KV_HEADS) for _, row in rows])
+    kv_tokens = np.array([row.step.kv_tokens for _, row in rows], float) * (1.0 + uneven)
     target = np.array([row.gpu_s for _, row in rows])
     groups: dict[tuple[str, int], int] = {}
     for (name, _), size in zip(rows, padded, strict=True):

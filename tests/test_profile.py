@@ -230,8 +230,8 @@ def replayed(scenario: Scenario, recording: Recording, cost: ProfileCost) -> dic
         (FIRST, "poisson_1024_128_q8", 1.0, 0.04),
         (FIRST, "azconv_x1", 1.0, 0.04),
         (FIRST, "closed64_1024_256", 1.0, 0.04),
-        (FIRST, "poisson_1024_128_q18", 1.0, 0.09),
-        (SECOND, "poisson_q14_r1", 0.87, 0.06),
+        (FIRST, "poisson_1024_128_q18", 1.0, 0.06),
+        (SECOND, "poisson_q14_r1", 0.87, 0.08),  # two machines of a kind differ by 6 % in steps with prefill
     ],
 )
 def test_the_twin_with_the_profile_is_near_the_real_engine(

@@ -1,6 +1,6 @@
 """Cost of iterations from a profile: coefficients fitted to recordings of a real engine, scaled by shapes.
 
-    pure decodes      T = (G(n) + b_full * kv_tokens) * (1 + stalls)
+    pure decodes      T = (G(n) + b_full * kv_tokens * (1 + u(seqs))) * (1 + stalls)
     with chunks       T = B + w * min(B, 50 ms) * seqs^2 / (seqs^2 + 55^2)
                       B = G(n) + b_mixed * kv_tokens + sum over chunks max(a * pairs, b_mixed * computed)
 
@@ -9,6 +9,10 @@ its knots: linear layers, norms, sampling. a: seconds per (query, key) pair of p
 token that a decode reads; beside chunks the decodes run in the prefill's attention kernel, which reads no faster. A
 short chunk over a long context costs at least what a decode of it does. Stalls: the share of decode time that the host
 loses now and then (its own launches never pace a decode, its hiccups do).
+
+u is what is lost when the attention kernel's work does not divide evenly: with 8 KV heads, 1 to 4 requests of any
+context fill the 132 SMs of an H100 or H200 in one wave, and so do 8 and 16; other small batches need a second, half
+empty one. Timed on an H200 by CUDA events beside the same steps' other terms (long_q0.7, contexts of 12,000 to 30,000).
 
 w is power (and so is `Host.warm_share`, after another chunk): after many decodes, which draw it on memory, the matrix
 units of a chunk find lower clocks for some 50 ms.
@@ -56,6 +60,7 @@ TILE_ROWS = 128
 TILE_AT_ONCE = 0.25  # of a full tile's time, as soon as its first row is there
 TILE_PAID_ROWS = 64  # rows after which the whole tile is paid
 FIRST_TILED_ROW = 256  # below, memory paces the GEMMs
+UNEVEN = {5: 0.3, 6: 0.25, 7: 0.25, 9: 0.13, 10: 0.13, 11: 0.13, **dict.fromkeys(range(12, 16), 0.08)}  # 8 KV heads
 POWER_SEQS = 55  # decodes that pull them half-way down
 # An all-reduce over NVLink costs about this before bytes count (NCCL tests, small messages).
 ALL_REDUCE_LATENCY_S = 8e-6
@@ -205,6 +210,11 @@ def decode_profile(text: bytes, where: str) -> Profile:
     return profile
 
 
+def unevenness(seqs: int, kv_heads: float) -> float:
+    """u: share by which decode attention of `seqs` requests with `kv_heads` KV heads on a rank takes longer."""
+    return UNEVEN.get(round(seqs * kv_heads / 8), 0.0)
+
+
 def power(seqs: int) -> float:
     """How far `seqs` decodes have pulled the clocks down for a chunk beside them: 0 to 1."""
     return seqs * seqs / (seqs * seqs + POWER_SEQS * POWER_SEQS)
@@ -322,6 +332,8 @@ class ProfileCost:
         self._power_share = clock.power_share
         self._stalled = 1.0 + profile.host_clock.stall_share
         sizes = range(1, self._largest_graph + 1)
+        kv_heads = model.kv_heads / min(settings.tensor_parallel, model.kv_heads)
+        self._decode_kv_s = [self._full_kv_s * (1.0 + unevenness(n, kv_heads)) for n in range(self._largest_graph + 1)]
         self._decode_s = [0.0, *(self._stalled * self.linear_s(self._padded(n)) for n in sizes)]
 
     def _describe(self, model: Model, settings: CostSettings) -> str:
@@ -350,8 +362,10 @@ class ProfileCost:
         return values[i - 1] + share * (values[i] - values[i - 1])
 
     def decode_ramp(self, seqs: int, kv_tokens: int) -> Ramp:
-        linear_s = self._decode_s[seqs] if seqs <= self._largest_graph else self._stalled * self.linear_s(seqs)
-        kv_s = self._full_kv_s
+        if seqs <= self._largest_graph:
+            linear_s, kv_s = self._decode_s[seqs], self._decode_kv_s[seqs]
+        else:
+            linear_s, kv_s = self._stalled * self.linear_s(seqs), self._full_kv_s
         return Ramp(linear_s + kv_s * kv_tokens, kv_s * seqs)
 
     def mixed_s(self, chunks: Sequence[tuple[int, int]], seqs: int, kv_tokens: int) -> float:
