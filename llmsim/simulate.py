@@ -134,8 +134,6 @@ class Fleet:
             )
         self._ahead = s.concurrency is None and self._children is None and getattr(self.router, "stateless", False)
         self._answers: list[tuple[float, int]] = []  # heap: when clients have answers still to come, and from whom
-        self._think_s = trace.delay_s
-        self._turns: dict[int, Request] = {}  # turns that wait for their parent
         self._waiting_clients: Iterator[Request] = iter(())
         self._slots = 0  # closed loop: clients without a request under way
         n = len(trace)
@@ -199,23 +197,24 @@ class Fleet:
     def _requests(self) -> Iterator[Request]:
         """Requests in order of arrival, made as they are needed."""
         trace = self.trace
-        ids, answer_ids = trace.block_ids, trace.output_block_ids
         for first in range(0, len(trace), READ_AHEAD):
             part = slice(first, first + READ_AHEAD)
             arrival_s = trace.arrival_s[part].tolist()
             prompt, output = trace.prompt_tokens[part].tolist(), trace.output_tokens[part].tolist()
-            priority = trace.priority[part].tolist() if trace.priority is not None else None
-            for k in range(len(prompt)):
-                i = first + k
-                request = Request(i, arrival_s[k], prompt[k], output[k])
-                if priority is not None:
-                    request.priority = priority[k]
-                if ids is not None:
-                    request.prefix_ids, request.identity_tokens = ids[i], prompt[k]
-                    if answer_ids is not None and answer_ids[i]:
-                        request.prefix_ids += answer_ids[i]
-                        request.identity_tokens += output[k]
-                yield request
+            yield from map(self._request, range(first, first + len(prompt)), arrival_s, prompt, output)
+
+    def _request(self, i: int, arrival_s: float, prompt_tokens: int, output_tokens: int) -> Request:
+        """Request i of the trace, as it is before it is sent."""
+        trace = self.trace
+        request = Request(i, arrival_s, prompt_tokens, output_tokens)
+        if trace.priority is not None:
+            request.priority = int(trace.priority[i])
+        if trace.block_ids is not None:
+            request.prefix_ids, request.identity_tokens = trace.block_ids[i], prompt_tokens
+            if trace.output_block_ids is not None and trace.output_block_ids[i]:
+                request.prefix_ids += trace.output_block_ids[i]
+                request.identity_tokens += output_tokens
+        return request
 
     def _dealt(self, requests: Iterator[Request]) -> list[Iterator[Request]]:
         """What a stateless router gives each replica, routed as far ahead as some replica reads."""
@@ -237,8 +236,7 @@ class Fleet:
         env = self.env
         for request in requests:
             if isnan(request.arrival_s):
-                self._turns[request.id] = request  # sent when its parent has finished
-                continue
+                continue  # `_send_turn` sends it when its parent has finished
             if request.arrival_s > env.now:
                 yield env.timeout(request.arrival_s - env.now)
             self._send(request)
@@ -274,6 +272,13 @@ class Fleet:
         assert timer.callbacks is not None
         timer.callbacks.append(send)
 
+    def _send_turn(self, i: int, parent_known_s: float) -> None:
+        """Request i waited for its parent; it may stand anywhere in the trace."""
+        trace = self.trace
+        think_s = 0.0 if trace.delay_s is None or isnan(trace.delay_s[i]) else float(trace.delay_s[i])
+        request = self._request(i, nan, int(trace.prompt_tokens[i]), int(trace.output_tokens[i]))
+        self._send_at(request, parent_known_s + think_s)
+
     # ------------------------------------------------------------------------------------------------- collecting
 
     def _record(self, request: Request, replica: Replica) -> None:
@@ -299,8 +304,7 @@ class Fleet:
                 self._send_at(follower, _known(request))
         elif self._children is not None:
             for child in self._children.get(i, ()):
-                think_s = 0.0 if self._think_s is None else float(self._think_s[child])
-                self._send_at(self._turns.pop(child), _known(request) + (0.0 if isnan(think_s) else think_s))
+                self._send_turn(child, _known(request))
 
     def _result(self, wall_s: float) -> Result:
         trace = self.trace

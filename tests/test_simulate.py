@@ -81,6 +81,13 @@ def test_a_turn_is_sent_its_delay_after_its_parent_has_finished(replicas: int) -
     assert sent[5] == pytest.approx(done[3])  # no delay given: at once; and two turns may follow one
 
 
+def test_a_turn_may_stand_behind_requests_that_arrive_after_its_parent_has_finished() -> None:
+    columns = {"parent": np.array([-1, -1, 0]), "delay_s": np.array([np.nan, np.nan, 1.0])}
+    requests = simulate(trace([0, 100, np.nan], [10] * 3, [5] * 3, **columns), SCENARIO).requests
+    assert requests["arrival_s"][2] == pytest.approx(requests["finish_s"][0] + 1)
+    assert requests["finish_s"][2] < 100
+
+
 def test_a_parent_of_a_request_with_an_arrival_is_only_a_fact() -> None:
     columns = {"parent": np.array([-1, 0]), "delay_s": np.array([np.nan, 9.0])}
     requests = simulate(trace([0.0, 0.02], [100, 100], [50, 5], **columns), SCENARIO).requests
