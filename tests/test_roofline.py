@@ -8,7 +8,7 @@ import pytest
 
 from llmsim.cost import EAGER, FULL, PIECEWISE, Host
 from llmsim.cost.graphs import Graphs
-from llmsim.cost.load import CostSettings, load_cost, scaled_host
+from llmsim.cost.load import CostSettings, load_cost
 from llmsim.cost.roofline import (
     ATTENTION_FRACTION,
     COMPUTE_FRACTION,
@@ -220,7 +220,9 @@ def test_host_scale_multiplies_everything_the_host_does():
         if isinstance(before, float):
             assert after == 2 * before, item.name
     assert twice.launch_s == tuple(2 * launch_s for launch_s in once.launch_s)
-    assert scaled_host(Host(launch_jitter_s=((), (1e-3, -1e-3), ())), 3.0).launch_jitter_s[1] == (3e-3, -3e-3)
+    noisy = Host(launch_jitter_s=((), (1e-3, -1e-3), ()), drift_hold_s=0.4, warm_share=0.1).scaled(3.0)
+    assert noisy.launch_jitter_s[1] == (3e-3, -3e-3)
+    assert (noisy.drift_hold_s, noisy.warm_share) == (0.4, 0.1), "neither is a time the host takes"
 
 
 def test_a_constant_cost_is_constant_and_has_no_host():

@@ -16,7 +16,7 @@ more cached token), hence `Ramp`: the time of n iterations is an arithmetic seri
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from math import ceil, inf, sqrt
 from random import Random
 from typing import Any, NamedTuple, Protocol
@@ -100,6 +100,16 @@ class Host:
     def warmed_s(self, gpu_s: float) -> float:
         """GPU seconds of a chunk that follows a chunk at once."""
         return gpu_s + self.warm_share * min(gpu_s, WARM_S)
+
+    def scaled(self, factor: float) -> Host:
+        """A host that takes `factor` times as long for everything; how long its drift is held does not change."""
+
+        def times(value: Any) -> Any:
+            return tuple(times(item) for item in value) if isinstance(value, tuple) else value * factor
+
+        kept = ("drift_hold_s", "warm_share")  # a correlation time, and the GPU's
+        names = [item.name for item in fields(self) if item.name not in kept]
+        return replace(self, **{name: times(getattr(self, name)) for name in names})
 
 
 class LaunchNoise:

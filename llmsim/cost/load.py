@@ -9,11 +9,10 @@ NAME or PATH      a shipped profile, or a profile file (JSON)
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from math import isfinite
-from typing import Any
 
-from llmsim.cost import CostModel, Host
+from llmsim.cost import CostModel
 from llmsim.cost.graphs import Graphs
 from llmsim.hardware import Gpu, Model
 
@@ -44,15 +43,6 @@ def load_cost(spec: str, model: Model, gpu: Gpu, settings: CostSettings) -> Cost
     return load_profile(name, model, gpu, settings)
 
 
-def scaled_host(host: Host, factor: float) -> Host:
-    """The host with every time multiplied by `factor`."""
-
-    def times(value: Any) -> Any:
-        return tuple(times(item) for item in value) if isinstance(value, tuple) else value * factor
-
-    return replace(host, **{item.name: times(getattr(host, item.name)) for item in fields(host)})
-
-
 def _roofline(model: Model, gpu: Gpu, settings: CostSettings) -> CostModel:
     from llmsim.cost.roofline import RooflineCost, default_host
 
@@ -63,7 +53,7 @@ def _roofline(model: Model, gpu: Gpu, settings: CostSettings) -> CostModel:
         dtype=settings.dtype,
         kv_dtype=settings.kv_dtype,
         graphs=settings.graphs,
-        host=scaled_host(default_host(model.layers), settings.host_scale),
+        host=default_host(model.layers).scaled(settings.host_scale),
     )
 
 

@@ -279,23 +279,18 @@ def model_shape(model: Model, gpu: Gpu, dtype: str, kv_dtype: str, tensor_parall
     )
 
 
-def scaled_host(clock: HostClock, layers_ratio: float, host_scale: float) -> Host:
-    """Piecewise and eager launches beyond a graph's own cost grow with the layers; `host_scale` slows everything."""
+def host_of(clock: HostClock, layers_ratio: float) -> Host:
+    """The host of a model with `layers_ratio` times the layers: launches beyond a full graph's cost grow with them."""
     graph_s = clock.launch_s[FULL]
-    launch = [graph_s, *(graph_s + max(t - graph_s, 0.0) * layers_ratio for t in clock.launch_s[PIECEWISE:])]
-    growth = [now / before if before > 0.0 else 1.0 for now, before in zip(launch, clock.launch_s, strict=True)]
+    later = [graph_s + max(launch_s - graph_s, 0.0) * layers_ratio for launch_s in clock.launch_s[PIECEWISE:]]
+    launch_s = (graph_s, later[0], later[1])
+    growth = [now / before if before > 0.0 else 1.0 for now, before in zip(launch_s, clock.launch_s, strict=True)]
 
     def noise(tables: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
-        pairs = zip(tables, growth, strict=True)
-        return tuple(tuple(value * factor * host_scale for value in table) for table, factor in pairs)
+        return tuple(tuple(value * factor for value in table) for table, factor in zip(tables, growth, strict=True))
 
     plain = {name: getattr(clock, name) for name in clock.__struct_fields__ if name != "stall_share"}
-    for name, value in plain.items():
-        if isinstance(value, float) and name not in ("drift_hold_s", "warm_share"):
-            plain[name] = value * host_scale
-        elif isinstance(value, tuple) and not isinstance(value[0], tuple):
-            plain[name] = tuple(part * host_scale for part in value)
-    plain["launch_s"] = (launch[0] * host_scale, launch[1] * host_scale, launch[2] * host_scale)
+    plain["launch_s"] = launch_s
     plain["launch_jitter_s"] = noise(clock.launch_jitter_s)
     plain["launch_drift_s"] = noise(clock.launch_drift_s)
     return Host(**plain)
@@ -316,7 +311,7 @@ class ProfileCost:
         self._shape, self._fitted, self._clock = shape, fitted, clock
         self.scaled = shape != fitted
         self.label = self._describe(model, settings)
-        self.host = scaled_host(profile.host_clock, shape.layers / fitted.layers, settings.host_scale)
+        self.host = host_of(profile.host_clock, shape.layers / fitted.layers).scaled(settings.host_scale)
         self.mode = settings.graphs.mode
         self._padded, self._largest_graph = settings.graphs.padded, settings.graphs.largest
 
