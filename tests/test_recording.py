@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 from llmsim.recording import load_recording
 
 H100 = "vllm-0.25.1_h100-sxm_llama-3.1-8b_bf16"
-FOLDERS = (Path(__file__).parent / "data" / "recordings", Path(__file__).parents[2] / "shared" / "groundtruth")
+RECORDINGS = Path(__file__).parent / "data" / "recordings"
 ENGINE = {
     "num_gpu_blocks": 500,
     "block_size": 16,
@@ -259,12 +258,7 @@ def test_the_line_of_a_broken_appended_result_is_named(tmp_path: Path) -> None:
 
 
 def test_recordings_of_a_real_engine_load() -> None:
-    folder = next((f / H100 for f in FOLDERS if (f / H100).exists()), None)
-    if folder is None:
-        if os.environ.get("CI"):
-            pytest.fail(f"no recordings in {FOLDERS}: CI needs them")
-        pytest.skip(f"no recordings in {FOLDERS}")
-    scenarios = load_recording(folder)
+    scenarios = load_recording(RECORDINGS / H100)
     assert sum(one.name.startswith("grid_") for one in scenarios) == 30
     loads = {one.name: one for one in scenarios if not one.name.startswith("grid_")}
     assert {name: len(one.trace) for name, one in loads.items()} == {

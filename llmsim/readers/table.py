@@ -7,6 +7,7 @@ strictly narrower than the careful way, so it can never let through what the car
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from llmsim.readers import values
 from llmsim.readers.rows import MAX_TOKENS, FloatArray, IntArray
 
 
-class Table:
+class Table(ABC):
     """Named columns; `text` says that every value is text (CSV), `unit` what `lines` counts."""
 
     text = False
@@ -36,8 +37,9 @@ class Table:
         """The first of `aliases` that is a column, as the file spells it."""
         return next((self._by_fold[fold(alias)] for alias in aliases if fold(alias) in self._by_fold), None)
 
+    @abstractmethod
     def raw(self, column: str) -> list[Any]:
-        raise NotImplementedError
+        """The column's values as the file has them."""
 
     def _int_sweep(self, column: str) -> IntArray | None:
         types = set(map(type, self.raw(column)))
