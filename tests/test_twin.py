@@ -157,6 +157,22 @@ CASES = [
 ]
 
 
+def assert_agree(replica: Replica, fast: list[Request], plain: list[PlainRequest], iterations: int) -> None:
+    """The same token times, preemptions and cache hits as the plain twin, and nothing left behind."""
+    for ours, theirs in zip(fast, plain, strict=True):
+        assert ours.preemptions == theirs.preemptions, ours.id
+        assert ours.cached_tokens == theirs.cached, ours.id
+        assert ours.scheduled_s == pytest.approx(theirs.scheduled_s, abs=TOLERANCE_S), ours.id
+        assert ours.first_token_s == pytest.approx(theirs.token_s[0], abs=TOLERANCE_S), ours.id
+        assert ours.finish_s == pytest.approx(theirs.token_s[-1], abs=TOLERANCE_S), ours.id
+    expected = np.sort(np.concatenate([np.diff(r.token_s) for r in plain]))
+    np.testing.assert_allclose(gaps_of(replica), expected, atol=2 * TOLERANCE_S)
+    assert replica.iterations.table()["iterations"].sum() == iterations
+    assert replica.kv.free_blocks == replica.kv.total_blocks
+    assert not replica.running
+    assert not replica.waiting
+
+
 @pytest.mark.parametrize("asynchronous", [True, False], ids=["async", "sync"])
 @pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("scale", [1.0, 0.15], ids=["gpu-bound", "host-bound"])
@@ -181,15 +197,4 @@ def test_replica_agrees_with_the_plain_twin(
         own_noise = Noise(cost.host, seed)
         own_noise.online = online
         replica, fast = run_fast(rows, settings, cost, own_noise)
-        for ours, theirs in zip(fast, plain, strict=True):
-            assert ours.preemptions == theirs.preemptions, ours.id
-            assert ours.cached_tokens == theirs.cached, ours.id
-            assert ours.scheduled_s == pytest.approx(theirs.scheduled_s, abs=TOLERANCE_S), ours.id
-            assert ours.first_token_s == pytest.approx(theirs.token_s[0], abs=TOLERANCE_S), ours.id
-            assert ours.finish_s == pytest.approx(theirs.token_s[-1], abs=TOLERANCE_S), ours.id
-        expected = np.sort(np.concatenate([np.diff(r.token_s) for r in plain]))
-        np.testing.assert_allclose(gaps_of(replica), expected, atol=2 * TOLERANCE_S)
-        assert replica.iterations.table()["iterations"].sum() == len(steps)
-        assert replica.kv.free_blocks == replica.kv.total_blocks
-        assert not replica.running
-        assert not replica.waiting
+        assert_agree(replica, fast, plain, len(steps))

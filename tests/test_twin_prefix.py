@@ -9,11 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
 
-import numpy as np
 import pytest
 import simpy
 from plain_engine import PlainEngine, PlainRequest, Settings
-from test_twin import HOSTS, TOLERANCE_S, Noise, SteppedCost, gaps_of
+from test_twin import HOSTS, Noise, SteppedCost, assert_agree
 
 from llmsim.cost import Host, LaunchNoise
 from llmsim.cost.graphs import Graphs
@@ -138,16 +137,7 @@ def compare(rows: list[Row], settings: Settings, host: Host, scale: float, seed:
     ]
     steps = PlainEngine(cost, settings, LaunchNoise(cost.host, seed).draw).run(plain)
     replica, fast = run_fast(rows, settings, cost, Noise(cost.host, seed), id_tokens)
-    for ours, theirs in zip(fast, plain, strict=True):
-        assert ours.cached_tokens == theirs.cached, ours.id
-        assert ours.preemptions == theirs.preemptions, ours.id
-        assert ours.scheduled_s == pytest.approx(theirs.scheduled_s, abs=TOLERANCE_S), ours.id
-        assert ours.first_token_s == pytest.approx(theirs.token_s[0], abs=TOLERANCE_S), ours.id
-        assert ours.finish_s == pytest.approx(theirs.token_s[-1], abs=TOLERANCE_S), ours.id
-    expected = np.sort(np.concatenate([np.diff(request.token_s) for request in plain]))
-    np.testing.assert_allclose(gaps_of(replica), expected, atol=2 * TOLERANCE_S)
-    assert replica.iterations.table()["iterations"].sum() == len(steps)
-    assert replica.kv.free_blocks == replica.kv.total_blocks
+    assert_agree(replica, fast, plain, len(steps))
 
 
 @pytest.mark.parametrize("id_tokens", [16, 64])
