@@ -249,6 +249,14 @@ class Engine:
             self._check_iteration()
         return bool(hold) and not self._hits_grow
 
+    def completed_prompts(self) -> list[Request]:
+        """Requests whose chunk of this iteration is their last: it makes a token."""
+        return [
+            request
+            for request, _, _ in self.chunks
+            if request.computed_tokens == request.prompt_tokens + request.generated_tokens
+        ]
+
     def commit(self, steps: int) -> list[Request]:
         """Book `steps` iterations as scheduled; returns the requests whose last token they make."""
         batch = self.batch
@@ -261,17 +269,16 @@ class Engine:
             self._fruitless = 0
         else:
             ended = []
-        for request, _, _ in self.chunks:
-            if request.computed_tokens == request.prompt_tokens + request.generated_tokens:
-                request.generated_tokens += 1
-                self._fruitless = 0
-                del self.prefilling[request]
-                if request.identity_tokens > request.prompt_tokens:
-                    self._publishing[request] = None
-                if request.generated_tokens < request.output_tokens:
-                    batch.add(request)
-                else:
-                    ended.append(request)
+        for request in self.completed_prompts():
+            request.generated_tokens += 1
+            self._fruitless = 0
+            del self.prefilling[request]
+            if request.identity_tokens > request.prompt_tokens:
+                self._publishing[request] = None
+            if request.generated_tokens < request.output_tokens:
+                batch.add(request)
+            else:
+                ended.append(request)
         return ended
 
     def free(self, ended: list[Request]) -> None:

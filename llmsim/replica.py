@@ -256,9 +256,7 @@ class Replica(Engine):
     def _launched(self, step: Step) -> float:
         """Synchronous scheduling: the host waits for this very step."""
         host = self.cost.host
-        outputs = self.decoding + sum(
-            request.computed_tokens == request.prefill_tokens for request, _, _ in self.chunks
-        )
+        outputs = self.decoding + len(self.completed_prompts())
         taken_s = max(step.gpu_end_s, step.launched_s)
         return taken_s + host.update_s + host.update_per_output_s * outputs
 
@@ -275,10 +273,7 @@ class Replica(Engine):
                 if request not in self._late:
                     self._cut(request)
                     self._late.append(request)
-        firsts: list[Request] = []
-        for request, _, _ in self.chunks:
-            if request.computed_tokens == request.prompt_tokens + request.generated_tokens:
-                firsts.append(request)
+        firsts = self.completed_prompts()
         ended = self.commit(1)
         self._gpu_s = step.gpu_end_s
         self._after_chunks = bool(step.chunks)
@@ -313,11 +308,9 @@ class Replica(Engine):
         pace_s, pace_growth_s = plan.pace
         update_s = host.update_s + host.update_per_output_s * seqs
         respond_s = host.respond_s + host.respond_per_output_s * seqs
-        first_s, growth_s = step.gpu
-        last_s = first_s + growth_s * (steps - 1)
+        gaps = self.gaps
         if not self.asynchronous:
             first_seen_s = plan.second_s - update_s + respond_s
-            gaps = self.gaps
             gaps.add(gaps.pack(first_seen_s - self._emitted_s, 0.0, 1, seqs, first_seen_s))
             self._emitted_s = plan.scheduled_s(steps) - update_s + respond_s
             gaps.add(gaps.pack(pace_s - pace_growth_s, pace_growth_s, steps - 1, seqs, self._emitted_s))
@@ -326,7 +319,6 @@ class Replica(Engine):
             self.commit(steps)
             return
         first_seen_s = plan.base_s - update_s + respond_s
-        gaps = self.gaps
         gaps.add(gaps.pack(first_seen_s - self._emitted_s, 0.0, 1, seqs, first_seen_s))
         more = steps - 2  # gaps between the iterations whose results are taken; the last one's are in flight
         before_last_s = more * pace_s + pace_growth_s * (more * (more - 1)) * 0.5
@@ -336,6 +328,8 @@ class Replica(Engine):
         if plan.gpu_bound:
             gpu_s = step.gpu_end_s + before_last_s + pace_s + pace_growth_s * more
         else:
+            first_s, growth_s = step.gpu
+            last_s = first_s + growth_s * (steps - 1)
             launched_s = plan.base_s - update_s + more * pace_s
             launch_s = host.launch_s[FULL] + host.launch_per_request_s[FULL] * seqs
             gpu_s = launched_s + max(host.lead_s[FULL] + last_s - launch_s, host.tail_s[FULL])
