@@ -85,7 +85,8 @@ class Replica(Engine):
         self._to_free: list[Request] = []  # ended, results taken: free at the next schedule
         self._flight: _Flight | None = None  # the iteration launched last, until its results are taken
         self._gpu_s = -inf  # when the GPU is done with it: E(k-1)
-        self._after_chunks = False  # whether it had any
+        self._chunk_s = 0.0  # of that iteration, if it had chunks
+        self._launched_s = -inf  # end of its launch, where workers launch: they queue up
         self._emitted_s = 0.0  # when clients saw the tokens of the iteration before
         # Arrivals.
         self._feed: Iterator[Request] | None = None
@@ -143,12 +144,18 @@ class Replica(Engine):
             hold = self.begin(t)
             if self.decoding or self.chunks:
                 step = self._compose(t)
-                if step.mode != FULL and host.interference_per_token_s:
-                    yield from self._interfere(step)
+                if not host.worker:
+                    if step.mode != FULL and host.interference_per_token_s:
+                        yield from self._interfere(step)
+                    step.free_s = step.launched_s
                 begin_s = step.launch_s + host.lead_s[step.mode]
-                if step.chunks and self._after_chunks and begin_s - self._gpu_s < WARM_S:
-                    step.gpu = Ramp(host.warmed_s(step.gpu.first_s), 0.0)
-                gpu_end_s = (self._gpu_s if self._gpu_s > begin_s else begin_s) + step.gpu.first_s
+                gpu_end_s = self._gpu_s if self._gpu_s > begin_s else begin_s
+                if self._chunk_s and begin_s - self._gpu_s < WARM_S:
+                    if step.chunks:
+                        step.gpu = Ramp(host.warmed_s(step.gpu.first_s), 0.0)
+                    else:
+                        gpu_end_s += host.cooled_s(self._chunk_s)
+                gpu_end_s += step.gpu.first_s
                 launch_tail_s = step.launched_s + host.tail_s[step.mode]
                 step.gpu_end_s = gpu_end_s if gpu_end_s > launch_tail_s else launch_tail_s
                 t = self._launched_asynchronously(step) if self.asynchronous else self._launched(step)
@@ -168,7 +175,7 @@ class Replica(Engine):
                             continue
                 self._finish_step(step)
             elif self._flight is not None:  # nothing to schedule: wait for the results in flight
-                taken_s = max(self._gpu_s, t)
+                taken_s = max(self._gpu_s + host.return_s, t)
                 flight, self._flight = self._flight, None
                 t = self._take(flight, taken_s)
             elif self._to_free or self.preempted_now:  # blocks are free that were not
@@ -223,6 +230,10 @@ class Replica(Engine):
         launch_s = t + host.schedule_s + host.schedule_per_request_s * running
         if new_tokens:
             launch_s += host.schedule_per_token_s * new_tokens
+        if host.worker:
+            step.free_s = launch_s
+            if self._launched_s > launch_s:
+                launch_s = self._launched_s
         step.launch_s = launch_s
         step.launched_s = launch_s + host.launch_s[mode] + host.launch_per_request_s[mode] * requests
         if step.chunks:
@@ -250,14 +261,14 @@ class Replica(Engine):
         """The host takes the results before, if any; returns S(k+1)."""
         flight, self._flight = self._flight, None
         if flight is None:
-            return step.launched_s
-        return self._take(flight, max(self._gpu_s, step.launched_s))
+            return step.free_s
+        return self._take(flight, max(self._gpu_s + self.cost.host.return_s, step.free_s))
 
     def _launched(self, step: Step) -> float:
         """Synchronous scheduling: the host waits for this very step."""
         host = self.cost.host
         outputs = self.decoding + len(self.completed_prompts())
-        taken_s = max(step.gpu_end_s, step.launched_s)
+        taken_s = max(step.gpu_end_s + host.return_s, step.free_s)
         return taken_s + host.update_s + host.update_per_output_s * outputs
 
     def _finish_step(self, step: Step) -> None:
@@ -275,15 +286,15 @@ class Replica(Engine):
                     self._late.append(request)
         firsts = self.completed_prompts()
         ended = self.commit(1)
-        self._gpu_s = step.gpu_end_s
-        self._after_chunks = bool(step.chunks)
+        self._gpu_s, self._launched_s = step.gpu_end_s, step.launched_s
+        self._chunk_s = step.gpu.first_s if step.chunks else 0.0
         flight = self._own_flight
         flight.outputs = self.decoding + len(firsts)
         flight.decodes, flight.firsts, flight.late, flight.ended = decodes, firsts, late, ended
         if self.asynchronous:
             self._flight = flight
         else:
-            self._take(flight, max(step.gpu_end_s, step.launched_s))
+            self._take(flight, max(step.gpu_end_s + self.cost.host.return_s, step.free_s))
 
     def _long_run(self, step: Step, second_s: float) -> Plan | None:
         """A plan for more iterations like this one, if a closed form holds."""
@@ -302,7 +313,7 @@ class Replica(Engine):
 
     def _finish_run(self, step: Step, plan: Plan, steps: int) -> None:
         """Book a run of iterations; the last one's results are in flight, or taken if scheduling is synchronous."""
-        self._after_chunks = False
+        self._chunk_s = 0.0
         host = self.cost.host
         seqs = step.seqs
         pace_s, pace_growth_s = plan.pace
@@ -314,7 +325,7 @@ class Replica(Engine):
             gaps.add(gaps.pack(first_seen_s - self._emitted_s, 0.0, 1, seqs, first_seen_s))
             self._emitted_s = plan.scheduled_s(steps) - update_s + respond_s
             gaps.add(gaps.pack(pace_s - pace_growth_s, pace_growth_s, steps - 1, seqs, self._emitted_s))
-            self._gpu_s = self._emitted_s - respond_s
+            self._gpu_s = self._emitted_s - respond_s - host.return_s
             self._log(step, steps, self._gpu_s)
             self.commit(steps)
             return
@@ -335,6 +346,7 @@ class Replica(Engine):
             gpu_s = launched_s + max(host.lead_s[FULL] + last_s - launch_s, host.tail_s[FULL])
         self._log(step, steps, gpu_s)
         self._gpu_s = gpu_s
+        self._launched_s = -inf  # through before the next is scheduled
         flight = self._flight = self._own_flight
         flight.outputs = flight.decodes = seqs
         flight.firsts = flight.late = ()

@@ -138,6 +138,7 @@ class Step:
     schedule_s: float = nan  # the instants of the two clocks
     launch_s: float = nan
     launched_s: float = nan
+    free_s: float = nan
     gpu_end_s: float = nan
     update_s: float = nan
     gpu_time_s: float = nan
@@ -359,17 +360,26 @@ class PlainEngine:
         )
         launch_s = host.launch_s[mode] + host.launch_per_request_s[mode] * requests
         launch_s += host.launch_per_chunk_s[mode] * len(chunks)
+        step.free_s = step.launch_s
+        if host.worker and self.log:
+            step.launch_s = max(step.launch_s, self.log[-1].launched_s)
         step.launched_s = step.launch_s + launch_s
         if mode != FULL:  # a full graph's short launch hides behind the GPU: neither noise nor interference
             step.launched_s += self.noise(mode, step.launch_s)
-            step.launched_s = self._slowed(step.launch_s, step.launched_s)
+            if not host.worker:
+                step.launched_s = self._slowed(step.launch_s, step.launched_s)
+        if not host.worker:
+            step.free_s = step.launched_s
         if chunks:
             step.gpu_time_s = self.cost.mixed_s(chunks, step.seqs, step.kv_tokens)
         else:
             step.gpu_time_s = self.cost.decode_ramp(step.seqs, step.kv_tokens).first_s
-        if chunks and self.log and self.log[-1].chunks and step.launch_s + host.lead_s[mode] - self.gpu_free_s < WARM_S:
-            step.gpu_time_s = host.warmed_s(step.gpu_time_s)
         start_s = max(self.gpu_free_s, step.launch_s + host.lead_s[mode])
+        if self.log and self.log[-1].chunks and step.launch_s + host.lead_s[mode] - self.gpu_free_s < WARM_S:
+            if chunks:
+                step.gpu_time_s = host.warmed_s(step.gpu_time_s)
+            else:
+                start_s += host.cooled_s(self.log[-1].gpu_time_s)
         step.gpu_end_s = max(start_s + step.gpu_time_s, step.launched_s + host.tail_s[mode])
         self.gpu_free_s = step.gpu_end_s
         self.log.append(step)
@@ -401,7 +411,7 @@ class PlainEngine:
             step = self._schedule(now_s)
             if step.scheduled:
                 self._launch(step)
-                now_s = self._update(step, max(step.gpu_end_s, step.launched_s))
+                now_s = self._update(step, max(step.gpu_end_s + self.host.return_s, step.free_s))
             else:
                 now_s = now_s if step.preempted else self._idle(now_s)  # preempted: the next schedule may admit
 
@@ -413,12 +423,12 @@ class PlainEngine:
             if step.scheduled:
                 self._launch(step)
                 if in_flight is None:
-                    now_s = step.launched_s
+                    now_s = step.free_s
                 else:
-                    now_s = self._update(in_flight, max(in_flight.gpu_end_s, step.launched_s))
+                    now_s = self._update(in_flight, max(in_flight.gpu_end_s + self.host.return_s, step.free_s))
                 in_flight = step
             elif in_flight is not None:
-                now_s = self._update(in_flight, max(in_flight.gpu_end_s, now_s))
+                now_s = self._update(in_flight, max(in_flight.gpu_end_s + self.host.return_s, now_s))
                 in_flight = None
             else:
                 now_s = now_s if step.preempted else self._idle(now_s)  # preempted: the next schedule may admit

@@ -73,7 +73,8 @@ def check_times(requests: dict[str, Any]) -> None:
         assert (values_s >= -ROUNDING_S).all(), name
     e2el_s = requests["finish_s"] - requests["arrival_s"]
     np.testing.assert_allclose(sum(parts.values()), e2el_s, rtol=0, atol=ROUNDING_S)
-    assert ((requests["preempted_s"] > 0) == (requests["preemptions"] > 0)).all()
+    # one that is preempted with its last token in flight loses no time
+    assert (requests["preemptions"][requests["preempted_s"] > 0] > 0).all()
     single = requests["output_tokens"] == 1
     np.testing.assert_allclose(requests["finish_s"][single], requests["first_token_s"][single], rtol=0, atol=ROUNDING_S)
 

@@ -398,7 +398,7 @@ POLICIES: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("asynchronous", [True, False], ids=["async", "sync"])
 @pytest.mark.parametrize("blocks", [10_000, 150], ids=["ample", "tight"])
-@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("host", [name for name in HOSTS if name != "slow worker"])  # has no closed form
 @pytest.mark.parametrize("policy", POLICIES)
 def test_hold_is_honest(policy: str, host: str, blocks: int, asynchronous: bool) -> None:
     cost = SteppedCost(HOSTS[host], Graphs.of_engine(256, 512), 1.0)

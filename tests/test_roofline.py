@@ -220,9 +220,9 @@ def test_host_scale_multiplies_everything_the_host_does():
         if isinstance(before, float):
             assert after == 2 * before, item.name
     assert twice.launch_s == tuple(2 * launch_s for launch_s in once.launch_s)
-    noisy = Host(launch_jitter_s=((), (1e-3, -1e-3), ()), drift_hold_s=0.4, warm_share=0.1).scaled(3.0)
+    noisy = Host(launch_jitter_s=((), (1e-3, -1e-3), ()), drift_hold_s=0.4, warm_share=0.1, cool_share=0.2).scaled(3.0)
     assert noisy.launch_jitter_s[1] == (3e-3, -3e-3)
-    assert (noisy.drift_hold_s, noisy.warm_share) == (0.4, 0.1), "neither is a time the host takes"
+    assert (noisy.drift_hold_s, noisy.warm_share, noisy.cool_share) == (0.4, 0.1, 0.2), "no time the host takes"
 
 
 def test_a_constant_cost_is_constant_and_has_no_host():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 
 import numpy as np
@@ -49,8 +50,12 @@ HOSTS = {
         interference_per_token_s=2e-6, lead_s=(1e-3, 2e-3, 2e-3), tail_s=(5e-4, 1e-3, 1e-3), receive_busy_s=3e-4,
         receive_per_token_s=5e-7, receive_s=9e-4, wake_s=4e-4, respond_s=1.2e-3, respond_per_output_s=3.6e-5,
         warm_share=0.05,
+        cool_share=0.07,
     ),
 }  # fmt: skip
+HOSTS["late"] = replace(HOSTS["vllm"], return_s=4e-4)
+HOSTS["worker"] = replace(HOSTS["vllm"], return_s=4e-4, worker=True)
+HOSTS["slow worker"] = replace(HOSTS["worker"], launch_s=(7e-3, 14e-3, 30e-3))
 
 
 def requests_of(random: Random, n: int, rate: float, prompt: int, output: int, block: int, shared: bool):
