@@ -7,9 +7,16 @@ from pathlib import Path
 
 import click
 
-from calibration.check import check_profile, report, with_errors
-from calibration.profiles import fit_profile, write_profile
+from calibration.check import check_profile, draw, report, with_errors
+from calibration.check_kernels_command import check_kernels_command
+from calibration.fit_command import fit_command
+from calibration.imports.command import import_
+from calibration.measure.command import measure
+from calibration.profiles import write_profile
+from calibration.record.command import engine_command, record_command
 from calibration.steps import read_recording
+from calibration.touch_up_command import spread_command, touch_up_command
+from llmsim.charts import check_plot
 from llmsim.cost.profile import read_profile
 
 
@@ -19,51 +26,52 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("recordings", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--scenarios", help="Only these, comma separated. Default: all in the folders.")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The profile to write.")
-@click.option("--name", help="Name of the profile. Default: the output's.")
-@click.option("--gpu", required=True, help="As in: llmsim list gpus")
-@click.option("--model", required=True, help="As in: llmsim list models, or a config.json")
-@click.option("--dtype", default="bfloat16", show_default=True)
-@click.option("--kv-dtype", default="auto", show_default=True)
-def fit(
-    recordings: tuple[Path, ...],
-    scenarios: str | None,
-    output: Path,
-    name: str | None,
-    gpu: str,
-    model: str,
-    dtype: str,
-    kv_dtype: str,
-) -> None:
-    """Fit a profile to the step logs of one or more recordings."""
-    wanted = scenarios.split(",") if scenarios else None
-    read = [read_recording(path, wanted) for path in recordings]
-    profile = fit_profile(read, name or output.stem, gpu, model, dtype, kv_dtype)
-    write_profile(profile, output)
-    click.echo(report(profile, check_profile(profile, read)))
-    click.echo(f"{output}: profile {profile.name} ({profile.id})")
-
-
-@main.command()
 @click.argument("profile")
 @click.argument("recordings", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--scenarios", help="Only these, comma separated. Default: all in the folders.")
+@click.option("--model", help="Of recordings whose engine.json names no known one.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Recorded against expected: .html, .svg or .png.")
 @click.option(
     "--record", is_flag=True, help="Write the errors of scenarios it was not fitted to into the profile file."
 )
-def check(profile: str, recordings: tuple[Path, ...], scenarios: str | None, record: bool) -> None:
-    """Step by step, how far a profile is from recordings: GPU seconds and launches."""
+def check(
+    profile: str,
+    recordings: tuple[Path, ...],
+    scenarios: str | None,
+    model: str | None,
+    plot: Path | None,
+    record: bool,
+) -> None:
+    """Step by step, how far a profile is from recordings: GPU seconds and launches.
+
+    Recordings of another model, dtype or tensor-parallel size are judged by the profile scaled to that.
+    """
+    if plot is not None:
+        check_plot(plot)
     wanted = scenarios.split(",") if scenarios else None
     loaded = read_profile(profile)
-    checks = check_profile(loaded, [read_recording(path, wanted) for path in recordings])
+    checks = check_profile(loaded, [read_recording(path, wanted) for path in recordings], model)
     click.echo(report(loaded, checks))
+    if plot is not None:
+        draw(loaded, checks, plot)
+        click.echo(str(plot))
     if record:
         path = Path(profile)
         if path.suffix != ".json":
             raise ValueError(f"profile={profile}: --record needs the path of the .json file to write into")
         write_profile(with_errors(loaded, checks), path)
+
+
+main.add_command(import_)
+main.add_command(measure)
+main.add_command(touch_up_command)
+main.add_command(spread_command)
+main.add_command(record_command)
+main.add_command(engine_command)
+
+
+main.add_command(fit_command)
+main.add_command(check_kernels_command)
 
 
 if __name__ == "__main__":
@@ -72,6 +80,9 @@ if __name__ == "__main__":
     except click.ClickException as error:
         error.show()
         sys.exit(2)
-    except (ValueError, FileNotFoundError) as error:
+    except click.Abort:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError) as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(2)

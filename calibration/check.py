@@ -1,135 +1,246 @@
 """How far a profile is from recordings, step by step: GPU seconds by kind of step, and launches by mode.
 
-Only steps whose end is seen count (calibration.observe). A launch ratio away from 1 says how fast that host was at that
-hour: it is the `host_scale` to simulate it with.
+Only steps whose end is seen count (calibration.observe); where CUDA events timed a load, only those they timed, for the
+launch set the pace of the others. A recording of another model, dtype or tensor-parallel size than the profile was
+fitted to is judged by the profile scaled to it; its engine.json says which that is. A launch ratio away from 1 says how
+fast that host was at that hour: it is the `host_scale` to simulate it with.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import nan
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from calibration.fit import gpu_seconds, walk
 from calibration.fit_host import spread
 from calibration.observe import Seen
 from calibration.steps import Recording
-from llmsim.cost import EAGER, FULL, PIECEWISE, Host
+from llmsim.cost import EAGER, FULL, PIECEWISE
 from llmsim.cost.graphs import Graphs
-from llmsim.cost.profile import HostClock, Profile
+from llmsim.cost.load import CostSettings
+from llmsim.cost.profile import Profile, ProfileCost
+from llmsim.hardware import find_gpu, find_model, model_names
+from llmsim.recording import GRID
+from llmsim.scenario import Scenario as Settings
+from llmsim.validate import named_in
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Floats = NDArray[np.float64]
 
 FEWEST = 8  # steps that make a median
+MOST_POINTS = 5_000  # of a plot
+KINDS = ("decodes only", "with prompts")
 
 
 @dataclass(frozen=True)
 class Check:
+    recording: str
+    model: str  # with dtype and tensor-parallel size where they are not the usual ones
     scenario: str
     fitted: bool  # whether the profile was fitted to it
     decode_steps: int
     decode_median: float  # median absolute relative error of GPU seconds
+    decode_p90: float
     decode_bias: float  # relative error of their sum, the profile's less the recorded
     chunk_steps: int
     chunk_median: float
+    chunk_p90: float
     chunk_bias: float
     launches: int
     launch_ratio: float  # recorded over the profile's, of piecewise and eager launches
+    points: tuple[Floats, Floats] = field(repr=False, compare=False)  # decodes, chunks: recorded and expected seconds
 
 
-def profile_host(profile: Profile) -> Host:
-    fields = {name: getattr(profile.host_clock, name) for name in HostClock.__struct_fields__ if name != "stall_share"}
-    return Host(**fields)
+def was_fitted(profile: Profile, recording: Recording, scenario: str) -> bool:
+    """By the hash of its file. What has no files was made in memory, for the fit."""
+    if not recording.files:
+        return scenario in profile.provenance.scenarios
+    steps = f"{scenario}.steps.jsonl.gz"
+    digest = recording.files.get(steps if steps in recording.files else GRID)
+    return scenario in profile.provenance.scenarios and digest in profile.provenance.recordings.values()
 
 
-def check_profile(profile: Profile, recordings: Sequence[Recording]) -> list[Check]:
+def cost_of_recorded(profile: Profile, recording: Recording, model: str | None = None) -> tuple[ProfileCost, str]:
+    """The profile as it predicts the recorded engine, and what that runs."""
+    engine, graphs = recording.engine, graphs_of(recording)
+    if any(was_fitted(profile, recording, scenario.name) for scenario in recording.scenarios):
+        name, dtype, kv_dtype, tensor_parallel = profile.model, profile.dtype, profile.kv_dtype, profile.tensor_parallel
+    else:
+        name = model or named_in(str(recording.path), engine, "model", model_names())
+        stated = Settings(
+            model=name,
+            gpu=profile.gpu,
+            dtype=engine.get("dtype") or "auto",
+            quantization=engine.get("quantization"),
+            kv_cache_dtype=engine.get("kv_dtype") or "auto",
+        )
+        dtype, kv_dtype = stated.weight_dtype, stated.kv_dtype
+        tensor_parallel = engine.get("tensor_parallel_size") or 1
+    settings = CostSettings(tensor_parallel, dtype, kv_dtype, graphs)
+    cost = ProfileCost(profile, find_model(name), find_gpu(profile.gpu), settings)
+    return cost, described(name, dtype, tensor_parallel)
+
+
+def graphs_of(recording: Recording) -> Graphs:
+    return Graphs(recording.engine["cudagraph_capture_sizes"], recording.engine["max_num_seqs"])
+
+
+def described(model: str, dtype: str, tensor_parallel: int) -> str:
+    found = find_model(model)
+    stored = found.weight_format(dtype)
+    words = [found.name, stored if stored != "bfloat16" else "", f"TP {tensor_parallel}" if tensor_parallel > 1 else ""]
+    return " ".join(word for word in words if word)
+
+
+def check_profile(profile: Profile, recordings: Sequence[Recording], model: str | None = None) -> list[Check]:
+    """`model`: of recordings that do not name theirs."""
     checks = []
-    host = profile_host(profile)
     for recording in recordings:
-        graphs = Graphs(recording.engine["cudagraph_capture_sizes"], recording.engine["max_num_seqs"])
+        cost, told = cost_of_recorded(profile, recording, model)
         groups: dict[str, list[Seen]] = {}
-        own = set(recording.files.values()) & set(profile.provenance.recordings.values())
-        fitted_names = set(profile.provenance.scenarios) if own or not recording.files else set()
-        for name, row in walk(recording.scenarios, profile.gpu_clock, host, graphs):
+        for name, row in walk(recording.scenarios, cost.clock, cost.host, graphs_of(recording)):
             # the batches of a grid are one scenario's worth of steps
-            known = name in profile.provenance.scenarios
-            groups.setdefault("grid" if name.startswith("grid_") and known else name, []).append(row)
+            groups.setdefault("grid" if name.startswith("grid_") else name, []).append(row)
+        fitted = {scenario.name for scenario in recording.scenarios if was_fitted(profile, recording, scenario.name)}
+        if any(name.startswith("grid_") for name in fitted):
+            fitted.add("grid")
         bursts = {scenario.name for scenario in recording.scenarios if not spread(scenario)} | {"grid"}
         for name, rows in groups.items():
-            fitted = bool(fitted_names) and (name == "grid" or name in fitted_names)
-            checks.append(_check(profile, host, graphs, name, rows, fitted, name in bursts))
+            checks.append(_check(cost, (recording.path.name, told, name, name in fitted), rows, name in bursts))
     return checks
 
 
-def _check(
-    profile: Profile, host: Host, graphs: Graphs, name: str, rows: Sequence[Seen], fitted: bool, burst: bool
-) -> Check:
-    clock, stalled = profile.gpu_clock, 1.0 + profile.host_clock.stall_share
-    seen = [row for row in rows if row.gpu_s == row.gpu_s and row.gpu_s > 0.0]
-    decodes = [row for row in seen if row.mode == FULL and row.follows_gpu and row.clean]
-    chunks = [row for row in seen if row.step.chunks]
-    decode = np.array([gpu_seconds(clock, host.warm_share, graphs, row.step) for row in decodes])
-    chunk = np.array([gpu_seconds(clock, host.warm_share, graphs, row.step) for row in chunks])
-    decode_s, chunk_s = np.array([row.gpu_s for row in decodes]), np.array([row.gpu_s for row in chunks])
+def _check(cost: ProfileCost, about: tuple[str, str, str, bool], rows: Sequence[Seen], burst: bool) -> Check:
+    clock, host = cost.clock, cost.host
+    stalled = 1.0 + cost.profile.host_clock.stall_share
+    seen = [row for row in rows if row.step.gpu_s == row.step.gpu_s]
+    seen = seen or [row for row in rows if row.gpu_s == row.gpu_s and row.gpu_s > 0.0]
+    decodes, chunks = (
+        np.array([(row.gpu_s, gpu_seconds(clock, host, row.step)) for row in chosen]).reshape(-1, 2)
+        for chosen in (
+            [row for row in seen if row.mode == FULL and row.steady],
+            [row for row in seen if row.step.chunks],
+        )
+    )
     launches = [row for row in rows if row.mode in (PIECEWISE, EAGER) and row.launched_s == row.launched_s]
     recorded_s = sum(row.launched_s - row.launch_s for row in launches)
     expected_s = sum(
         host.launch_s[row.mode] + host.launch_per_chunk_s[row.mode] * len(row.step.chunks) for row in launches
     )
     return Check(
-        scenario=name,
-        fitted=fitted,
+        *about,
         decode_steps=len(decodes),
-        decode_median=_median_error(decode, decode_s),
-        decode_bias=_bias(decode * stalled, decode_s),
+        decode_median=_error(decodes, 0.5),
+        decode_p90=_error(decodes, 0.9),
+        decode_bias=_bias(decodes, stalled),
         chunk_steps=len(chunks),
-        chunk_median=_median_error(chunk, chunk_s),
-        chunk_bias=_bias(chunk, chunk_s),
+        chunk_median=_error(chunks, 0.5),
+        chunk_p90=_error(chunks, 0.9),
+        chunk_bias=_bias(chunks),
         launches=len(launches),
         # in a burst the client and the engine's receiving thread compete with the launches
         launch_ratio=recorded_s / expected_s if len(launches) >= FEWEST and not burst else nan,
+        points=(decodes, chunks),
     )
 
 
-def _median_error(expected: np.ndarray, seen: np.ndarray) -> float:
-    return float(np.median(np.abs(expected / seen - 1.0))) if len(seen) >= FEWEST else nan
+def _error(points: Floats, share: float) -> float:
+    return float(np.quantile(np.abs(points[:, 1] / points[:, 0] - 1.0), share)) if len(points) >= FEWEST else nan
 
 
-def _bias(expected: np.ndarray, seen: np.ndarray) -> float:
-    return float(expected.sum() / seen.sum() - 1.0) if len(seen) >= FEWEST else nan
+def _bias(points: Floats, stalled: float = 1.0) -> float:
+    return float(stalled * points[:, 1].sum() / points[:, 0].sum() - 1.0) if len(points) >= FEWEST else nan
 
 
 def with_errors(profile: Profile, checks: Sequence[Check]) -> Profile:
-    """The profile with its errors noted: over all fitted scenarios, and by name for the others."""
+    """The profile with its errors noted: over all fitted scenarios, and by name for the others of the same model.
+
+    Where recordings of two machines share a scenario's name, the worse one counts.
+    """
     error = dict(profile.error)
+    model = described(profile.model, profile.dtype, profile.tensor_parallel)
+    own = [check for check in checks if check.model == model]
     for kind in ("decode", "chunk"):
-        fitted = [check for check in checks if check.fitted and getattr(check, f"{kind}_median") > 0.0]
+        medians = [(check, getattr(check, f"{kind}_median")) for check in own if getattr(check, f"{kind}_median") > 0.0]
+        fitted = [(getattr(check, f"{kind}_steps"), median) for check, median in medians if check.fitted]
         if fitted:
-            count = np.array([getattr(check, f"{kind}_steps") for check in fitted], float)
-            median = np.array([getattr(check, f"{kind}_median") for check in fitted])
+            count, median = np.array(fitted, float).T
             error[f"fit_{kind}_step_median"] = float(f"{np.sum(count * median) / np.sum(count):.4g}")
-        for check in checks:
-            if not check.fitted and getattr(check, f"{kind}_median") > 0.0:
-                error[f"{check.scenario}_{kind}_step_median"] = float(f"{getattr(check, f'{kind}_median'):.4g}")
+        others: dict[str, float] = {}
+        for check, median in medians:
+            if not check.fitted:
+                others[check.scenario] = max(median, others.get(check.scenario, 0.0))
+        error |= {f"{name}_{kind}_step_median": float(f"{median:.4g}") for name, median in others.items()}
     return msgspec.structs.replace(profile, error=error)
 
 
 def report(profile: Profile, checks: Sequence[Check]) -> str:
+    kinds = "".join(f"{name:>8}{'median':>8}{'p90':>8}{'bias':>8}" for name in ("decodes", "chunks"))
     lines = [
         f"{profile.name}: relative error of GPU seconds, and recorded over expected launches",
-        f"{'scenario':<24}{'':8}{'decodes':>8}{'median':>8}{'bias':>8}{'chunks':>8}{'median':>8}{'bias':>8}"
-        f"{'launches':>10}{'ratio':>8}",
+        f"{'scenario':<24}{'':8}{kinds}{'launches':>10}{'ratio':>8}",
     ]
+    before = None
     for check in checks:
+        if before != (check.recording, check.model):
+            before = check.recording, check.model
+            lines.append(f"{check.recording}: {check.model}")
         kind = "fitted" if check.fitted else "held out"
         lines.append(
             f"{check.scenario:<24}{kind:8}{check.decode_steps:>8}{_percent(check.decode_median)}"
-            f"{_percent(check.decode_bias)}{check.chunk_steps:>8}{_percent(check.chunk_median)}"
-            f"{_percent(check.chunk_bias)}{check.launches:>10}{check.launch_ratio:>8.3f}"
+            f"{_percent(check.decode_p90)}{_percent(check.decode_bias)}{check.chunk_steps:>8}"
+            f"{_percent(check.chunk_median)}{_percent(check.chunk_p90)}{_percent(check.chunk_bias)}"
+            f"{check.launches:>10}{_ratio(check.launch_ratio)}"
         )
     return "\n".join(lines)
 
 
 def _percent(share: float) -> str:
     return f"{share:>8.1%}" if share == share else f"{'-':>8}"
+
+
+def _ratio(value: float) -> str:
+    return f"{value:>8.3f}" if value == value else f"{'-':>8}"
+
+
+def step_points(checks: Sequence[Check], seed: int = 0) -> pd.DataFrame:
+    """At most `MOST_POINTS` of the steps, drawn at random: panel, kind, what, measured_s and predicted_s."""
+    import pandas as pd
+
+    frames = []
+    for check in checks:
+        panel = "fitted" if check.fitted else f"held out: {check.model}"
+        for kind, points in zip(KINDS, check.points, strict=True):
+            about = {"panel": panel, "kind": kind, "what": f"{check.recording} {check.scenario}"}
+            frames.append(pd.DataFrame(points, columns=["measured_s", "predicted_s"]).assign(**about))
+    both = pd.concat(frames, ignore_index=True)
+    return both if len(both) <= MOST_POINTS else both.sample(MOST_POINTS, random_state=seed).sort_index()
+
+
+def draw(profile: Profile, checks: Sequence[Check], path: Path) -> None:
+    """Every panel's errors are of all its steps, drawn or not."""
+    from llmsim.charts import parity, save
+
+    points = step_points(checks)
+    panels = {}
+    for panel in sorted(points["panel"].unique()):
+        of = [check for check in checks if panel == ("fitted" if check.fitted else f"held out: {check.model}")]
+        told = []
+        for i, kind in enumerate(KINDS):
+            errors = np.concatenate([np.abs(check.points[i][:, 1] / check.points[i][:, 0] - 1.0) for check in of])
+            if len(errors):
+                median, p90 = np.quantile(errors, (0.5, 0.9))
+                told.append(f"{kind}: {len(errors):,}, median {median:.1%}, p90 {p90:.1%}")
+        panels[panel] = told
+    title = f"{profile.name} ({profile.id}): GPU seconds of recorded steps"
+    subtitle = [f"{profile.provenance.engine}; a point is a step, {len(points):,} drawn; dashed: 10 % off"]
+    save(parity(points, panels, KINDS, title=title, subtitle=subtitle, columns=3), path)

@@ -10,12 +10,12 @@
 Robust: iteratively reweighted least squares with Cauchy weights, so that a stalled launch does not bend a coefficient.
 Not identifiable from such logs, hence assumed: `TAIL_S` and the lead of piecewise launches (that of eager ones).
 Chunks under load meet a GPU at its power limit, short ones after idling do not; where the GPU paces chunks it is under
-load. So no knot from `SUSTAINED_ROWS` up may cost less per row than the largest, which long prefills have measured.
+load. So, unless CUDA events timed the steps, no knot from `SUSTAINED_ROWS` up may cost less per row (with kernels: over
+its kernels) than the largest, which long prefills have measured.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -24,11 +24,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.fit_host import first_host, fit_host, stall_share
-from calibration.observe import Seen, observe
+from calibration.observe import Seen, observe, timed_on_gpu
 from calibration.steps import Recording, Scenario, StepRow
 from llmsim.cost import FULL, WARM_S, Host
+from llmsim.cost.basis import Basis, KernelBasis, ShapeBasis, StepClock, columns, power
 from llmsim.cost.graphs import Graphs
-from llmsim.cost.profile import GpuClock, Shape, effective_rows, power, unevenness
+from llmsim.cost.profile import FULL_ROWS, GpuClock, Shape, fitted_coefficients
 
 Floats = NDArray[np.float64]
 
@@ -38,13 +39,21 @@ SUSTAINED_ROWS = 1024
 # w and its spread, by CUDA events on an H200 (calibration/recordings, mixed_grid and five loads). Logs of updates say
 # little about it: they show GPU seconds of few chunks beside many decodes that were not in a burst.
 POWER_SHARE, POWER_SHARE_SD = 0.18, 0.05
-FITTED_KV_HEADS = 8  # of the models that profiles are fitted on (Llama-3.1-8B)
+# The same of what a chunk loses right after another, and of cached tokens that decodes read beside a chunk (3 % more).
+WARM_SHARE, WARM_SHARE_SD = 0.047, 0.02
+MIXED_KV_SD = 0.1
+STEP_SD = 0.06  # of a step's residual, 0.02, and its neighbours' that are alike
+# What decodes lose after a chunk: on an H200, by CUDA events, 0.035 to 0.045 of its first 50 ms in five loads.
+COOL_SHARE, COOL_STEPS, FEWEST_CHUNKS = 0.04, 12, 50
 FEWEST = 4  # observations that a knot of a table needs
 NEAR = 1.3  # a knot counts as seen if steps come this near to it
 
 
-def robust(matrix: Floats, target: Floats, scale: float, weight: Floats | None = None) -> Floats:
-    """Least squares with Cauchy weights 1 / (1 + (residual / scale)^2); rows are weighted by `weight` as well."""
+def robust(matrix: Floats, target: Floats, scale: float, weight: Floats | None = None, known: int = 0) -> Floats:
+    """Least squares with Cauchy weights 1 / (1 + (residual / scale)^2); rows are weighted by `weight` as well.
+
+    The last `known` rows are no observations, of which some may be stalls, and keep their weight.
+    """
     base: Floats = np.ones(len(target)) if weight is None else weight
     weights = base
     coefficients: Floats = np.zeros(matrix.shape[1])
@@ -52,15 +61,8 @@ def robust(matrix: Floats, target: Floats, scale: float, weight: Floats | None =
         root = np.sqrt(weights)
         coefficients = np.linalg.lstsq(matrix * root[:, None], target * root, rcond=None)[0]
         weights = base / (1.0 + ((target - matrix @ coefficients) / scale) ** 2)
+        weights[len(target) - known :] = base[len(target) - known :]
     return coefficients
-
-
-def hats(knots: Sequence[float], at: Floats) -> Floats:
-    """Rows of linear-interpolation weights; beyond the ends the outermost knot."""
-    matrix = np.zeros((len(at), len(knots)))
-    for column in range(len(knots)):
-        matrix[:, column] = np.interp(at, knots, np.eye(len(knots))[column])
-    return matrix
 
 
 def monotone(values: Floats, weights: Floats) -> Floats:
@@ -78,30 +80,23 @@ def monotone(values: Floats, weights: Floats) -> Floats:
 # ---- the GPU ------------------------------------------------------------------------------------------------------
 
 
-def gpu_seconds(clock: GpuClock, warm_share: float, graphs: Graphs, step: StepRow) -> float:
-    """GPU seconds of a recorded step without stalls, by the equation of llmsim.cost.profile."""
-    linear_s = between(clock.tokens, clock.linear_s, effective_rows(graphs.padded(step.tokens)))
+def gpu_seconds(clock: StepClock, host: Host, step: StepRow) -> float:
+    """GPU seconds of a recorded step without stalls, by the equations of llmsim.cost.basis and `Host`."""
     if not step.chunks:
-        return linear_s + clock.full_kv_token_s * step.kv_tokens * (1.0 + unevenness(step.seqs, FITTED_KV_HEADS))
-    kv_s, pair_s = clock.mixed_kv_token_s, clock.pair_s
-    attention_s = sum(max(pair_s * (n * c + 0.5 * n * (n + 1)), kv_s * c) for n, c in step.chunks)
-    base_s = linear_s + kv_s * step.kv_tokens + attention_s
-    base_s += clock.power_share * power(step.seqs) * min(base_s, WARM_S)
-    return base_s + (warm_share * min(base_s, WARM_S) if step.warm else 0.0)
+        first_s, kv_s = clock.decode(step.seqs)
+        lost_s = host.cooled_s(gpu_seconds(clock, host, step.after)) if step.after else 0.0
+        return first_s + kv_s * step.kv_tokens + lost_s
+    base_s = clock.mixed_s(step.chunks, step.seqs, step.kv_tokens)
+    return host.warmed_s(base_s) if step.warm else base_s
 
 
-def between(knots: Sequence[int], values: Sequence[float], at: float) -> float:
-    """Linear between knots, flat below the first, in proportion above the last."""
-    i = bisect_right(knots, at)
-    if i == 0:
-        return values[0]
-    if i == len(knots):
-        return values[-1] * at / knots[-1]
-    return values[i - 1] + (values[i] - values[i - 1]) * (at - knots[i - 1]) / (knots[i] - knots[i - 1])
-
-
-def first_guess(recordings: Sequence[Recording]) -> GpuClock:
-    """Steady decode without context is the floor of G; the rest from the slowest update gaps per token."""
+def first_guess(recordings: Sequence[Recording], basis: Basis) -> GpuClock:
+    """The kernels as they are. Without any: steady decode without context is the floor, the rest follows from the
+    slowest update gaps per token."""
+    if isinstance(basis, KernelBasis):
+        knots = (1, 256, 2048, 8192)
+        body_s = tuple(basis.body_s(np.array(knots, float)).tolist())
+        return GpuClock(knots, body_s, basis.pair_s, basis.kv_token_s, basis.kv_token_s, 0.0, 0.0, 1.0, 1.0, 1.0)
     gaps, per_token = [], []
     for scenario in (scenario for recording in recordings for scenario in recording.scenarios):
         for before, step in zip(scenario.steps, scenario.steps[1:], strict=False):
@@ -119,35 +114,39 @@ def first_guess(recordings: Sequence[Recording]) -> GpuClock:
     )
 
 
-def fit_decode(seen: Sequence[tuple[str, Seen]], graphs: Graphs) -> tuple[list[int], Floats, float]:
-    """Knots, G and b_full from decode steps that follow decode steps on the GPU. Scenarios count alike."""
+def fit_decode(
+    seen: Sequence[tuple[str, Seen]], graphs: Graphs, basis: Basis
+) -> tuple[list[int], Floats, float]:
+    """Knots, L and b_full from decode steps that follow decode steps on the GPU. Scenarios count alike."""
     rows = [
         (name, row)
         for name, row in seen
-        if row.mode == FULL and row.follows_gpu and row.clean and row.gpu_s == row.gpu_s
+        if row.mode == FULL and row.steady
+        if row.step.since_chunk > COOL_STEPS
     ]
     padded = np.array([graphs.padded(row.step.tokens) for _, row in rows])
     knots = [int(size) for size in np.unique(padded) if np.sum(padded == size) >= FEWEST]
-    uneven = np.array([unevenness(row.step.seqs, FITTED_KV_HEADS) for _, row in rows])
-    kv_tokens = np.array([row.step.kv_tokens for _, row in rows], float) * (1.0 + uneven)
-    target = np.array([row.gpu_s for _, row in rows])
+    seqs = np.array([row.step.seqs for _, row in rows], float)
+    kv_tokens = np.array([row.step.kv_tokens for _, row in rows], float) * basis.uneven(seqs)
+    target = np.array([row.gpu_s for _, row in rows]) - basis.head_s(seqs) - basis.base_s(seqs)
     groups: dict[tuple[str, int], int] = {}
     for (name, _), size in zip(rows, padded, strict=True):
         groups[name, size] = groups.get((name, size), 0) + 1
     weight = np.array([groups[name, size] ** -0.5 for (name, _), size in zip(rows, padded, strict=True)])
-    matrix = np.column_stack([hats(knots, padded), kv_tokens * 1e-6])
+    matrix = np.column_stack([columns(basis, knots, padded.astype(float)), kv_tokens * 1e-6])
     coefficients = robust(matrix, target * 1e3, 0.1, weight)
-    counts = np.array([np.sum(padded == size) for size in knots], float)
-    return knots, monotone(coefficients[:-1] * 1e-3, counts), float(coefficients[-1] * 1e-9)
+    linear_s = coefficients[:-1] * 1e-3
+    rising = monotone(linear_s, np.array([np.sum(padded == knot) for knot in knots], float))
+    return knots, rising, float(coefficients[-1]) * 1e-9
 
 
-def attention_work(steps: Sequence[StepRow], breakeven_rows: float) -> tuple[Floats, Floats]:
+def attention_work(steps: Sequence[StepRow], breakeven_rows: float, least_rows: float) -> tuple[Floats, Floats]:
     """Pairs of chunks long enough to be paced by them; cached tokens read by decodes and by shorter chunks."""
     pairs = np.zeros(len(steps))
     kv_tokens = np.array([step.kv_tokens for step in steps], float)
     for i, step in enumerate(steps):
         for new, done in step.chunks:
-            own = new * done + 0.5 * new * (new + 1)
+            own = max(new, least_rows) * done + 0.5 * new * (new + 1)
             if own < breakeven_rows * done:
                 kv_tokens[i] += done
             else:
@@ -155,42 +154,59 @@ def attention_work(steps: Sequence[StepRow], breakeven_rows: float) -> tuple[Flo
     return pairs, kv_tokens
 
 
-def fit_mixed(seen: Sequence[tuple[str, Seen]], small: GpuClock, graphs: Graphs) -> tuple[GpuClock, float]:
-    """The large knots of G, a, b_mixed, w and the share of a warm GPU; the small knots and b_full are given."""
+def fit_mixed(
+    seen: Sequence[tuple[str, Seen]], small: GpuClock, graphs: Graphs, basis: Basis
+) -> tuple[GpuClock, float]:
+    """The large knots of L, a, b_mixed, w and the share of a warm GPU; the small knots and b_full are given."""
     rows = [row for _, row in seen if row.step.chunks and row.gpu_s == row.gpu_s and row.gpu_s > 0]
     steps = [row.step for row in rows]
-    gemm_rows = np.array([effective_rows(graphs.padded(step.tokens)) for step in steps])
+    padded = np.array([graphs.padded(step.tokens) for step in steps], float)
     near = [knot for knot in LARGE_KNOTS if knot > small.tokens[-1]]
-    large = [k for k in near if np.sum((gemm_rows > k / NEAR) & (gemm_rows < k * NEAR)) >= FEWEST]
-    linear = hats([*small.tokens, *large], gemm_rows)
+    large = [k for k in near if np.sum((padded > k / NEAR) & (padded < k * NEAR)) >= FEWEST]
+    linear = columns(basis, [*small.tokens, *large], padded)
     known_s = linear[:, : len(small.tokens)] @ np.array(small.linear_s)
-    pairs, kv_tokens = attention_work(steps, small.mixed_kv_token_s / small.pair_s)
+    seqs, chunks = (np.array(column, float) for column in zip(*((s.seqs, len(s.chunks)) for s in steps), strict=True))
+    known_s += basis.head_s(seqs + chunks) + basis.base_s(seqs) + basis.call_s * chunks
+    known_s += basis.span_s * np.array([sum(new + done for new, done in step.chunks) for step in steps])
+    known_s += basis.cached_s * np.array([sum(done > 0 for _, done in step.chunks) for step in steps])
+    pairs, kv_tokens = attention_work(steps, small.mixed_kv_token_s / max(small.pair_s, 1e-15), basis.least_rows)
     # b_mixed is b_full plus something not below 0: alone in a full graph a decode reads at its best
     known_s += small.full_kv_token_s * kv_tokens
-    pulled = np.array([power(step.seqs) for step in steps])
+    pulled = np.array([0.0 if step.held else power(step.seqs) for step in steps])
     target = np.array([row.gpu_s for row in rows])
     warm = np.array([step.warm for step in steps], float)
     plain = np.column_stack([linear[:, len(small.tokens) :], pairs * 1e-9, kv_tokens * 1e-8])
+    priors = [
+        (-3, 0.0, MIXED_KV_SD * small.full_kv_token_s * 1e8),
+        (-2, POWER_SHARE, POWER_SHARE_SD),
+        (-1, WARM_SHARE, WARM_SHARE_SD),
+    ]
     base_s = target
     used = np.ones(plain.shape[1] + 2, bool)
     coefficients = np.zeros(len(used))
     for _ in range(8):  # both shares stretch the others' sum; without what comes out below 0
         stretched_s = np.clip(base_s, 0.0, WARM_S)
         matrix = np.column_stack([plain, pulled * stretched_s, warm * stretched_s]) / target[:, None]
-        known = np.zeros((1, len(used)))  # one more row: what is known of w, as sure as its spread
-        known[0, -2] = 0.02 / POWER_SHARE_SD
-        rows_and_known = np.vstack([matrix, known])[:, used]
-        wanted = np.append((target - known_s) / target, POWER_SHARE * known[0, -2])
-        coefficients[:] = 0.0
-        coefficients[used] = robust(rows_and_known, wanted, 0.02)
+        known = np.zeros((len(priors), len(used)))  # more rows: what is known, as sure as its spread
+        for row, (column, _, sd) in enumerate(priors):
+            known[row, column] = STEP_SD / sd
+        rows_and_known = np.vstack([matrix, known])
+        wanted = np.append((target - known_s) / target, [value * STEP_SD / sd for _, value, sd in priors])
+        used[:] = True
+        while True:
+            coefficients[:] = 0.0
+            coefficients[used] = robust(rows_and_known[:, used], wanted, 0.02, known=len(priors))
+            below = coefficients[len(large) :] < 0.0
+            if not below.any():
+                break
+            used[len(large) :] &= ~below
         base_s = known_s + plain @ coefficients[:-2]
-        used[len(large) :] &= coefficients[len(large) :] >= 0.0
     fields = {name: getattr(small, name) for name in small.__struct_fields__}
     values = np.array([*small.linear_s, *coefficients[: len(large)]])
-    if large and large[-1] > SUSTAINED_ROWS:
-        per_row_s = values[-1] / large[-1]
-        knots = np.array([*small.tokens, *large])
-        values = np.where(knots >= SUSTAINED_ROWS, np.maximum(values, per_row_s * knots), values)
+    if large and large[-1] > SUSTAINED_ROWS and not any(step.gpu_s == step.gpu_s for step in steps):
+        knots = np.array([*small.tokens, *large], float)
+        work = knots if isinstance(basis, ShapeBasis) else basis.body_s(knots)
+        values = np.where(knots >= SUSTAINED_ROWS, np.maximum(values, values[-1] / work[-1] * work), values)
     fields["tokens"] = (*small.tokens, *large)
     fields["linear_s"] = tuple(float(v) for v in monotone(values, np.ones(len(values))))
     fields["pair_s"] = float(coefficients[-4] * 1e-9)
@@ -199,12 +215,32 @@ def fit_mixed(seen: Sequence[tuple[str, Seen]], small: GpuClock, graphs: Graphs)
     return GpuClock(**fields), float(coefficients[-1])
 
 
-def fit_form(clock: GpuClock, shape: Shape) -> GpuClock:
-    """Overhead, rate and sharpness of the form that carries G to other models; the bandwidth is that of KV reads."""
+def fit_cooling(seen: Sequence[tuple[str, Seen]], clock: StepClock) -> float:
+    """What decodes lose after chunks, as a share of the chunks' first WARM_S: where the GPU timed the steps itself."""
+    lost_s = chunk_s = 0.0
+    chunks = 0
+    for _, row in seen:
+        step = row.step
+        if step.gpu_s != step.gpu_s or step.chunks or step.held or step.since_chunk > COOL_STEPS:
+            continue
+        first_s, kv_s = clock.decode(step.seqs)
+        lost_s += step.gpu_s - first_s - kv_s * step.kv_tokens
+        if step.after is not None and not step.after.held:
+            chunk_s += min(clock.mixed_s(step.after.chunks, step.after.seqs, step.after.kv_tokens), WARM_S)
+            chunks += 1
+    return max(lost_s / chunk_s, 0.0) if chunks >= FEWEST_CHUNKS else COOL_SHARE
+
+
+def fit_form(clock: GpuClock, shape: Shape, basis: Basis) -> GpuClock:
+    """Overhead, rate and sharpness of the form that carries L to models whose kernels were not timed.
+
+    The bandwidth is that of KV reads.
+    """
     from scipy.optimize import least_squares
 
     bandwidth = shape.kv_token_bytes / clock.full_kv_token_s
-    tokens, linear_s = np.array(clock.tokens, float), np.array(clock.linear_s)
+    tokens = np.array(clock.tokens, float)
+    linear_s = np.array(clock.linear_s) + basis.head_s(np.minimum(tokens, FULL_ROWS))
     last_rate = tokens[-1] * shape.flops_per_token / linear_s[-1]
 
     def candidate(x: Floats) -> GpuClock:
@@ -229,20 +265,30 @@ def replace_clock(
     return GpuClock(**fields)
 
 
-def fit_clocks(recordings: Sequence[Recording], graphs: Graphs, shape: Shape) -> tuple[GpuClock, Host, float]:
+def fit_clocks(
+    recordings: Sequence[Recording], graphs: Graphs, shape: Shape, basis: Basis
+) -> tuple[GpuClock, Host, float]:
     """The GPU's clock, the host's, and the share of decode time lost to stalls."""
-    clock, host = first_guess(recordings), first_host(recordings, graphs)
+    clock, host = first_guess(recordings, basis), first_host(recordings, graphs)
     scenarios = [scenario for recording in recordings for scenario in recording.scenarios]
+    grids = [scenario for recording in recordings for scenario in recording.timed]
+    timed = [(grid.name, row) for grid in grids for row in timed_on_gpu(grid.steps, graphs.mode)]
     for _ in range(ROUNDS):
-        seen = walk(scenarios, clock, host, graphs)
-        knots, linear_s, full_kv_s = fit_decode(seen, graphs)
-        clock, warm_share = fit_mixed(seen, replace_small(clock, knots, linear_s, full_kv_s), graphs)
-        host = replace(host, warm_share=warm_share)
-        seen = walk(scenarios, clock, host, graphs)
-        host = fit_host(scenarios, seen, partial(gpu_seconds, clock, warm_share, graphs))
-        host = replace(host, warm_share=warm_share)
-    stalls = stall_share(scenarios, partial(gpu_seconds, clock, host.warm_share, graphs))
-    return fit_form(clock, shape), host, stalls
+        seen = walk(scenarios, step_clock(clock, basis, graphs), host, graphs) + timed
+        knots, linear_s, full_kv_s = fit_decode(seen, graphs, basis)
+        clock, warm_share = fit_mixed(seen, replace_small(clock, knots, linear_s, full_kv_s), graphs, basis)
+        steps = step_clock(clock, basis, graphs)
+        shares = {"warm_share": warm_share, "cool_share": fit_cooling(seen, steps)}
+        host = replace(host, **shares)
+        seen = walk(scenarios, steps, host, graphs)
+        host = replace(fit_host(scenarios, seen, partial(gpu_seconds, steps, host)), **shares)
+    stalls = stall_share(scenarios, partial(gpu_seconds, step_clock(clock, basis, graphs), host))
+    return fit_form(clock, shape, basis), host, stalls
+
+
+def step_clock(clock: GpuClock, basis: Basis, graphs: Graphs) -> StepClock:
+    """GPU seconds of the fitted model's steps."""
+    return StepClock(basis, fitted_coefficients(clock), graphs.padded)
 
 
 def replace_small(clock: GpuClock, knots: Sequence[int], linear_s: Floats, full_kv_s: float) -> GpuClock:
@@ -252,9 +298,9 @@ def replace_small(clock: GpuClock, knots: Sequence[int], linear_s: Floats, full_
     return GpuClock(**fields)
 
 
-def walk(scenarios: Sequence[Scenario], clock: GpuClock, host: Host, graphs: Graphs) -> list[tuple[str, Seen]]:
+def walk(scenarios: Sequence[Scenario], clock: StepClock, host: Host, graphs: Graphs) -> list[tuple[str, Seen]]:
     return [
         (scenario.name, row)
         for scenario in scenarios
-        for row in observe(scenario.steps, host, graphs.mode, partial(gpu_seconds, clock, host.warm_share, graphs))
+        for row in observe(scenario.steps, host, graphs.mode, partial(gpu_seconds, clock, host))
     ]

@@ -39,6 +39,11 @@ class Seen:
     clean: bool  # and the end of the step before it was seen as well
     overlapped: bool  # the step before was still in flight when this one was scheduled
 
+    @property
+    def steady(self) -> bool:
+        """Whether `gpu_s` is the GPU's alone, with no wait for the host in it."""
+        return self.step.gpu_s == self.step.gpu_s or (self.follows_gpu and self.clean and self.gpu_s == self.gpu_s)
+
 
 def observe(
     steps: Sequence[StepRow], host: Host, mode_of: Callable[[int, int], int], gpu_s: Callable[[StepRow], float]
@@ -52,7 +57,8 @@ def observe(
         ready_s = launch_s + host.lead_s[mode]
         start_s = max(end_s, ready_s)
         took_s = host.launch_s[mode] + host.launch_per_chunk_s[mode] * len(step.chunks)
-        expected_s = max(start_s + gpu_s(step), launch_s + took_s + host.tail_s[mode])
+        timed = step.gpu_s == step.gpu_s
+        expected_s = max(start_s + (step.gpu_s if timed else gpu_s(step)), launch_s + took_s + host.tail_s[mode])
         overlapped = i > 0 and step.schedule_s < steps[i - 1].update_s
         row = Seen(step, mode, launch_s, nan, start_s, expected_s, nan, end_s >= ready_s, end_seen, overlapped)
         end_seen = _waits_for_gpu(steps, i, host, mode_of, expected_s)
@@ -60,11 +66,25 @@ def observe(
             row.gpu_end_s, row.gpu_s = step.update_s, step.update_s - start_s
         else:
             row.gpu_end_s = min(expected_s, step.update_s)
+        if timed:
+            row.gpu_s = step.gpu_s
         end_s = row.gpu_end_s
         rows.append(row)
     for i, row in enumerate(rows):
         row.launched_s = _launched_s(rows, i)
+    if any(step.gpu_s == step.gpu_s for step in steps):  # what the GPU did not time, its launch paced
+        for row in rows:
+            row.gpu_s = row.step.gpu_s
     return rows
+
+
+def timed_on_gpu(steps: Sequence[StepRow], mode_of: Callable[[int, int], int]) -> list[Seen]:
+    """The steps whose GPU seconds CUDA events showed, without a word on the host."""
+    return [
+        Seen(step, mode_of(step.tokens, len(step.chunks)), nan, nan, nan, nan, step.gpu_s, True, True, False)
+        for step in steps
+        if step.gpu_s == step.gpu_s
+    ]
 
 
 def _waits_for_gpu(

@@ -10,7 +10,9 @@ import msgspec
 from calibration.check import check_profile, with_errors
 from calibration.fit import fit_clocks
 from calibration.steps import Recording
+from llmsim.cost.basis import Basis, KernelBasis, ShapeBasis
 from llmsim.cost.graphs import Graphs
+from llmsim.cost.kernels import Forward, Kernels
 from llmsim.cost.profile import FORMAT, VERSION, HostClock, Measured, Profile, Provenance, decode_profile, model_shape
 from llmsim.hardware import find_gpu, find_model
 
@@ -23,7 +25,13 @@ def recorded_graphs(recording: Recording) -> Graphs:
 
 
 def fit_profile(
-    recordings: Sequence[Recording], name: str, gpu: str, model: str, dtype: str = "bfloat16", kv_dtype: str = "auto"
+    recordings: Sequence[Recording],
+    name: str,
+    gpu: str,
+    model: str,
+    dtype: str = "bfloat16",
+    kv_dtype: str = "auto",
+    kernels: Kernels | None = None,
 ) -> Profile:
     first = recordings[0]
     tensor_parallel = int(first.engine.get("tensor_parallel_size", 1))
@@ -33,7 +41,11 @@ def fit_profile(
                 f"{recording.path}: tensor_parallel_size differs from that of {first.path}. Fit them apart"
             )
     shape = model_shape(find_model(model), find_gpu(gpu), dtype, kv_dtype, tensor_parallel, dtype)
-    gpu_clock, host, stalls = fit_clocks(recordings, recorded_graphs(first), shape)
+    kv_heads = find_model(model).kv_heads
+    basis: Basis = ShapeBasis(kv_heads / min(tensor_parallel, kv_heads))
+    if kernels is not None:
+        basis = KernelBasis(Forward(kernels, find_model(model), dtype, kv_dtype, tensor_parallel))
+    gpu_clock, host, stalls = fit_clocks(recordings, recorded_graphs(first), shape, basis)
     fields = {field: getattr(host, field) for field in HostClock.__struct_fields__ if field != "stall_share"}
     profile = Profile(
         format=FORMAT,
@@ -49,6 +61,7 @@ def fit_profile(
         measured=measured_range(recordings),
         provenance=provenance(recordings),
         error={},
+        kernels=kernels,
     )
     profile = rounded(profile)
     return with_errors(profile, check_profile(profile, recordings))
@@ -89,7 +102,25 @@ def rounded(profile: Profile) -> Profile:
     return msgspec.convert(short(msgspec.to_builtins(profile, builtin_types=())), Profile)
 
 
+def check_output(path: Path) -> None:
+    """Before the work: that a profile written there can be, and can be named afterwards."""
+    if path.suffix != ".json":
+        raise ValueError(f"output={path}: a profile is a .json file. Name it so")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"output={path}: there is no folder {path.parent}. Make it first")
+
+
 def write_profile(profile: Profile, path: Path) -> None:
-    text = msgspec.json.format(msgspec.json.encode(profile), indent=1)
+    """Replaces `path` at once or not at all. A line for each part: kernels are tens of thousands of numbers."""
+    check_output(path)
+    parts = msgspec.to_builtins(profile)
+    lines = ",\n".join(f' "{name}": {msgspec.json.encode(part).decode()}' for name, part in parts.items())
+    text = f"{{\n{lines}\n}}\n".encode()
     decode_profile(text, str(path))  # what is written can be read
-    path.write_bytes(text + b"\n")
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_bytes(text)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise ValueError(f"output={path}: cannot be written ({error.strerror or error}). Give another") from None

@@ -8,10 +8,17 @@ of the step log, all times in seconds on one clock:
     ["e", t]            an empty schedule          ["x", t, dt, tokens]   launch of the step just scheduled
     ["u", t, dt, ...]   update of the oldest step  ["y", t, dt]           its sampling; the launch ends with it
     ["p", t, computed, outputs]   a preemption
+    ["w", t, dt, tokens], ["v", t, dt]   under tensor parallelism, "x" and "y" of the first worker: the launches that
+                        count, in order of the steps; "x" and "y" are then only messages to the workers
+
+`NAME.gpu.jsonl.gz` (in a list of scenarios the key `gpu`) may add what CUDA events showed, in milliseconds:
+[step, idle before, input preparation, forward pass, LM head and sampling, mode, rows, held].
 
 An update line names no step. The engine keeps a queue of two batches, empty ones included, and updates the oldest; if
 empty schedules are logged the pairs follow first in, first out. Otherwise the queue is replayed: between two updates
 the engine schedules until two batches are in flight, so where a schedule line is missing there was an empty one.
+
+FileNotFoundError: a file that is not there. ValueError: one that is cut short or holds what no recorder writes.
 """
 
 from __future__ import annotations
@@ -19,7 +26,9 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from math import nan
@@ -30,6 +39,10 @@ from llmsim.cost import WARM_S
 
 # Sooner than this after its schedule no step has a result: the update must be of an older, empty batch.
 SOONEST_RESULT_S = 4e-3
+# Between two steps in flight the GPU idles this long at most; longer, and it waited for the host.
+MOST_IDLE_MS = 0.02
+# A forward pass that lasts no longer than this beyond its launch was paced by it (launch-bound ones: 0.5 to 2 ms).
+LAUNCH_MARGIN_MS = 3.0
 
 
 @dataclass
@@ -50,6 +63,10 @@ class StepRow:
     launched_s: float = nan
     after_preemption: bool = False
     warm: bool = False  # has chunks, and the step just before it had some too
+    after: StepRow | None = None  # the step just before, if that had chunks and this one has none
+    since_chunk: int = 1_000_000  # decode steps since the last one with chunks, this one included
+    gpu_s: float = nan  # timed on the GPU itself, unless the launch paced it
+    held: bool = False  # timed after a rest, all of it launched before the GPU began: its clocks are high
 
     @property
     def new_tokens(self) -> int:
@@ -86,8 +103,11 @@ class Scenario:
 
     def __post_init__(self) -> None:
         for before, step in pairwise(self.steps):
-            step.warm = bool(before.chunks and step.chunks and step.schedule_s - before.update_s < WARM_S)
-
+            recent = step.schedule_s - before.update_s < WARM_S
+            step.warm = bool(before.chunks and step.chunks and recent)
+            step.after = before if before.chunks and not step.chunks and recent else None
+            if before.chunks or recent:
+                step.since_chunk = 1 if before.chunks else before.since_chunk + 1
 
 
 @dataclass
@@ -96,11 +116,17 @@ class Recording:
     engine: dict[str, Any]
     scenarios: list[Scenario]
     files: dict[str, str] = field(default_factory=dict)  # name -> sha256
+    timed: list[Scenario] = field(default_factory=list)  # steps timed on the GPU that no client waited for
 
 
-def pair_steps(lines: Sequence[Sequence[Any]]) -> list[StepRow]:
-    """Scheduled steps in order, each with its own update; a step still in flight at the end is left out."""
+def pair_steps(lines: Sequence[Sequence[Any]], gpu: Sequence[Sequence[Any]] = ()) -> list[StepRow]:
+    """Scheduled steps in order, each with its own update; a step still in flight at the end is left out.
+
+    `gpu`: lines of NAME.gpu.jsonl.gz, for `StepRow.gpu_s`.
+    """
     logged = any(line[0] == "e" for line in lines)
+    workers = any(line[0] == "w" for line in lines)
+    begun = ended = 0  # steps whose launch a worker has begun, and ended
     queue: list[StepRow | None] = []  # None: an empty batch
     rows: list[StepRow] = []
     current: StepRow | None = None
@@ -116,10 +142,16 @@ def pair_steps(lines: Sequence[Sequence[Any]]) -> list[StepRow]:
         elif kind == "e":
             current = None
             queue.append(None)
-        elif kind == "x" and current is not None:
+        elif kind == "x" and current is not None and not workers:
             current.launch_s = line[1]
-        elif kind == "y" and current is not None:
+        elif kind == "y" and current is not None and not workers:
             current.launched_s = line[1] + line[2]
+        elif kind == "w" and begun < len(rows):
+            rows[begun].launch_s = line[1]
+            begun += 1
+        elif kind == "v" and ended < len(rows):
+            rows[ended].launched_s = line[1] + line[2]
+            ended += 1
         elif kind == "p":
             preempted = True
         elif kind == "u":
@@ -129,12 +161,35 @@ def pair_steps(lines: Sequence[Sequence[Any]]) -> list[StepRow]:
             if done is not None:
                 done.update_s, done.update_took_s = line[1], line[2]
             since_update = 0
+    for line in gpu:
+        if not 0 <= line[0] < len(rows):
+            raise ValueError(f"GPU times of step {line[0]}, of {len(rows)}")
+        if min(line[1] or 0.0, *line[2:5]) < 0.0:
+            raise ValueError(f"GPU times of step {line[0]} below 0: {line[1:5]}")
+        _time_on_gpu(rows[line[0]], line)
     return [row for row in rows if row.update_s == row.update_s]
+
+
+def _time_on_gpu(row: StepRow, line: Sequence[Any]) -> None:
+    """A step whose kernels were still being launched while they ran shows the launch, not the GPU."""
+    _, idle_ms, prepare_ms, forward_ms, tail_ms, mode, _, held = line
+    row.held = bool(held)
+    launching_ms = 1e3 * (row.launched_s - row.launch_s)
+    if row.held:
+        row.gpu_s = 1e-3 * (forward_ms + tail_ms)
+    elif mode == "FULL":
+        row.gpu_s = 1e-3 * (min(idle_ms or 0.0, MOST_IDLE_MS) + prepare_ms + forward_ms + tail_ms)
+    elif forward_ms > launching_ms + LAUNCH_MARGIN_MS:
+        row.gpu_s = 1e-3 * (prepare_ms + forward_ms + tail_ms)
 
 
 def _row(line: Sequence[Any]) -> StepRow:
     """One-token chunks are counted with the decodes: the engine launches and computes them alike."""
     schedule_s, took_s, tokens, seqs, kv_tokens, prompts, running, waiting = line[1:9]
+    if min(took_s, tokens, seqs, kv_tokens, running, waiting) < 0 or any(
+        min(new - 1, done) < 0 for new, done in prompts
+    ):
+        raise ValueError(f"a step below 0: {line}")
     chunks = [(new, done) for new, done in prompts if new > 1]
     tails = [done for new, done in prompts if new == 1]
     seqs, kv_tokens = seqs + len(tails), kv_tokens + sum(tails)
@@ -153,7 +208,11 @@ def read_recording(path: Path, names: Sequence[str] | None = None) -> Recording:
     engine_file = path / "engine.json"
     if not engine_file.is_file():
         raise FileNotFoundError(f"{engine_file}: no such file. Name a recording's folder; it holds engine.json")
-    recording = Recording(path, json.loads(engine_file.read_text()), [])
+    with _damaged(engine_file):
+        engine = _parsed(engine_file.read_text(encoding="utf-8"))
+        if not isinstance(engine, dict):
+            raise ValueError("no JSON object")
+    recording = Recording(path, engine, [])
     recording.files["engine.json"] = _sha256(engine_file)
     present = {file.name.removesuffix(".json.gz").removesuffix(".requests"): file for file in path.glob("*.json.gz")}
     if missing := [name for name in names or () if name not in present]:
@@ -162,30 +221,56 @@ def read_recording(path: Path, names: Sequence[str] | None = None) -> Recording:
         if names is not None and name not in names:
             continue
         recording.files[file.name] = _sha256(file)
-        with gzip.open(file, "rt") as stream:
-            content = json.load(stream)
+        with _damaged(file), gzip.open(file, "rt") as stream:
+            content = _parsed(stream.read())
         if isinstance(content, list):
-            served = [part for part in content if all("t" in row for row in part["requests"])]
-            if names is not None and len(served) < len(content):
-                raise ValueError(f"{file}: has steps that no client waited for. It times kernels and cannot be fitted")
-            recording.scenarios += [_scenario(part["name"], part, part["steps"]) for part in served]
+            for part in content:
+                with _damaged(file):
+                    scenario = _scenario(part["name"], part, part["steps"], part.get("gpu", ()))
+                    served = all("t" in row for row in part["requests"])
+                served = served and not any(step.held for step in scenario.steps)
+                (recording.scenarios if served else recording.timed).append(scenario)
             continue
         steps = path / f"{name}.steps.jsonl.gz"
         if not steps.is_file():
             raise FileNotFoundError(f"{steps}: no such file. {file.name} needs its step log beside it")
         recording.files[steps.name] = _sha256(steps)
-        with gzip.open(steps, "rt") as stream:
-            recording.scenarios.append(_scenario(name, content, [json.loads(line) for line in stream]))
+        timed = path / f"{name}.gpu.jsonl.gz"
+        if timed.is_file():
+            recording.files[timed.name] = _sha256(timed)
+        lines, gpu = _lines(steps), _lines(timed) if timed.is_file() else []
+        with _damaged(path / name):
+            recording.scenarios.append(_scenario(name, content, lines, gpu))
     return recording
 
 
-def _scenario(name: str, content: dict[str, Any], lines: list[Any]) -> Scenario:
+@contextmanager
+def _damaged(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, EOFError, zlib.error, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file}: damaged ({type(error).__name__}: {error}). Record it again") from None
+
+
+def _parsed(text: str) -> Any:
+    def refused(name: str) -> None:
+        raise ValueError(f"{name} is no number")
+
+    return json.loads(text, parse_constant=refused)
+
+
+def _lines(file: Path) -> list[Any]:
+    with _damaged(file), gzip.open(file, "rt") as stream:
+        return [_parsed(line) for line in stream]
+
+
+def _scenario(name: str, content: dict[str, Any], lines: list[Any], gpu: Sequence[Any]) -> Scenario:
     requests = [
         RequestRow(
             send_s=row["submit"],
             prompt_tokens=row["prompt"],
             output_tokens=row["output"],
-            token_s=[at for at, tokens in row["t"] for _ in range(tokens)],
+            token_s=[at for at, tokens in row.get("t", ()) for _ in range(tokens)],
             cached_tokens=row.get("cached") or 0,
         )
         for row in content["requests"]
@@ -193,7 +278,7 @@ def _scenario(name: str, content: dict[str, Any], lines: list[Any]) -> Scenario:
     ]
     preemptions = sum(line[0] == "p" for line in lines)
     concurrency = content.get("scenario", {}).get("concurrency")
-    return Scenario(name, requests, pair_steps(lines), preemptions, concurrency)
+    return Scenario(name, requests, pair_steps(lines, gpu), preemptions, concurrency)
 
 
 def _sha256(file: Path) -> str:

@@ -57,7 +57,8 @@ SETTINGS = {
 DESCRIPTIONS = (
     "engine", "gpu", "model", "torch", "attention", "cpu", "driver", "date", "recorded", "startup_s", "weights_gib",
     "kv_cache_gib", "graphs_gib", "gpu_memory_bytes", "gpu_memory_mib_nvidia_smi", "model_runner", "cudagraph_mode",
-    "cudagraph_capture_sizes", "num_gpu_blocks_override",
+    "cudagraph_capture_sizes", "num_gpu_blocks_override", "activations_gib", "load_format", "recorder", "gpu_times",
+    "environment",
 )  # fmt: skip
 CUDAGRAPH_MODES = {"FULL_AND_PIECEWISE": "full_and_piecewise", "PIECEWISE": "piecewise", "NONE": "none"}
 

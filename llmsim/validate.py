@@ -13,7 +13,8 @@ shown is the model's and not the draw's (near saturation one draw is 1 to 2 % fr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,8 @@ def predicted(
     recorded: RecordedScenario, model: str | None = None, gpu: str | None = None, cost: str = "auto", **overrides: Any
 ) -> Result:
     """The recorded load, replayed."""
-    model = model or _named_in(recorded, "model", model_names())
-    gpu = gpu or _named_in(recorded, "gpu", gpu_names())
+    model = model or named_in(recorded.name, recorded.engine, "model", model_names())
+    gpu = gpu or named_in(recorded.name, recorded.engine, "gpu", gpu_names())
     settings = recorded.settings | {"concurrency": recorded.concurrency} | overrides
     return simulate(recorded.trace, Scenario.from_dict({"model": model, "gpu": gpu, "cost": cost} | settings))
 
@@ -133,15 +134,20 @@ def _named(values: list[float]) -> Statistics:
     return dict(zip(("mean", *(f"p{percent}" for percent in PERCENTS)), values, strict=True))
 
 
-def _named_in(recorded: RecordedScenario, key: str, known: list[str]) -> str:
+def named_in(recording: str, engine: Mapping[str, Any], key: str, known: list[str]) -> str:
     """The known model or GPU whose name occurs, part by part, in what the recording says of itself."""
-    text = str(recorded.engine.get(key, "")).lower().replace("_", "-")
-    matches = [name for name in known if all(part in text for part in name.lower().split("-"))]
+    text = str(engine.get(key, "")).lower().replace("_", "-")
+    matches = [name for name in known if all(_begins_in(text, part) for part in name.lower().split("-"))]
     longest = [name for name in matches if not any(name != other and name in other for other in matches)]
     if len(longest) != 1:
         found = f"could be any of {', '.join(longest)}" if longest else "is no known one (see `llmsim list`)"
-        raise ValueError(f"{recorded.name}: its {key} {text!r} {found}; give {key} (--{key} NAME)")
+        raise ValueError(f"{recording}: its {key} {text!r} {found}; give {key} (--{key} NAME)")
     return longest[0]
+
+
+def _begins_in(text: str, part: str) -> bool:
+    """ "4b" is in "qwen3-4b" and not in "qwen3-14b"; "sxm" is in "sxm5"."""
+    return re.search(rf"(?<![a-z0-9.]){re.escape(part)}", text) is not None
 
 
 def report(comparison: dict[str, Any]) -> str:

@@ -17,17 +17,20 @@ from calibration.__main__ import main
 from calibration.check import check_profile
 from calibration.fit import fit_clocks, monotone, robust
 from calibration.fit_host import WAKE_S
+from calibration.kernel_profiles import read_kernels
 from calibration.observe import DISPATCH_S
 from calibration.profiles import fit_profile
 from calibration.steps import Recording, RequestRow, Scenario, StepRow, pair_steps, read_recording
 from llmsim.cost import EAGER, FULL, PIECEWISE, WARM_S, Host, LaunchNoise
+from llmsim.cost.basis import ShapeBasis, power
 from llmsim.cost.graphs import Graphs
 from llmsim.cost.load import CostSettings
-from llmsim.cost.profile import Profile, ProfileCost, model_shape, power, read_profile
+from llmsim.cost.profile import Profile, ProfileCost, model_shape, read_profile
 from llmsim.hardware import find_gpu, find_model
 
 RECORDINGS = Path(__file__).parent / "data" / "recordings"
 FIRST = RECORDINGS / "vllm-0.25.1_h100-sxm_llama-3.1-8b_bf16"
+KERNELS = Path(__file__).parent.parent / "calibration" / "measurements" / "h100-sxm-aiconfigurator.parquet"
 FITTED = ("decode_grid", "poisson_1024_128_q8")
 GRAPHS = Graphs.of_engine(256, 8192)
 
@@ -90,6 +93,7 @@ def planted() -> ProfileCost:
         launch_per_chunk_s=(0.0, 0.8e-3, 1.6e-3),
         interference_per_token_s=1.4e-6,
         warm_share=0.04,
+        cool_share=0.04,
         wake_s=WAKE_S,
         launch_drift_s=((), (-1e-3, 0.0, 1e-3), (-3e-3, 0.0, 3e-3)),
         drift_hold_s=0.15,
@@ -102,14 +106,14 @@ def planted() -> ProfileCost:
         respond_s=1.2e-3,
         respond_per_output_s=30e-6,
     )
-    return cost_of(msgspec.structs.replace(profile, gpu_clock=clock, host_clock=quiet), host)
+    return cost_of(msgspec.structs.replace(profile, gpu_clock=clock, host_clock=quiet, kernels=None), host)
 
 
 @pytest.fixture(scope="module")
 def recovered() -> tuple[ProfileCost, Any, Host, float]:
     cost = planted()
     shape = model_shape(find_model("llama-3.1-8b"), find_gpu("h100-sxm"), "bfloat16", "auto", 1, "bfloat16")
-    clock, host, stalls = fit_clocks([synthetic(cost, seed=3)], GRAPHS, shape)
+    clock, host, stalls = fit_clocks([synthetic(cost, seed=3)], GRAPHS, shape, ShapeBasis(8))
     return cost, clock, host, stalls
 
 
@@ -188,7 +192,8 @@ def test_a_logged_empty_schedule_pairs_first_in_first_out() -> None:
 
 @pytest.fixture(scope="module")
 def refitted() -> Profile:
-    return fit_profile([read_recording(FIRST, FITTED)], "h100-sxm", "h100-sxm", "llama-3.1-8b")
+    kernels = read_kernels([KERNELS], "h100-sxm", read_profile("h200-sxm"))
+    return fit_profile([read_recording(FIRST, FITTED)], "h100-sxm", "h100-sxm", "llama-3.1-8b", kernels=kernels)
 
 
 def flat(value: Any) -> list[float]:
@@ -250,6 +255,7 @@ def test_check_from_the_command_line_prints_every_scenario_and_its_errors() -> N
 def test_fit_from_the_command_line_writes_a_profile_that_can_be_read(tmp_path: Path) -> None:
     output = tmp_path / "mine.json"
     options = ["--scenarios", ",".join(FITTED), "-o", str(output), "--gpu", "h100-sxm", "--model", "llama-3.1-8b"]
+    options += ["--kernels", str(KERNELS), "--rest-from", "h200-sxm"]
     shown = CliRunner().invoke(main, ["fit", str(FIRST), *options])
     assert shown.exit_code == 0
     assert read_profile(str(output)).name == "mine"

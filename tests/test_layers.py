@@ -12,7 +12,9 @@ FLOORS = {  # imports must go down; imports for type checkers only are exempt, t
     **dict.fromkeys(("schedulers", "routers", "engine", "macrostep", "metrics", "recording", "synth"), 2),
     **dict.fromkeys(("replica", "scenario"), 3),
     "simulate": 4,
-    **dict.fromkeys(("plan", "sweep", "testing", "validate", "oracle", "report", "runs", "fromvllm"), 5),
+    **dict.fromkeys(
+        ("plan", "sweep", "testing", "validate", "oracle", "report", "runs", "fromvllm", "phases", "charts"), 5
+    ),
     "cli": 6,
     "__main__": 7,
 }
@@ -21,7 +23,8 @@ ROOMS = {  # modules that share a room may import each other, as may the files o
     **dict.fromkeys(("gaps", "rates", "utilisation", "timeline"), "metrics"),
     **dict.fromkeys(("recorded", "benchmark_result"), "recording"),
 }
-FORBIDDEN = {"torch", "streamlit", "altair"}
+FORBIDDEN = {"torch", "streamlit"}
+ALTAIR_ROOMS = {"charts"}
 SIMPY_ROOMS = {"replica", "simulate"}
 
 
@@ -60,10 +63,11 @@ def complaints(module, source):
         there = room(rest.partition(".")[0])
         if dotted.startswith("."):
             found.append(f"{module} imports {dotted}: write the full name")
-        if top in FORBIDDEN or (top == "simpy" and here not in SIMPY_ROOMS):
+        rooms = {"simpy": SIMPY_ROOMS, "altair": ALTAIR_ROOMS}.get(top, {here})
+        if top in FORBIDDEN or here not in rooms:
             found.append(f"{module} imports {top}")
-        if top == "pandas" and at_once:
-            found.append(f"{module} imports pandas on import: import it in the function that needs it")
+        elif top in ("pandas", "altair") and at_once:
+            found.append(f"{module} imports {top} on import: import it in the function that needs it")
         if top == "llmsim" and there in FLOORS and there != here and FLOORS[there] >= FLOORS[here]:
             found.append(f"{here} (floor {FLOORS[here]}) imports {there} (floor {FLOORS[there]})")
     return found
@@ -89,11 +93,16 @@ def test_the_rule_sees_what_it_forbids():
     assert complaints("metrics", "import pandas as pd") == [
         "metrics imports pandas on import: import it in the function that needs it"
     ]
+    assert complaints("report", "def f():\n    import altair") == ["report imports altair"]
+    assert complaints("charts", "import altair") == [
+        "charts imports altair on import: import it in the function that needs it"
+    ]
     assert complaints("attic", "") == ["attic has no floor: give it one in tests/test_layers.py"]
 
 
 def test_the_rule_allows_what_it_should():
     assert complaints("replica", "import simpy\nfrom llmsim.cost import Ramp") == []
     assert complaints("metrics", "def f():\n    import pandas") == []
+    assert complaints("charts", "def f():\n    import altair") == []
     assert complaints("routers", "if TYPE_CHECKING:\n    from llmsim.replica import Replica") == []
     assert complaints("cli_replay", "from llmsim.cli_options import Known") == []

@@ -14,8 +14,9 @@ from plain_engine import PlainEngine, PlainRequest, Settings
 from calibration.steps import Recording, Scenario, read_recording
 from llmsim.cost import EAGER, FULL, PIECEWISE, LaunchNoise
 from llmsim.cost.graphs import Graphs
+from llmsim.cost.kernels import effective_rows
 from llmsim.cost.load import CostSettings, load_cost
-from llmsim.cost.profile import ProfileCost, decode_profile, effective_rows, find_profile, load_profile, read_profile
+from llmsim.cost.profile import ProfileCost, decode_profile, find_profile, load_profile, model_shape, read_profile
 from llmsim.hardware import find_gpu, find_model
 
 RECORDINGS = Path(__file__).parent / "data" / "recordings"
@@ -26,6 +27,12 @@ SETTINGS = CostSettings(1, "bfloat16", "auto", Graphs.of_engine(256, 8192))
 
 def cost_of(model: str = "llama-3.1-8b", settings: CostSettings = SETTINGS) -> ProfileCost:
     return load_profile("h100-sxm", find_model(model), find_gpu("h100-sxm"), settings)
+
+
+def shaped_cost(model: str = "llama-3.1-8b", settings: CostSettings = SETTINGS) -> ProfileCost:
+    """The same without kernels: everything by shapes."""
+    profile = msgspec.structs.replace(read_profile("h100-sxm"), kernels=None)
+    return ProfileCost(profile, find_model(model), find_gpu("h100-sxm"), settings)
 
 
 # ---- the equation -------------------------------------------------------------------------------------------------
@@ -39,7 +46,7 @@ def test_a_run_of_decodes_is_the_sum_of_its_iterations() -> None:
 
 
 def test_decodes_are_padded_to_their_graph() -> None:
-    cost = cost_of()
+    cost = shaped_cost()
     assert cost.decode_ramp(65, 1000).first_s == cost.decode_ramp(72, 1000).first_s
     assert cost.decode_ramp(72, 1000).first_s < cost.decode_ramp(128, 1000).first_s
 
@@ -56,23 +63,23 @@ def test_longer_iterations_cost_more_also_beyond_what_was_measured() -> None:
 
 
 def test_prefill_attention_counts_pairs() -> None:
-    cost = cost_of()
+    cost = shaped_cost()
     later = cost.mixed_s([(2048, 6144)], 0, 0) - cost.mixed_s([(2048, 0)], 0, 0)
     assert later == pytest.approx(2048 * 6144 * cost.profile.gpu_clock.pair_s, rel=1e-9)
 
 
 def test_a_short_chunk_over_a_long_context_costs_at_least_a_decode_of_it() -> None:
-    cost = cost_of()
+    cost = shaped_cost()
     more = cost.mixed_s([(2, 100_000)], 0, 0) - cost.mixed_s([(2, 0)], 0, 0)
     decode = cost.decode_ramp(1, 100_000).first_s - cost.decode_ramp(1, 0).first_s
     assert more > 0.98 * decode
 
 
 def test_effective_rows_count_tiles() -> None:
-    assert effective_rows(200) == 200
-    assert effective_rows(1024) == 1024
-    assert effective_rows(1024 + 64) == effective_rows(1152) == 1152
-    assert 1024 + 32 < effective_rows(1025) < effective_rows(1040) < 1152
+    rows = effective_rows(np.array([200.0, 1024, 1024 + 64, 1152, 1025, 1040]))
+    assert rows[:2].tolist() == [200, 1024]
+    assert rows[2] == rows[3] == 1152
+    assert 1024 + 32 < rows[4] < rows[5] < 1152
 
 
 def test_modes_are_those_of_the_graphs() -> None:
@@ -98,16 +105,19 @@ def test_outside_measured_marks_rows() -> None:
 
 def test_the_fitted_model_is_not_scaled_and_others_say_so() -> None:
     assert not cost_of().scaled and "scaled" not in cost_of().label
-    assert "scaled from llama-3.1-8b by shapes to qwen3-14b" in cost_of("qwen3-14b").label
+    assert "scaled from llama-3.1-8b by kernels to qwen3-14b" in cost_of("qwen3-14b").label
+    assert "scaled from llama-3.1-8b by shapes to qwen3-14b" in shaped_cost("qwen3-14b").label
 
 
 def test_a_larger_model_costs_by_its_weights_flops_and_kv() -> None:
-    small, large = cost_of(), cost_of("qwen3-14b")
-    weights = large._shape.weight_bytes / small._shape.weight_bytes
-    flops = large._shape.flops_per_token / small._shape.flops_per_token
+    small, large = shaped_cost(), shaped_cost("qwen3-14b")
+    gpu, names = find_gpu("h100-sxm"), ("llama-3.1-8b", "qwen3-14b")
+    shapes = [model_shape(find_model(name), gpu, "bfloat16", "auto", 1, "bfloat16") for name in names]
+    weights = shapes[1].weight_bytes / shapes[0].weight_bytes
+    flops = shapes[1].flops_per_token / shapes[0].flops_per_token
     assert large.decode_ramp(1, 0).first_s / small.decode_ramp(1, 0).first_s == pytest.approx(weights, rel=0.1)
     assert large.linear_s(8192) / small.linear_s(8192) == pytest.approx(flops, rel=0.05)
-    kv = large._shape.kv_token_bytes / small._shape.kv_token_bytes
+    kv = shapes[1].kv_token_bytes / shapes[0].kv_token_bytes
     assert large.decode_ramp(8, 0).growth_s == pytest.approx(small.decode_ramp(8, 0).growth_s * kv)
     layers = find_model("qwen3-14b").layers / find_model("llama-3.1-8b").layers
     assert small.host.launch_s[FULL] == large.host.launch_s[FULL]
@@ -228,7 +238,7 @@ def replayed(scenario: Scenario, recording: Recording, cost: ProfileCost) -> dic
     ("folder", "name", "host_scale", "within"),
     [
         (FIRST, "poisson_1024_128_q8", 1.0, 0.04),
-        (FIRST, "azconv_x1", 1.0, 0.04),
+        (FIRST, "azconv_x1", 1.0, 0.06),
         (FIRST, "closed64_1024_256", 1.0, 0.04),
         (FIRST, "poisson_1024_128_q18", 1.0, 0.06),
         (SECOND, "poisson_q14_r1", 0.87, 0.08),  # two machines of a kind differ by 6 % in steps with prefill

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import isfinite
 
-from llmsim.cost import CostModel
+from llmsim.cost import CostModel, worker_host
 from llmsim.cost.graphs import Graphs
 from llmsim.hardware import Gpu, Model
 
@@ -46,6 +46,9 @@ def load_cost(spec: str, model: Model, gpu: Gpu, settings: CostSettings) -> Cost
 def _roofline(model: Model, gpu: Gpu, settings: CostSettings) -> CostModel:
     from llmsim.cost.roofline import RooflineCost, default_host
 
+    host = default_host(model.layers)
+    if settings.tensor_parallel > 1:
+        host = worker_host(host)
     return RooflineCost(
         model,
         gpu,
@@ -53,7 +56,7 @@ def _roofline(model: Model, gpu: Gpu, settings: CostSettings) -> CostModel:
         dtype=settings.dtype,
         kv_dtype=settings.kv_dtype,
         graphs=settings.graphs,
-        host=default_host(model.layers).scaled(settings.host_scale),
+        host=host.scaled(settings.host_scale),
     )
 
 

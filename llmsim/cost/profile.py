@@ -1,43 +1,34 @@
-"""Cost of iterations from a profile: coefficients fitted to recordings of a real engine, scaled by shapes.
+"""Cost of iterations from a profile: coefficients fitted to recordings of a real engine, other models by their kernels.
 
-    pure decodes      T = (G(n) + b_full * kv_tokens * (1 + u(seqs))) * (1 + stalls)
-    with chunks       T = B + w * min(B, 50 ms) * seqs^2 / (seqs^2 + 55^2)
-                      B = G(n) + b_mixed * kv_tokens + sum over chunks max(a * pairs, b_mixed * computed)
+The equations of an iteration's GPU seconds T are those of `llmsim.cost.basis`. A profile holds, of the model it was
+fitted on, L at knots of rows (linear layers, norms, and without kernels the head), a (seconds per (query, key) pair of
+prefill attention), b (seconds per cached token that a decode reads, alone and beside chunks) and w; and stalls, the
+share of decode time that the host loses now and then (its own launches never pace a decode, its hiccups do): decodes
+take T * (1 + stalls).
 
-T GPU seconds; n rows of the iteration: its tokens, padded in graph modes. G: table of seconds over rows, linear between
-its knots: linear layers, norms, sampling. a: seconds per (query, key) pair of prefill attention. b: seconds per cached
-token that a decode reads; beside chunks the decodes run in the prefill's attention kernel, which reads no faster. A
-short chunk over a long context costs at least what a decode of it does. Stalls: the share of decode time that the host
-loses now and then (its own launches never pace a decode, its hiccups do).
+w is power (and so are `Host.warm_share`, after another chunk, and `Host.cool_share`): after many decodes, which draw it
+on memory, the matrix units of a chunk find lower clocks for some 50 ms. Timed on an H200 by CUDA events, chunks of 16
+to 8,192 tokens beside 8 to 220 decodes: the same kernels need 2 % longer beside 8, 6 % beside 30, 12 % beside 60 and 18
+to 20 % beside 120 and more, and as long as expected after 45 ms of rest.
 
-u is what is lost when the attention kernel's work does not divide evenly: with 8 KV heads, 1 to 4 requests of any
-context fill the 132 SMs of an H100 or H200 in one wave, and so do 8 and 16; other small batches need a second, half
-empty one. Timed on an H200 by CUDA events beside the same steps' other terms (long_q0.7, contexts of 12,000 to 30,000).
+Another dense model, dtype or tensor-parallel size
 
-w is power (and so is `Host.warm_share`, after another chunk): after many decodes, which draw it on memory, the matrix
-units of a chunk find lower clocks for some 50 ms.
-Timed on an H200 by CUDA events, chunks of 16 to 8,192 tokens beside 8 to 220 decodes: the same kernels need 2 % longer
-beside 8, 6 % beside 30, 12 % beside 60 and 18 to 20 % beside 120 and more, and as long as expected after 45 ms of rest.
+    by kernels    L(n) = r(n) * body(n): body and the other terms are composed of the model's own kernels
+                  (llmsim.cost.kernels); r, what the engine adds to them, is that of the fitted model, as is the ratio
+                  of a and b to theirs
+    by shapes     where the kernels lack what is needed, or the profile has none: L by the ratio of
+                  F(n) = layers * o + (M^p + C(n)^p)^(1/p) + all-reduce; M weight bytes / bandwidth, C(n) n * FLOPs per
+                  token / rate, o seconds per layer, p sharpness of the change from memory-bound to compute-bound;
+                  bandwidth, rate and p fitted to L. a by attention FLOPs, b by KV bytes, all per rank
 
-GEMMs compute tiles of 128 rows. Above 256 rows, where they pace G, a tile just begun costs a quarter of a full one and
-half a tile costs all of it: on an H200, of what 1,152 rows cost more than 1,024, 1,032 cost 0.3 and 1,090 cost 0.95.
-So n stands for `effective_rows(n)`. For 60 decodes beside a 1,024-token chunk this is 8 % of the iteration.
-
-Another dense model, dtype or tensor-parallel size is scaled by shapes. G by the ratio of
-
-    F(n) = layers * o + (M^p + C(n)^p)^(1/p) + all-reduce
-
-M weight bytes / bandwidth, C(n) n * FLOPs per token / rate, o seconds per layer, p sharpness of the change from
-memory-bound to compute-bound; bandwidth, rate and p fitted to G. a is scaled by attention FLOPs, b by KV bytes, all
-per rank; launches of piecewise and eager iterations by layers (every layer is so many kernels). Above the
-last knot G grows with F. Left out: skew of context lengths inside a batch, MoE, MLA and sliding windows (refused),
-overlap of all-reduce with compute, pipeline parallelism.
+Launches of piecewise and eager iterations grow with the layers (every layer is so many kernels); with tensor_parallel
+above 1 workers make them (`worker_host`). Left out: skew of context lengths inside a batch, MoE, MLA and sliding
+windows (refused), overlap of all-reduce with compute, pipeline parallelism.
 """
 
 from __future__ import annotations
 
 import hashlib
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -47,8 +38,11 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import numpy as np
 
-from llmsim.cost import FULL, PIECEWISE, WARM_S, Host, Ramp
+from llmsim.cost import FULL, PIECEWISE, Host, Ramp, worker_host
+from llmsim.cost.basis import Basis, Coefficients, KernelBasis, ShapeBasis, StepClock
+from llmsim.cost.kernels import Forward, Kernels, NotTimedError
 from llmsim.hardware import ELEMENT_BYTES, Gpu, Model, find_model
 
 if TYPE_CHECKING:
@@ -56,14 +50,13 @@ if TYPE_CHECKING:
 
 FORMAT = "llmsim-profile"
 VERSION = 1
-TILE_ROWS = 128
-TILE_AT_ONCE = 0.25  # of a full tile's time, as soon as its first row is there
-TILE_PAID_ROWS = 64  # rows after which the whole tile is paid
-FIRST_TILED_ROW = 256  # below, memory paces the GEMMs
-UNEVEN = {5: 0.3, 6: 0.25, 7: 0.25, 9: 0.13, 10: 0.13, 11: 0.13, **dict.fromkeys(range(12, 16), 0.08)}  # 8 KV heads
-POWER_SEQS = 55  # decodes that pull them half-way down
 # An all-reduce over NVLink costs about this before bytes count (NCCL tests, small messages).
 ALL_REDUCE_LATENCY_S = 8e-6
+FULL_ROWS = 256  # requests of the largest batch: more rows are prompts
+# What a profile's numbers may be: seconds of one thing, and anything else.
+MOST_S, MOST = 1e3, 1e18
+SIGNED = ("launch_jitter_s", "launch_drift_s")
+NOT_ZERO = ("count", "pair_s", "token_s", "full_kv_token_s", "mixed_kv_token_s", "linear_s", "seconds")
 
 
 class GpuClock(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -104,6 +97,9 @@ class HostClock(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     respond_s: float
     respond_per_output_s: float
     warm_share: float
+    cool_share: float = 0.0
+    return_s: float = 0.0
+    worker: bool = False
 
 
 class Measured(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -115,16 +111,33 @@ class Measured(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     context_tokens: int  # of one prompt, chunk included
 
 
-class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Deviation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Relative standard deviations of GPU seconds and launches, and how many loads or machines they rest on."""
+
+    gpu_decode: float
+    gpu_chunk: float
+    host: float
+    count: int
+
+
+class Spread(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How far recordings are from the profile at random: what no better fit to one of them removes."""
+
+    runs: Deviation  # loads of one machine, what the profile misses in each included
+    machines: Deviation  # machines of a kind beyond that
+
+
+class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     engine: str
     gpu: str
     recorded: str
     fitter: str
     scenarios: tuple[str, ...]
     recordings: dict[str, str]  # file -> sha256
+    touched: dict[str, float] | None = None  # factors of a touch-up: as used, as seen, standard errors
 
 
-class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     format: str
     version: int
     name: str
@@ -138,6 +151,8 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     measured: Measured
     provenance: Provenance
     error: dict[str, float]  # residuals on the fitted recordings and, by scenario, on those held out
+    kernels: Kernels | None = None  # what carries it to other models; by data-sheet shapes where there are none
+    spread: Spread | None = None
 
     @property
     def id(self) -> str:
@@ -207,26 +222,78 @@ def decode_profile(text: bytes, where: str) -> Profile:
         raise ValueError(f"{where}: gpu_clock.tokens={knots} must rise, with one value of linear_s for each")
     if values != sorted(values) or values[0] <= 0.0:
         raise ValueError(f"{where}: gpu_clock.linear_s={values} must be above 0 s and must not fall as tokens rise")
+    try:
+        for name in ("gpu_clock", "host_clock", "tensor_parallel", "spread", "kernels"):
+            _check_numbers(getattr(profile, name), name)
+        if profile.kernels is not None:
+            _check_kernels(profile.kernels, profile.gpu)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}. Fit it again with: python -m calibration fit") from None
     return profile
 
 
-def unevenness(seqs: int, kv_heads: float) -> float:
-    """u: share by which decode attention of `seqs` requests with `kv_heads` KV heads on a rank takes longer."""
-    return UNEVEN.get(round(seqs * kv_heads / 8), 0.0)
+def _check_numbers(part: Any, path: str) -> None:
+    """Every number in it is one that its field's name allows: seconds, shares and deviations may be 0, rates not."""
+    if isinstance(part, msgspec.Struct):
+        for field in part.__struct_fields__:
+            if field != "error":
+                _check_numbers(getattr(part, field), f"{path}.{field}")
+    elif isinstance(part, dict):
+        for key, held in part.items():
+            _check_numbers(held, f"{path}.{key}")
+    elif isinstance(part, tuple) and part and isinstance(part[0], int | float):
+        _check_numbers(min(part), path)
+        _check_numbers(max(part), path)
+    elif isinstance(part, tuple):
+        for held in part:
+            _check_numbers(held, path)
+    elif isinstance(part, int | float) and not isinstance(part, bool):
+        field = path.rpartition(".")[2]
+        seconds = field.endswith(("_s", "seconds")) and not field.endswith("_per_s")
+        most = MOST_S if seconds else MOST
+        least = -most if field in SIGNED else 0.0
+        zero = field not in NOT_ZERO and (
+            seconds or field.endswith("_share") or ".runs." in path or ".machines." in path
+        )
+        if not least <= part <= most or (part == 0 and not zero):
+            raise ValueError(
+                f"{path}={str(part)[:20]} must be {'0 or more' if zero else 'above 0'} and at most {most:.0e}"
+            )
 
 
-def power(seqs: int) -> float:
-    """How far `seqs` decodes have pulled the clocks down for a chunk beside them: 0 to 1."""
-    return seqs * seqs / (seqs * seqs + POWER_SEQS * POWER_SEQS)
+def _check_kernels(kernels: Kernels, gpu: str) -> None:
+    if kernels.gpu != gpu:
+        raise ValueError(f"kernels.gpu={kernels.gpu} is not the profile's gpu={gpu}")
+    curves = {f"elementwise.{op}": curve for op, curve in kernels.elementwise.items()}
+    curves |= {f"all_reduce.{gpus}": curve for gpus, curve in kernels.all_reduce.items()} | {
+        "head_rows": kernels.head_rows
+    }
+    for name, curve in curves.items():
+        _check_table(f"{name}.size_bytes", curve.size_bytes, curve.seconds)
+    for gpus in kernels.all_reduce:
+        if not gpus.isdecimal() or int(gpus) < 2:
+            raise ValueError(f"kernels.all_reduce.{gpus}: name it by a number of GPUs, 2 or more")
+    for dtype, table in kernels.linears.items():
+        _check_table(f"linears.{dtype}.tokens", table.tokens, *table.slowness)
+        if len(table.shapes) != len(table.slowness):
+            raise ValueError(
+                f"kernels.linears.{dtype}.shapes: {len(table.shapes)} for {len(table.slowness)} of slowness"
+            )
+    for decode in kernels.decodes:
+        _check_table("decodes.seqs", decode.seqs, decode.base_s, decode.token_s)
+    for heads in [*(table.heads for table in kernels.decodes), *(form.heads for form in kernels.prefills)]:
+        if heads.kv_dtype not in ("bfloat16", "fp8"):
+            raise ValueError(f"kernels: attention of kv_dtype={heads.kv_dtype!r}, neither bfloat16 nor fp8")
+    for name in ("linears", "decodes", "prefills"):
+        if not getattr(kernels, name):
+            raise ValueError(f"kernels.{name} is empty")
 
 
-def effective_rows(rows: int) -> float:
-    """Rows of full GEMM tiles that take as long as `rows` do."""
-    if rows <= FIRST_TILED_ROW:
-        return rows
-    full, begun = divmod(rows, TILE_ROWS)
-    share = min(TILE_AT_ONCE + (1.0 - TILE_AT_ONCE) * begun / TILE_PAID_ROWS, 1.0) if begun else 0.0
-    return TILE_ROWS * (full + share)
+def _check_table(name: str, knots: Sequence[float], *values: Sequence[float]) -> None:
+    if not knots or not values or any(len(row) != len(knots) for row in values):
+        raise ValueError(f"kernels.{name}: {len(knots)} knots for {len(values[0]) if values else 0} values")
+    if list(knots) != sorted(set(knots)):
+        raise ValueError(f"kernels.{name} must rise")
 
 
 @dataclass(frozen=True)
@@ -296,6 +363,73 @@ def host_of(clock: HostClock, layers_ratio: float) -> Host:
     return Host(**plain)
 
 
+def _forward(profile: Profile, model: Model, settings: CostSettings) -> tuple[Forward | None, str]:
+    """The model's forward pass by the profile's kernels, and how it is scaled: without them by data-sheet shapes."""
+    if profile.kernels is None:
+        return None, "shapes"
+    try:
+        return Forward(profile.kernels, model, settings.dtype, settings.kv_dtype, settings.tensor_parallel), "kernels"
+    except NotTimedError as missing:
+        return None, f"shapes ({missing})"
+
+
+def fitted_basis(profile: Profile) -> KernelBasis | ShapeBasis:
+    """The basis of the model the profile was fitted on."""
+    model = find_model(profile.model)
+    if profile.kernels is None:
+        return ShapeBasis(model.kv_heads / min(profile.tensor_parallel, model.kv_heads), profile.gpu_clock.tokens[-1])
+    return KernelBasis(Forward(profile.kernels, model, profile.dtype, profile.kv_dtype, profile.tensor_parallel))
+
+
+def fitted_coefficients(clock: GpuClock) -> Coefficients:
+    return Coefficients(
+        clock.tokens, clock.linear_s, clock.full_kv_token_s, clock.mixed_kv_token_s, clock.pair_s, clock.power_share
+    )
+
+
+def by_kernels(profile: Profile, forward: Forward) -> tuple[KernelBasis, Coefficients]:
+    """The engine's residual over its kernels, r, is that of the fitted model; the kernels are the model's own."""
+    fitted, own, clock = fitted_basis(profile), KernelBasis(forward), profile.gpu_clock
+    assert isinstance(fitted, KernelBasis)
+    knots = np.array(clock.tokens, float)
+    growth = own.body_s(knots) / fitted.body_s(knots)
+    kv_ratio, pair_ratio = own.kv_token_s / fitted.kv_token_s, own.pair_s / fitted.pair_s
+    return own, Coefficients(
+        knots=clock.tokens,
+        linear_s=tuple((np.array(clock.linear_s) * growth).tolist()),
+        full_kv_s=clock.full_kv_token_s * kv_ratio,
+        mixed_kv_s=clock.mixed_kv_token_s * kv_ratio,
+        pair_s=clock.pair_s * pair_ratio,
+        power_share=clock.power_share,
+    )
+
+
+def _by_shapes(
+    profile: Profile, shape: Shape, fitted: Shape, model: Model, settings: CostSettings
+) -> tuple[ShapeBasis, Coefficients]:
+    clock = profile.gpu_clock
+    knots = np.array(clock.tokens, float)
+    linear_s = np.array(clock.linear_s)
+    if profile.kernels is not None:  # there L is without the head, and the head's rows are those of a batch
+        linear_s = linear_s + fitted_basis(profile).head_s(np.minimum(knots, FULL_ROWS))
+    ratios = [shape.form_s(clock, n) / fitted.form_s(clock, n) for n in clock.tokens]
+    kv_ratio = shape.kv_token_bytes / fitted.kv_token_bytes
+    basis = ShapeBasis(model.kv_heads / min(settings.tensor_parallel, model.kv_heads), clock.tokens[-1])
+    return basis, Coefficients(
+        knots=clock.tokens,
+        linear_s=tuple((linear_s * ratios).tolist()),
+        full_kv_s=clock.full_kv_token_s * kv_ratio,
+        mixed_kv_s=clock.mixed_kv_token_s * kv_ratio,
+        pair_s=clock.pair_s * shape.pair_flops / fitted.pair_flops / shape.flops_ratio,
+        power_share=clock.power_share,
+    )
+
+
+def _stored(kv_dtype: str, dtype: str) -> str:
+    """What "auto" stands for: the dtype of the activations."""
+    return kv_dtype if kv_dtype != "auto" else dtype if dtype in ("float16", "float32") else "bfloat16"
+
+
 class ProfileCost:
     """A profile applied to one model, dtype, tensor-parallel size and set of CUDA graphs."""
 
@@ -304,74 +438,54 @@ class ProfileCost:
     def __init__(self, profile: Profile, model: Model, gpu: Gpu, settings: CostSettings) -> None:
         if gpu.name != profile.gpu:
             raise ValueError(f"gpu={gpu.name}: profile {profile.name} was measured on {profile.gpu}. Use that GPU")
-        self.profile, clock = profile, profile.gpu_clock
+        self.profile = profile
         source = find_model(profile.model)
         fitted = model_shape(source, gpu, profile.dtype, profile.kv_dtype, profile.tensor_parallel, profile.dtype)
         shape = model_shape(model, gpu, settings.dtype, settings.kv_dtype, settings.tensor_parallel, profile.dtype)
-        self._shape, self._fitted, self._clock = shape, fitted, clock
         self.scaled = shape != fitted
-        self.label = self._describe(model, settings)
-        self.host = host_of(profile.host_clock, shape.layers / fitted.layers).scaled(settings.host_scale)
+        host = host_of(profile.host_clock, shape.layers / fitted.layers)
+        if settings.tensor_parallel > 1 and not host.worker:
+            host = worker_host(host)
+        self.host = host.scaled(settings.host_scale)
         self.mode = settings.graphs.mode
-        self._padded, self._largest_graph = settings.graphs.padded, settings.graphs.largest
-
-        self._knots = list(clock.tokens)
-        ratios = [shape.form_s(clock, n) / fitted.form_s(clock, n) for n in self._knots]
-        self._linear_s = [t * ratio for t, ratio in zip(clock.linear_s, ratios, strict=True)]
-        self._last = self._knots[-1]
-        self._beyond = self._linear_s[-1] / shape.form_s(clock, self._last)
-        kv_ratio = shape.kv_token_bytes / fitted.kv_token_bytes
-        self._pair_s = clock.pair_s * shape.pair_flops / fitted.pair_flops / shape.flops_ratio
-        self._full_kv_s = clock.full_kv_token_s * kv_ratio * (1.0 + profile.host_clock.stall_share)
-        self._mixed_kv_s = clock.mixed_kv_token_s * kv_ratio
-        self._power_share = clock.power_share
         self._stalled = 1.0 + profile.host_clock.stall_share
-        sizes = range(1, self._largest_graph + 1)
-        kv_heads = model.kv_heads / min(settings.tensor_parallel, model.kv_heads)
-        self._decode_kv_s = [self._full_kv_s * (1.0 + unevenness(n, kv_heads)) for n in range(self._largest_graph + 1)]
-        self._decode_s = [0.0, *(self._stalled * self.linear_s(self._padded(n)) for n in sizes)]
+        forward, self._how = _forward(profile, model, settings)
+        self._neighbours: list[str] = []
+        basis: Basis
+        if forward is None:
+            basis, coefficients = _by_shapes(profile, shape, fitted, model, settings)
+        else:
+            basis, coefficients = by_kernels(profile, forward)
+            self._neighbours = forward.extrapolated
+        self.clock = StepClock(basis, coefficients, settings.graphs.padded)
+        self.label = self._describe(model, settings)
 
     def _describe(self, model: Model, settings: CostSettings) -> str:
         profile = self.profile
         shown = measured_error(profile)
-        scaled = f", scaled from {profile.model} by shapes to {model.name}" if self.scaled else ""
+        scaled = f", scaled from {profile.model} by {self._how} to {model.name}" if self.scaled else ""
         for name, now, then in (
             ("tensor_parallel", settings.tensor_parallel, profile.tensor_parallel),
             ("weights in", settings.dtype, profile.dtype),
-            ("KV cache in", settings.kv_dtype, profile.dtype if profile.kv_dtype == "auto" else profile.kv_dtype),
+            ("KV cache in", _stored(settings.kv_dtype, settings.dtype), _stored(profile.kv_dtype, profile.dtype)),
         ):
             if self.scaled and now != then:
                 scaled += f", {name} {now}"
+        if self.scaled and self._neighbours:
+            scaled += f" (from their neighbours: {', '.join(self._neighbours)})"
         return f"profile {profile.name} ({profile.id}), {profile.provenance.engine}{scaled}{shown}"
 
     def linear_s(self, tokens: int) -> float:
-        """G: seconds of everything but attention for `tokens` rows."""
-        knots, values = self._knots, self._linear_s
-        rows = effective_rows(tokens)
-        if rows >= self._last:
-            return self._beyond * self._shape.form_s(self._clock, rows)
-        i = bisect_right(knots, rows)
-        if i == 0:
-            return values[0]
-        share = (rows - knots[i - 1]) / (knots[i] - knots[i - 1])
-        return values[i - 1] + share * (values[i] - values[i - 1])
+        """Seconds of the linear layers and what is between them for `tokens` rows."""
+        return self.clock.linear_s(tokens)
 
     def decode_ramp(self, seqs: int, kv_tokens: int) -> Ramp:
-        if seqs <= self._largest_graph:
-            linear_s, kv_s = self._decode_s[seqs], self._decode_kv_s[seqs]
-        else:
-            linear_s, kv_s = self._stalled * self.linear_s(seqs), self._full_kv_s
-        return Ramp(linear_s + kv_s * kv_tokens, kv_s * seqs)
+        first_s, kv_s = self.clock.decode(seqs)
+        kv_s *= self._stalled
+        return Ramp(self._stalled * first_s + kv_s * kv_tokens, kv_s * seqs)
 
     def mixed_s(self, chunks: Sequence[tuple[int, int]], seqs: int, kv_tokens: int) -> float:
-        kv_s, pair_s = self._mixed_kv_s, self._pair_s
-        seconds = kv_s * kv_tokens
-        tokens = seqs
-        for new, done in chunks:
-            tokens += new
-            seconds += max(pair_s * new * (done + 0.5 * (new + 1)), kv_s * done)
-        seconds += self.linear_s(self._padded(tokens))
-        return seconds + self._power_share * power(seqs) * min(seconds, WARM_S)
+        return self.clock.mixed_s(chunks, seqs, kv_tokens)
 
     def outside_measured(self, iterations: dict[str, Any]) -> Any:
         """Rows with more tokens, decodes, cached tokens or prompt context than any step the profile was fitted to.

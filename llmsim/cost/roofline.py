@@ -62,8 +62,7 @@ Floats = NDArray[np.float64]
 def default_host(layers: int) -> Host:
     """A host as recorded beside an H100 (16 virtual cores, vLLM 0.25.1, 32 layers), without jitter.
 
-    A full graph is one launch however deep the model; piecewise and eager launches go layer by layer. Under tensor
-    parallelism the workers are processes of their own: there the real engine thread is free during a launch.
+    A full graph is one launch however deep the model; piecewise and eager launches go layer by layer.
     """
     depth = layers / 32
     return Host(

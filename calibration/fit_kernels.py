@@ -1,0 +1,378 @@
+"""Compile measurement rows into the tables of `llmsim.cost.kernels`, each with its error on what it was not fitted to.
+
+    linear      q = measured / ridge on the rows that most shapes were timed at; held out: one (n, k) at a time
+    decode      base and token by relative least squares over contexts, for each number of requests; held out: one
+                context at a time
+    prefill     call, pair, cached by non-negative relative least squares, the query tile by search; held out: one
+                (new, cached) at a time
+    elementwise, all-reduce      medians of what was timed, made to rise; held out: one size at a time, from its
+                neighbours
+
+Where several implementations were timed the one that vLLM runs on the GPU counts: its own kernels, FlashAttention 3,
+its CUTLASS product for fp8, cuBLAS for bf16; its custom all-reduce up to the sizes it takes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import nnls
+
+from calibration.fit import monotone
+from llmsim.cost.kernels import Curve, DecodeTable, Heads, Kernels, LinearTable, PrefillForm, nearest
+from llmsim.hardware import ELEMENT_BYTES, Gpu, find_gpu
+
+if TYPE_CHECKING:
+    from calibration.measure.rows import Row
+
+Floats = NDArray[np.float64]
+
+# Not among them: torch's int4 and int8 products, which engines do not run, and tf32, which is no format of weights.
+LINEAR_VARIANTS = ("vllm_cutlass", "vllm_fp8", "cublas", "scaled_mm")
+ATTENTION_VARIANTS = ("fa3", "flashinfer_trtllm", "fa2", "varlen", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient")
+ELEMENTWISE_VARIANTS = ("vllm", "torch")
+LAUNCHES = ("graph", "compiled_graph", "eager", "compiled", "host")
+LINK_VARIANTS = ("vllm_custom", "nccl", "reported", "gloo")
+LEAST_ROWS = (1.0, 16.0, 32.0, 64.0, 128.0, 256.0)
+ELEMENTWISE = ("rms_norm", "add_rms_norm", "rope", "silu_mul", "kv_write", "quant_fp8")
+LEAST_WIDTH, MOST_TOKENS = 512, 16_384  # of imported linear layers: no layer of a language model is narrower
+FEWEST_PREFILLS = 12  # points that make a form of their own
+SUSTAINED_TOKENS = 512  # from here up `measure` times linear layers under load
+COMMON = 0.3  # share of the shapes that must have been timed at a number of rows for it to be in the table
+AFFINE_FROM_TOKENS = 128  # contexts below say nothing of the cost per cached token
+
+
+def fit_kernels(
+    rows: Sequence[Row],
+    gpu: Gpu,
+    source: str,
+    files: dict[str, str],
+    rest: Kernels | None = None,
+    judge: Judge | None = None,
+) -> Kernels:
+    """`rest`: where norms, activation, sampling and the like come from if `rows` lack them, by memory bandwidth."""
+    judge = judge or Judge()
+    linears = {
+        dtype: fit_linear(group, dtype, gpu, judge)
+        for dtype, group in _by(rows, "linear", lambda r: r.dtype).items()
+        if dtype in ELEMENT_BYTES and any(row.variant in LINEAR_VARIANTS for row in group)
+    }
+    if "bfloat16" not in linears:
+        raise ValueError("measurements: no linear layer in bfloat16 (op=linear). Measure some first")
+    decodes, prefills = fit_attention(rows, gpu, judge, rest)
+    curves = {}
+    for op in ELEMENTWISE:
+        group = preferred([row for row in rows if row.op == op], ELEMENTWISE_VARIANTS)
+        if group:
+            curves[op] = fit_curve(((row.bytes, row.median_s) for row in group), op, judge)
+        elif rest is not None and op in rest.elementwise:
+            curves[op] = slowed(rest.elementwise[op], rest.gpu, gpu)
+    sampling = preferred([row for row in rows if row.op == "sample_greedy"], ELEMENTWISE_VARIANTS)
+    if sampling or rest is None:
+        head_rows = fit_curve(((2.0 * row.tokens * row.n, row.median_s) for row in sampling), "sample_greedy", judge)
+    else:
+        head_rows = slowed(rest.head_rows, rest.gpu, gpu)
+    links = {}
+    for gpus, group in _by(rows, "all_reduce", lambda r: r.gpus).items():
+        best: dict[float, float] = {}
+        for row in group:  # what the engine takes at each size is the faster one
+            best[row.size_bytes] = min(row.median_s, best.get(row.size_bytes, row.median_s))
+        links[str(gpus)] = fit_curve(best.items(), f"all_reduce_{gpus}", judge)
+    return Kernels(
+        gpu=gpu.name,
+        source=source,
+        measurements=files,
+        linears=linears,
+        elementwise=curves,
+        head_rows=head_rows,
+        decodes=tuple(sorted(decodes, key=lambda table: str(table.heads))),
+        prefills=tuple(sorted(prefills, key=lambda form: str(form.heads))),
+        all_reduce=links,
+        error=judge.summary(),
+    )
+
+
+@dataclass
+class Judge:
+    """What was predicted of points that had no part in the prediction."""
+
+    points: list[tuple[str, float, float, str]] = field(default_factory=list)  # operator, measured, predicted, what
+
+    def add(self, operator: str, measured_s: float, predicted_s: float, what: str) -> None:
+        self.points.append((operator, measured_s, predicted_s, what))
+
+    def operators(self) -> dict[str, Floats]:
+        """Absolute relative errors by operator."""
+        names = dict.fromkeys(point[0] for point in self.points)
+        return {name: np.array([abs(p[2] / p[1] - 1.0) for p in self.points if p[0] == name]) for name in names}
+
+    def summary(self) -> dict[str, float]:
+        found = {}
+        for name, errors in sorted(self.operators().items()):
+            found[name] = float(f"{np.median(errors):.3g}")
+            found[f"{name} p90"] = float(f"{np.quantile(errors, 0.9):.3g}")
+        return found
+
+    def report(self, worst: int = 3) -> str:
+        lines = [f"{'operator':<28}{'points':>8}{'median':>9}{'p90':>8}   worst"]
+        for name, errors in self.operators().items():
+            own = [point for point in self.points if point[0] == name]
+            far = sorted(zip(errors, own, strict=True), key=lambda pair: -pair[0])[:worst]
+            told = "; ".join(f"{point[3]} {point[2] / point[1] - 1.0:+.0%}" for _, point in far)
+            lines.append(f"{name:<28}{len(own):>8}{np.median(errors):>9.1%}{np.quantile(errors, 0.9):>8.1%}   {told}")
+        return "\n".join(lines)
+
+
+def preferred(rows: Sequence[Row], variants: Sequence[str]) -> list[Row]:
+    """The rows of the first variant there is, launched in the first way there is."""
+    for variant in variants:
+        own = [row for row in rows if row.variant == variant]
+        for launch in LAUNCHES:
+            if chosen := [row for row in own if row.launch == launch]:
+                return chosen
+    return []
+
+
+def heads_of(row: Row) -> Heads:
+    return Heads(row.q_heads, row.kv_heads, row.head_dim, "fp8" if "fp8" in (row.kv_dtype or "") else "bfloat16")
+
+
+def _by(rows: Iterable[Row], op: str, key: Callable[[Row], object]) -> dict:
+    groups = defaultdict(list)
+    for row in rows:
+        if row.op == op:
+            groups[key(row)].append(row)
+    return dict(groups)
+
+
+# ---- linear layers ------------------------------------------------------------------------------------------------
+
+
+def fit_linear(rows: Sequence[Row], dtype: str, gpu: Gpu, judge: Judge) -> LinearTable:
+    """Our own measurements; if others' are there too, theirs say how time goes between ours."""
+    own = linear_seconds([row for row in rows if row.source == "measured"])
+    imported = [row for row in rows if row.source != "measured" and min(row.n, row.k) >= LEAST_WIDTH]
+    theirs = linear_seconds([row for row in imported if row.tokens <= MOST_TOKENS])
+    if len(own) < 2 and len(theirs) < 2:
+        raise ValueError(f"measurements: linear layers in {dtype} need two shapes of three row counts. Measure more")
+    empty = LinearTable(
+        weight_bytes=ELEMENT_BYTES[dtype],
+        activation_bytes=ELEMENT_BYTES[dtype if dtype == "fp8" else "float32" if dtype == "float32" else "bfloat16"],
+        flops_per_s=gpu.flops_per_s[gpu.compute_dtype(dtype)],
+        bandwidth_bytes_per_s=gpu.bandwidth_bytes_per_s,
+        tiled=not theirs,
+        tokens=(),
+        shapes=(),
+        slowness=(),
+        quantises=not own and any(row.variant == "vllm_fp8" for row in rows),
+    )
+    table = linear_table(empty, theirs or own)
+    if not theirs:
+        table = steadied(table)
+    if own and theirs:
+        table = follow(table, own)
+    for (n, k), times in (own or theirs).items():
+        at, truth = (np.array(column, float) for column in zip(*sorted(times.items()), strict=True))
+        for tokens, predicted_s, measured_s in zip(at, table.seconds(n, k, at, without=(n, k)), truth, strict=True):
+            judge.add(f"linear {dtype}", measured_s, predicted_s, f"n={n} k={k} tokens={tokens:.0f}")
+    return table
+
+
+def linear_seconds(rows: Sequence[Row]) -> dict[tuple[int, int], dict[int, float]]:
+    """(n, k) -> rows -> seconds; sustained clocks, where timed, replace cold ones."""
+    seconds: dict[tuple[int, int], dict[int, float]] = defaultdict(dict)
+    for row in sorted(preferred(rows, LINEAR_VARIANTS), key=lambda row: row.clocks == "sustained"):
+        seconds[row.n, row.k][row.tokens] = row.median_s
+    return {shape: times for shape, times in sorted(seconds.items()) if len(times) >= 3}
+
+
+def common_tokens(seconds: dict[tuple[int, int], dict[int, float]]) -> tuple[int, ...]:
+    counts = Counter(tokens for times in seconds.values() for tokens in times)
+    return tuple(sorted(tokens for tokens, count in counts.items() if count >= COMMON * len(seconds)))
+
+
+def linear_table(empty: LinearTable, seconds: dict[tuple[int, int], dict[int, float]]) -> LinearTable:
+    grid = common_tokens(seconds)
+    slowness = []
+    for (n, k), times in seconds.items():
+        at, measured_s = (np.array(column, float) for column in zip(*sorted(times.items()), strict=True))
+        q = np.interp(empty.rows(np.array(grid, float)), empty.rows(at), measured_s / empty.ridge_s(n, k, at))
+        slowness.append(tuple(round(float(value), 4) for value in q))
+    return msgspec.structs.replace(empty, tokens=grid, shapes=tuple(seconds), slowness=tuple(slowness))
+
+
+def steadied(table: LinearTable) -> LinearTable:
+    """Half of each q under sustained load from the shape itself, half from its neighbours.
+
+    At the power limit clocks wander: one shape timed twice differs by some 5 % (p10 to p90 of a single measurement up
+    to 9 %), as much as neighbouring shapes differ.
+    """
+    slowness = [list(row) for row in table.slowness]
+    for column, tokens in enumerate(table.tokens):
+        if tokens < SUSTAINED_TOKENS:
+            continue
+        for i, shape in enumerate(table.shapes):
+            near = sum(weight * table.slowness[j][column] for j, weight in table.weights(*shape, without=shape))
+            slowness[i][column] = round((table.slowness[i][column] * near) ** 0.5, 4)
+    return msgspec.structs.replace(table, slowness=tuple(tuple(row) for row in slowness))
+
+
+def follow(table: LinearTable, own: dict[tuple[int, int], dict[int, float]]) -> LinearTable:
+    """Our shapes at all rows of `table`: its predictions, corrected by what we timed."""
+    grid = np.array(table.tokens, float)
+    slowness = []
+    for shape, times in own.items():
+        timed, seconds = (np.array(column, float) for column in zip(*sorted(times.items()), strict=True))
+        correction = np.interp(np.log(grid), np.log(timed), seconds / table.seconds(*shape, timed))
+        q = table.seconds(*shape, grid) / table.ridge_s(*shape, grid)
+        slowness.append(tuple(np.round(q * correction, 4).tolist()))
+    return msgspec.structs.replace(table, shapes=tuple(own), slowness=tuple(slowness))
+
+
+# ---- attention ----------------------------------------------------------------------------------------------------
+
+
+def relative_fit(matrix: Floats, target: Floats) -> Floats:
+    """Non-negative least squares in relative error."""
+    scale = np.abs(matrix / target[:, None]).max(axis=0)
+    scale[scale == 0.0] = 1.0
+    coefficients: Floats = nnls(matrix / target[:, None] / scale, np.ones(len(target)))[0] / scale
+    return coefficients
+
+
+def judge_held_out(judge: Judge, operator: str, matrix: Floats, target: Floats, what: Sequence[str]) -> None:
+    """Each row against a fit to the others."""
+    for i in range(len(target)):
+        others = np.arange(len(target)) != i
+        if others.sum() > matrix.shape[1]:
+            predicted_s = float(matrix[i] @ relative_fit(matrix[others], target[others]))
+            judge.add(operator, float(target[i]), predicted_s, what[i])
+
+
+def fit_attention(
+    rows: Sequence[Row], gpu: Gpu, judge: Judge, rest: Kernels | None
+) -> tuple[tuple[DecodeTable, ...], tuple[PrefillForm, ...]]:
+    decodes, prefills = _by(rows, "attention_decode", heads_of), _by(rows, "attention_prefill", heads_of)
+    if decodes or prefills or rest is None:
+        tables = [table for heads, group in decodes.items() if (table := fit_decode(group, heads, judge))]
+        if not tables:
+            raise ValueError("measurements: no decode attention at two contexts for a batch. Measure more")
+        return tuple(tables), fit_prefills(prefills, judge)
+    # cached tokens at the ratio of bandwidths, the rest as it is: the same kernels on as many multiprocessors
+    ratio = find_gpu(rest.gpu).bandwidth_bytes_per_s / gpu.bandwidth_bytes_per_s
+    scaled = [
+        msgspec.structs.replace(table, token_s=tuple(float(f"{s * ratio:.4g}") for s in table.token_s))
+        for table in rest.decodes
+    ]
+    return tuple(scaled), rest.prefills
+
+
+def fit_decode(rows: Sequence[Row], heads: Heads, judge: Judge) -> DecodeTable | None:
+    """None where too little was timed, or only kernels that the engine does not run."""
+    chosen = preferred([row for row in rows if row.skew in (None, "uniform")], ATTENTION_VARIANTS)
+    seqs, base, token = [], [], []
+    groups: dict[int, list[Row]] = defaultdict(list)
+    for row in chosen:
+        if row.seq_context_tokens >= AFFINE_FROM_TOKENS:
+            groups[row.seqs].append(row)
+    for count, group in sorted(groups.items()):
+        if len(group) < 2:
+            continue
+        matrix = np.array([(1.0, row.seqs * row.seq_context_tokens) for row in group])
+        target = np.array([row.median_s for row in group])
+        base_s, token_s = relative_fit(matrix, target)
+        seqs.append(count)
+        base.append(float(f"{base_s:.4g}"))
+        token.append(float(f"{token_s:.4g}"))
+        what = [f"seqs={row.seqs} context={row.seq_context_tokens} {label(heads)}" for row in group]
+        judge_held_out(judge, f"decode attention {heads.kv_dtype}", matrix, target, what)
+    return DecodeTable(heads, tuple(seqs), tuple(base), tuple(token)) if seqs else None
+
+
+def fit_prefills(groups: dict[Heads, list[Row]], judge: Judge) -> tuple[PrefillForm, ...]:
+    """Heads timed at few points take the nearest well-timed form, its pairs scaled to fit those."""
+    single = {
+        heads: [row for row in preferred(group, ATTENTION_VARIANTS) if (row.chunks or 1) == 1]
+        for heads, group in groups.items()
+    }
+    fitted = [fit_prefill(group, heads, judge) for heads, group in single.items() if len(group) >= FEWEST_PREFILLS]
+    full = [form for form in fitted if form.pair_s > 0.0]  # a head or two never keep the GPU busy: nothing per pair
+    if not full:
+        raise ValueError(f"measurements: no prefill attention at {FEWEST_PREFILLS} points (new, cached). Measure more")
+    done = {form.heads for form in full}
+    few = {heads: group for heads, group in single.items() if group and heads not in done}
+    return (*full, *(scaled_prefill(group, heads, nearest(full, heads), judge) for heads, group in few.items()))
+
+
+def scaled_prefill(rows: Sequence[Row], heads: Heads, form: PrefillForm, judge: Judge) -> PrefillForm:
+    known = form.heads
+    pair_s = form.pair_s * heads.q_heads * heads.head_dim / (known.q_heads * known.head_dim)
+
+    def seconds(row: Row, pair_s: float) -> float:
+        new, cached = row.new_tokens, row.context_tokens or 0
+        pairs = cached * max(new, form.least_rows) + new * (new + 1) / 2
+        return form.call_s + form.span_s * (new + cached) + pair_s * pairs + (form.cached_s if cached else 0.0)
+
+    for row in rows:
+        what = f"new={row.new_tokens} cached={row.context_tokens} {label(heads)}"
+        judge.add(f"prefill attention {heads.kv_dtype} (other heads)", row.median_s, seconds(row, pair_s), what)
+    slowest = max(rows, key=lambda row: row.median_s)
+    rest_s = seconds(slowest, 0.0)
+    pair_s *= max(slowest.median_s - rest_s, 0.1 * slowest.median_s) / (seconds(slowest, pair_s) - rest_s)
+    return PrefillForm(heads, form.call_s, form.span_s, float(f"{pair_s:.4g}"), form.least_rows, form.cached_s)
+
+
+def fit_prefill(chosen: Sequence[Row], heads: Heads, judge: Judge) -> PrefillForm:
+    new = np.array([row.new_tokens for row in chosen], float)
+    cached = np.array([row.context_tokens or 0 for row in chosen], float)
+    target = np.array([row.median_s for row in chosen])
+
+    def matrix(least: float) -> Floats:
+        pairs = cached * np.maximum(new, least) + new * (new + 1) / 2
+        columns: Floats = np.column_stack([np.ones(len(new)), new + cached, pairs, cached > 0])
+        return columns
+
+    def misfit(least: float) -> float:
+        return float(np.mean(np.abs(matrix(least) @ relative_fit(matrix(least), target) / target - 1.0)))
+
+    least = min(LEAST_ROWS, key=misfit)
+    call_s, span_s, pair_s, cached_s = (float(f"{value:.4g}") for value in relative_fit(matrix(least), target))
+    what = [f"new={n:.0f} cached={c:.0f} {label(heads)}" for n, c in zip(new, cached, strict=True)]
+    judge_held_out(judge, f"prefill attention {heads.kv_dtype}", matrix(least), target, what)
+    return PrefillForm(heads, call_s, span_s, pair_s, least, cached_s)
+
+
+def label(heads: Heads) -> str:
+    return f"heads={heads.q_heads}/{heads.kv_heads} of {heads.head_dim}"
+
+
+def slowed(curve: Curve, timed_on: str, gpu: Gpu) -> Curve:
+    """A memory-bound kernel on another GPU: its latency as it is, the rest by the ratio of bandwidths."""
+    ratio = find_gpu(timed_on).bandwidth_bytes_per_s / gpu.bandwidth_bytes_per_s
+    latency_s = min(curve.seconds)
+    return Curve(curve.size_bytes, tuple(latency_s + (s - latency_s) * ratio for s in curve.seconds))
+
+
+# ---- curves -------------------------------------------------------------------------------------------------------
+
+
+def fit_curve(points: Iterable[tuple[float, float]], name: str, judge: Judge) -> Curve:
+    by_size: dict[float, list[float]] = defaultdict(list)
+    for size, seconds in points:
+        by_size[float(size)].append(seconds)
+    if not by_size:
+        raise ValueError(f"measurements: no {name}. Measure it (--ops {name})")
+    sizes = sorted(by_size)
+    seconds = [median(by_size[size]) for size in sizes]
+    for i in range(1, len(sizes) - 1):
+        predicted_s = np.interp(sizes[i], [sizes[i - 1], sizes[i + 1]], [seconds[i - 1], seconds[i + 1]])
+        judge.add(name, seconds[i], float(predicted_s), f"bytes={sizes[i]:.0f}")
+    rising = monotone(np.array(seconds), np.ones(len(seconds)))
+    return Curve(tuple(sizes), tuple(float(f"{value:.4g}") for value in rising))

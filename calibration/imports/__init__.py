@@ -1,0 +1,1 @@
+"""Measurement rows out of other projects' published tables."""

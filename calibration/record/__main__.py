@@ -1,0 +1,28 @@
+"""python -m calibration.record record|engine: the same commands, for a GPU machine without the simulator's packages."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from calibration.record.command import engine_command, record_command
+
+
+@click.group()
+def main() -> None:
+    """Record a real vLLM. Needs vllm, numpy, msgspec and click."""
+
+
+main.add_command(record_command)
+main.add_command(engine_command)
+
+if __name__ == "__main__":
+    try:
+        main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)

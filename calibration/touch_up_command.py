@@ -1,0 +1,94 @@
+"""python -m calibration touch-up and spread: one machine's two factors, and how far machines differ."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from calibration.profiles import check_output, write_profile
+from calibration.spread import KINDS, spread_of
+from calibration.steps import Recording, Scenario, read_recording
+from calibration.touch_up import check_recorded, cost_for, first_part, observed, shipped_for, touch_up, touched_profile
+from llmsim.cost.profile import read_profile
+
+UNITS_S = {"": 1.0, "s": 1.0, "min": 60.0}
+
+
+class Duration(click.ParamType):  # type: ignore[type-arg]  # generic only in click's newest releases
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        found = re.fullmatch(r"(\d+(?:\.\d+)?) *(s|min)?", str(value))
+        if found is None or float(found[1]) <= 0.0:
+            self.fail(f"{value!r} is not a time above 0, as in 30s or 2min", param, ctx)
+        return float(found[1]) * UNITS_S[found[2] or ""]
+
+
+def one_load(folder: Path, name: str | None) -> tuple[Recording, Scenario]:
+    """The load named, or the folder's only one."""
+    loads = sorted(file.name.removesuffix(".requests.json.gz") for file in folder.glob("*.requests.json.gz"))
+    if folder.is_dir() and name is None and len(loads) != 1:
+        held = f"its loads are {', '.join(loads)}: choose one with --scenario" if loads else "no load is in it"
+        raise ValueError(f"{folder}: {held}. A touch-up needs NAME.requests.json.gz and NAME.steps.jsonl.gz")
+    recording = read_recording(folder, [name or loads[0]] if folder.is_dir() else None)
+    if len(recording.scenarios) != 1:
+        raise ValueError(f"{folder}: {name} is {len(recording.scenarios)} batches. Touch up with a load")
+    return recording, recording.scenarios[0]
+
+
+@click.command("touch-up")
+@click.argument("folder", metavar="RECORDING", type=click.Path(path_type=Path))
+@click.option("--scenario", help="Which load of the folder. Default: the only one.")
+@click.option("--profile", help="Shipped, or the path of a .json file. Default: the shipped one of the recorded GPU.")
+@click.option("--first", "first_s", type=Duration(), default="30s", show_default=True, help="Of the load.")
+@click.option("--model", help="The recorded model, if another: the factors then hold the errors of scaling too.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The profile to write.")
+def touch_up_command(
+    folder: Path, scenario: str | None, profile: str | None, first_s: float, model: str | None, output: Path
+) -> None:
+    """Adapt a profile to one machine: two factors, GPU and host, from half a minute of recorded load."""
+    check_output(output)
+    recording, load = one_load(folder, scenario)
+    profile = profile or shipped_for(recording)
+    source = read_profile(profile)
+    check_recorded(source, recording, model)
+    cost = cost_for(recording, profile, model or source.model, source.gpu)
+    found = touch_up(observed(first_part(load, first_s), cost), source)
+    touched = touched_profile(source, found, recording, f"{source.name}@{output.stem}")
+    write_profile(touched, output)
+    click.echo(found.report())
+    click.echo(f"{output}: profile {touched.name} ({touched.id})")
+
+
+@click.command("spread")
+@click.argument("profile")
+@click.option(
+    "--machine", "machines", multiple=True, required=True, help="Recording folders of one machine, comma separated."
+)
+@click.option("--record", is_flag=True, help="Write it into the profile file.")
+def spread_command(profile: str, machines: tuple[str, ...], record: bool) -> None:
+    """How far machines, and loads on one machine, are from a profile; for touch-up and for reading errors."""
+    path, source = Path(profile), read_profile(profile)
+    if record and path.suffix != ".json":
+        raise ValueError(f"profile={profile}: --record needs the path of the .json file to write into")
+    loads = []
+    for folders in machines:
+        own = []
+        for folder in folders.split(","):
+            recording = read_recording(Path(folder))
+            check_recorded(source, recording, None)
+            cost = cost_for(recording, profile, source.model, source.gpu)
+            own += [observed(load, cost) for load in recording.scenarios if not load.name.startswith("grid_")]
+        loads.append(own)
+    found = spread_of(loads)
+    click.echo(f"{'relative sd':<12}" + "".join(f"{kind:>12}" for kind in KINDS) + f"{'of':>6}")
+    for name in ("runs", "machines"):
+        deviation = getattr(found, name)
+        cells = "".join(f"{getattr(deviation, kind):>12.1%}" for kind in KINDS)
+        click.echo(f"{name:<12}{cells}{deviation.count:>6}")
+    if record:
+        write_profile(msgspec.structs.replace(source, spread=found), path)

@@ -1,0 +1,196 @@
+"""What a profile's coefficients multiply: the work of one model's iterations, as fit and loop need it.
+
+GPU seconds of an iteration of n rows (tokens, padded in graph modes), s decodes, q requests in all and
+chunks (new, done):
+
+    pure decodes    T = L(n) + head(q) + base(s) + b(s) * kv_tokens
+    with chunks     B = L(n) + head(q) + base(s) + b_mixed * kv_tokens + sum over chunks C(new, done)
+                    T = B + w * power(s) * min(B, 50 ms)
+    C = call + span * (done + new) + max(a * (done * max(new, least) + new (new + 1) / 2), b_mixed * done)
+        + (cached if done > 0)
+
+L is given at knots. Two bases say what lies between them and what another model's terms are:
+
+    `ShapeBasis`    no kernels were timed: L includes the head and is linear in `effective_rows`; base, call, span and
+                    cached are 0, least 1; other models by data-sheet shapes (llmsim.cost.profile)
+    `KernelBasis`   L(n) = r(n) * body(n), body composed from timed kernels (llmsim.cost.kernels), r linear in log n
+                    between the knots: what an engine adds to its kernels. Other models: the same r, their own body
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmsim.cost import WARM_S
+from llmsim.cost.kernels import Forward, effective_rows
+
+Floats = NDArray[np.float64]
+
+# With 8 KV heads, 1 to 4 requests of any context fill the 132 SMs of an H100 or H200 in one wave, and so do 8 and 16;
+# other small batches need a second, half-empty one. Timed on an H200 by CUDA events (long_q0.7, contexts of 12,000 to
+# 30,000).
+UNEVEN = {5: 0.3, 6: 0.25, 7: 0.25, 9: 0.13, 10: 0.13, 11: 0.13, **dict.fromkeys(range(12, 16), 0.08)}  # 8 KV heads
+POWER_SEQS = 55  # decodes that pull them half-way down
+TABLE_ROWS, TABLE_REQUESTS = 16_384, 1_024  # tables grow beyond where needed
+REFERENCE_SEQS = 64.0  # requests of the batch whose cost per cached token a clock states
+
+
+def unevenness(seqs: int, kv_heads: float) -> float:
+    """u: share by which decode attention of `seqs` requests with `kv_heads` KV heads on a rank takes longer."""
+    return UNEVEN.get(round(seqs * kv_heads / 8), 0.0)
+
+
+def power(seqs: int) -> float:
+    """How far `seqs` decodes have pulled the clocks down for a chunk beside them: 0 to 1."""
+    return seqs * seqs / (seqs * seqs + POWER_SEQS * POWER_SEQS)
+
+
+class Basis(Protocol):
+    call_s: float
+    span_s: float
+    least_rows: float
+    cached_s: float
+
+    def position(self, rows: Floats) -> Floats:
+        """Where `rows` lie between knots; L over `body_s` is linear in it."""
+
+    def body_s(self, rows: Floats) -> Floats: ...
+
+    def head_s(self, requests: Floats) -> Floats: ...
+
+    def base_s(self, seqs: Floats) -> Floats: ...
+
+    def uneven(self, seqs: Floats) -> Floats:
+        """b(s) over the clock's coefficient: 1 for `REFERENCE_SEQS` requests."""
+
+
+class ShapeBasis:
+    call_s = span_s = cached_s = 0.0
+    least_rows = 1.0
+
+    def __init__(self, kv_heads: float, last_knot: float = inf) -> None:
+        self._kv_heads, self._last_knot = kv_heads, last_knot
+
+    def position(self, rows: Floats) -> Floats:
+        return effective_rows(rows)
+
+    def body_s(self, rows: Floats) -> Floats:
+        """1, and beyond the last knot in proportion to the rows."""
+        return np.maximum(effective_rows(rows) / self._last_knot, 1.0)
+
+    def head_s(self, requests: Floats) -> Floats:
+        return np.zeros(len(requests))
+
+    def base_s(self, seqs: Floats) -> Floats:
+        return np.zeros(len(seqs))
+
+    def uneven(self, seqs: Floats) -> Floats:
+        return np.array([1.0 + unevenness(int(n), self._kv_heads) for n in seqs])
+
+
+class KernelBasis:
+    def __init__(self, forward: Forward) -> None:
+        self.forward = forward
+        form = forward.chunk()
+        self.call_s, self.span_s, self.pair_s = form.call_s, form.span_s, form.pair_s
+        self.least_rows, self.cached_s = form.least_rows, form.cached_s
+        self.kv_token_s = float(forward.decode_token_s(np.array([REFERENCE_SEQS]))[0])
+
+    def position(self, rows: Floats) -> Floats:
+        return np.log2(np.maximum(rows, 1.0))
+
+    def body_s(self, rows: Floats) -> Floats:
+        return self.forward.body_s(rows)
+
+    def head_s(self, requests: Floats) -> Floats:
+        return self.forward.head_s(requests)
+
+    def base_s(self, seqs: Floats) -> Floats:
+        return np.where(seqs > 0, self.forward.decode_base_s(seqs), 0.0)
+
+    def uneven(self, seqs: Floats) -> Floats:
+        return self.forward.decode_token_s(seqs) / self.kv_token_s
+
+
+def columns(basis: Basis, knots: Sequence[float], rows: Floats) -> Floats:
+    """Matrix that turns L at the knots into L at `rows`; beyond the last knot in proportion to the body."""
+    at, ends = basis.position(np.asarray(rows, float)), basis.position(np.asarray(knots, float))
+    weights = np.zeros((len(at), len(knots)))
+    for column, unit in enumerate(np.eye(len(knots))):
+        weights[:, column] = np.interp(at, ends, unit)
+    scaled: Floats = weights * basis.body_s(rows)[:, None] / basis.body_s(np.asarray(knots, float))[None, :]
+    return scaled
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """Of one model: L at the knots, and seconds per cached token and (query, key) pair."""
+
+    knots: tuple[float, ...]
+    linear_s: tuple[float, ...]
+    full_kv_s: float
+    mixed_kv_s: float
+    pair_s: float
+    power_share: float
+
+
+class StepClock:
+    """T of one model's iterations: tables made once."""
+
+    def __init__(self, basis: Basis, coefficients: Coefficients, padded: Callable[[int], int]) -> None:
+        self._basis, self._coefficients, self._padded = basis, coefficients, padded
+        self._linear_s: list[float] = []  # by rows
+        self._head_s: list[float] = []  # by requests
+        self._base_s: list[float] = []  # by decodes
+        self._kv_s: list[float] = []
+        self._decode_s: list[float] = []  # without context
+        self._grow(TABLE_ROWS)
+        self._widen(TABLE_REQUESTS)
+
+    def _grow(self, rows: int) -> None:
+        at = np.arange(len(self._linear_s), rows + 1, dtype=float)
+        knots, linear_s = self._coefficients.knots, np.array(self._coefficients.linear_s)
+        self._linear_s += (columns(self._basis, knots, np.maximum(at, 1.0)) @ linear_s).tolist()
+
+    def _widen(self, requests: int) -> None:
+        at = np.arange(len(self._head_s), requests + 1, dtype=float)
+        self._head_s += self._basis.head_s(at).tolist()
+        self._base_s += self._basis.base_s(at).tolist()
+        self._kv_s += (self._coefficients.full_kv_s * self._basis.uneven(at)).tolist()
+        decodes = range(len(self._decode_s), requests + 1)
+        self._decode_s += [
+            self.linear_s(self._padded(n) if n else 0) + self._head_s[n] + self._base_s[n] for n in decodes
+        ]
+
+    def linear_s(self, rows: int) -> float:
+        if rows >= len(self._linear_s):
+            self._grow(2 * rows)
+        return self._linear_s[rows]
+
+    def decode(self, seqs: int) -> tuple[float, float]:
+        """Seconds of an iteration of `seqs` decodes without context, and per cached token."""
+        if seqs >= len(self._head_s):
+            self._widen(2 * seqs)
+        return self._decode_s[seqs], self._kv_s[seqs]
+
+    def mixed_s(self, chunks: Sequence[tuple[int, int]], seqs: int, kv_tokens: int) -> float:
+        own, basis = self._coefficients, self._basis
+        kv_s, pair_s, call_s, span_s, least = own.mixed_kv_s, own.pair_s, basis.call_s, basis.span_s, basis.least_rows
+        seconds = kv_s * kv_tokens
+        tokens, requests = seqs, seqs + len(chunks)
+        for new, done in chunks:
+            tokens += new
+            pairs = done * (new if new > least else least) + 0.5 * new * (new + 1)
+            seconds += call_s + span_s * (new + done) + max(pair_s * pairs, kv_s * done)
+            if done:
+                seconds += basis.cached_s
+        if requests >= len(self._head_s):
+            self._widen(2 * requests)
+        seconds += self.linear_s(self._padded(tokens)) + self._head_s[requests] + self._base_s[seqs]
+        return seconds + own.power_share * power(seqs) * min(seconds, WARM_S)

@@ -1,0 +1,308 @@
+"""What a forward pass costs, composed from kernels timed on the GPU: any dense model, precision, tensor-parallel size.
+
+Seconds of R rows (tokens of an iteration, padded in graph modes) and r requests on one rank:
+
+    body(R)    layers * (sum of the four linear layers t(n, k, R) + norms, RoPE, activation, KV write
+                         + two all-reduces of R * hidden elements if tensor_parallel > 1)
+    head(r)    LM head t(vocab, hidden, r), sampling of r rows
+    decode     layers * (base(s) + token(s) * cached tokens), s requests of one token each
+    prefill    layers * (call + span * (c + n) + pair * (c * max(n, least) + n (n + 1) / 2) + cached if c > 0),
+               n new tokens after c: span is what the longest row of tiles takes, which few heads cannot hide
+
+A linear layer of n outputs, k inputs takes t = q * ridge, where ridge = sqrt(memory^2 + compute^2) of data-sheet rates
+and q is measured: a table over rows for each (n, k), linear between them, constant beyond the ends. Rows count as
+`effective_rows`: GEMMs compute tiles of 128. Above 256 rows, where they pace the time, a tile just begun costs a
+quarter of a full one and half a tile all of it (on an H200, of what 1,152 rows cost more than 1,024, 1,032 cost 0.3 and
+1,090 cost 0.95). For an (n, k) that was not measured q is the mean over the nearest shapes that were, by distance^-3 in
+(log2 n, log2 k). Where both sides of many tile edges were timed (fp8, whose time falls as a tile fills), rows count as
+themselves. Memory-bound kernels are curves of seconds over bytes moved, all-reduces over bytes of the message:
+linear between measured sizes, in proportion beyond the last. Decode attention is affine in cached tokens for each
+number of requests; `least` is the smallest query tile.
+
+Everything is computed when a model is loaded; the loop sees tables. `error` carries how far each operator's prediction
+is from measurements held out (python -m calibration check-kernels).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import hypot, log2
+from typing import TypeVar
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from llmsim.model import ELEMENT_BYTES, Model
+
+Floats = NDArray[np.float64]
+
+NEIGHBOURS = 6  # measured shapes that stand for one that was not
+FALL_OFF = 3.0
+# In an engine the ranks reach an all-reduce one after the other: decode steps of Llama-3.1-8B on two H200s take 1.9 us
+# longer for each than the sum of their kernels.
+RANK_WAIT_S = 2e-6
+
+
+TILE_ROWS = 128
+TILE_AT_ONCE = 0.25  # of a full tile's time, as soon as its first row is there
+TILE_PAID_ROWS = 64  # rows after which the whole tile is paid
+FIRST_TILED_ROW = 256  # below, memory paces the GEMMs
+
+
+def effective_rows(rows: Floats) -> Floats:
+    """Rows of full GEMM tiles that take as long as `rows` do."""
+    full, begun = np.divmod(rows, TILE_ROWS)
+    share = np.minimum(TILE_AT_ONCE + (1.0 - TILE_AT_ONCE) * begun / TILE_PAID_ROWS, 1.0)
+    tiled: Floats = np.where(begun > 0, TILE_ROWS * (full + share), rows)
+    return np.where(rows <= FIRST_TILED_ROW, rows, tiled)
+
+
+class NotTimedError(ValueError):
+    """The kernels lack what a model needs."""
+
+
+class LinearTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """q of every measured shape: measured seconds over the ridge of data-sheet rates."""
+
+    weight_bytes: float  # per element
+    activation_bytes: float
+    flops_per_s: float  # the peak and bandwidth that the ridge is made of
+    bandwidth_bytes_per_s: float
+    tiled: bool  # rows count as effective_rows; where both sides of tile edges were timed, as themselves
+    tokens: tuple[int, ...]
+    shapes: tuple[tuple[int, int], ...]  # (n outputs, k inputs)
+    slowness: tuple[tuple[float, ...], ...]  # by shape, by tokens
+    quantises: bool = False  # whether quantising the input is in the time
+
+    def rows(self, tokens: Floats) -> Floats:
+        return effective_rows(tokens) if self.tiled else tokens
+
+    def ridge_s(self, n: int, k: int, tokens: Floats) -> Floats:
+        tokens = self.rows(tokens)
+        compute_s = 2.0 * n * k * tokens / self.flops_per_s
+        moved = n * k * self.weight_bytes + (n + k) * tokens * self.activation_bytes
+        ridge_s: Floats = np.sqrt(compute_s**2 + (moved / self.bandwidth_bytes_per_s) ** 2)
+        return ridge_s
+
+    def weights(self, n: int, k: int, without: tuple[int, int] | None = None) -> list[tuple[int, float]]:
+        """(index of a measured shape, its weight); `without`: a shape held out."""
+        far = [
+            (hypot(log2(n / other_n), log2(k / other_k)), i)
+            for i, (other_n, other_k) in enumerate(self.shapes)
+            if (other_n, other_k) != without
+        ]
+        nearest = sorted(far)[:NEIGHBOURS]
+        if not nearest:
+            raise ValueError("kernels: a table of linear layers needs two shapes to predict a third. Measure more")
+        if nearest[0][0] < 1e-9:
+            return [(nearest[0][1], 1.0)]
+        raw = [(i, distance**-FALL_OFF) for distance, i in nearest]
+        total = sum(weight for _, weight in raw)
+        return [(i, weight / total) for i, weight in raw]
+
+    def seconds(self, n: int, k: int, tokens: Floats, without: tuple[int, int] | None = None) -> Floats:
+        slowness = np.zeros(len(tokens))
+        at, known = self.rows(tokens), self.rows(np.array(self.tokens, float))
+        for i, weight in self.weights(n, k, without):
+            slowness += weight * np.interp(at, known, self.slowness[i])
+        seconds: Floats = slowness * self.ridge_s(n, k, tokens)
+        return seconds
+
+
+class Curve(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Seconds over bytes: linear between, in proportion beyond the last, flat before the first."""
+
+    size_bytes: tuple[float, ...]
+    seconds: tuple[float, ...]
+
+    def at(self, moved: Floats) -> Floats:
+        beyond = np.maximum(moved / self.size_bytes[-1], 1.0)
+        seconds: Floats = np.interp(moved, self.size_bytes, self.seconds) * beyond
+        return seconds
+
+
+class Heads(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Attention's shape on one rank."""
+
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    kv_dtype: str
+
+    def far_from(self, other: Heads) -> float:
+        """Distance of two shapes: width of the KV first, then queries per KV head, then the head size."""
+        width = abs(log2(self.kv_heads * self.head_dim / (other.kv_heads * other.head_dim)))
+        group = abs(log2(self.q_heads / self.kv_heads * other.kv_heads / other.q_heads))
+        other_dtype = 100.0 if self.kv_dtype != other.kv_dtype else 0.0
+        return other_dtype + width + group + 2.0 * abs(log2(self.head_dim / other.head_dim))
+
+
+class DecodeTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Decode attention of one layer: base_s + token_s * cached tokens, by number of requests."""
+
+    heads: Heads
+    seqs: tuple[int, ...]
+    base_s: tuple[float, ...]
+    token_s: tuple[float, ...]
+
+
+class PrefillForm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Prefill attention of one layer and chunk."""
+
+    heads: Heads
+    call_s: float
+    span_s: float
+    pair_s: float
+    least_rows: float
+    cached_s: float
+
+
+class Kernels(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    gpu: str
+    source: str  # who timed them, with what
+    measurements: dict[str, str]  # file -> sha256
+    linears: dict[str, LinearTable]  # by dtype of the weights
+    elementwise: dict[str, Curve]  # by op
+    head_rows: Curve  # sampling: seconds over bytes of logits
+    decodes: tuple[DecodeTable, ...]
+    prefills: tuple[PrefillForm, ...]
+    all_reduce: dict[str, Curve]  # by number of GPUs
+    error: dict[str, float]  # operator -> median relative error, held out; "OPERATOR p90"
+
+    def linear(self, dtype: str) -> LinearTable:
+        if dtype not in self.linears:
+            known = ", ".join(self.linears)
+            raise NotTimedError(f"dtype={dtype}: linear layers in it were not timed on {self.gpu} (only {known})")
+        return self.linears[dtype]
+
+
+class Forward:
+    """The forward pass of one model on one rank of `tensor_parallel` GPUs. All seconds are of the GPU."""
+
+    def __init__(self, kernels: Kernels, model: Model, dtype: str, kv_dtype: str, tensor_parallel: int) -> None:
+        model.check_tensor_parallel(tensor_parallel)
+        self._kernels, self._model, self._tp = kernels, model, tensor_parallel
+        stored = model.weight_format(dtype)
+        self._linear = kernels.linear(stored)
+        self._plain = kernels.linear("bfloat16" if model.plain_bytes(dtype) == 2.0 else "float32")
+        # int8 and int4 weights are expanded beside 2-byte inputs
+        self._quantises = stored == "fp8" and not self._linear.quantises and "quant_fp8" in kernels.elementwise
+        self._activation_bytes = model.plain_bytes(dtype)
+        kv_heads = max(1, model.kv_heads // tensor_parallel)
+        wanted = Heads(model.heads // tensor_parallel, kv_heads, model.head_dim, kv_name(kv_dtype))
+        self._decode = nearest(kernels.decodes, wanted)
+        self._prefill = nearest(kernels.prefills, wanted)
+        self._heads = wanted
+        self._kv_ratio = _kv_bytes(wanted) / _kv_bytes(self._decode.heads)
+        measured = self._prefill.heads
+        if tensor_parallel > 1:
+            self._all_reduce()
+        self._pair_ratio = wanted.q_heads * wanted.head_dim / (measured.q_heads * measured.head_dim)
+
+    @property
+    def layer_linears(self) -> list[tuple[int, int]]:
+        """(n, k) of a layer's linear layers on this rank: QKV, output, gate and up, down."""
+        model, tp, heads = self._model, self._tp, self._heads
+        attention = heads.q_heads * model.head_dim
+        return [
+            (attention + 2 * heads.kv_heads * model.head_dim, model.hidden),
+            (model.hidden, attention),
+            (2 * model.intermediate // tp, model.hidden),
+            (model.hidden, model.intermediate // tp),
+        ]
+
+    def body_s(self, rows: Floats) -> Floats:
+        model, tp, size = self._model, self._tp, self._activation_bytes
+        rows = np.asarray(rows, float)
+        seconds = np.zeros(len(rows))
+        for n, k in self.layer_linears:
+            seconds += self._linear.seconds(n, k, rows)
+            if self._quantises:
+                seconds += self._kernels.elementwise["quant_fp8"].at(rows * k * (size + ELEMENT_BYTES["fp8"]))
+        heads, kv = self._heads.q_heads * model.head_dim, self._heads.kv_heads * model.head_dim
+        moved = {
+            "add_rms_norm": (model.norms_per_layer, 4 * model.hidden),
+            "rope": (1, 2 * (heads + kv)),
+            "silu_mul": (1, 3 * model.intermediate / tp),
+            "kv_write": (1, 4 * kv),
+        }
+        if model.qk_norm:
+            moved["rms_norm"] = (1, 2 * (heads + kv))
+        for op, (times, width) in moved.items():
+            if op in self._kernels.elementwise:
+                seconds += times * self._kernels.elementwise[op].at(rows * width * size)
+        if tp > 1:
+            seconds += 2 * (self._all_reduce().at(rows * model.hidden * size) + RANK_WAIT_S)
+        return model.layers * seconds
+
+    def head_s(self, requests: Floats) -> Floats:
+        model, size = self._model, self._activation_bytes
+        requests = np.asarray(requests, float)
+        seconds = self._plain.seconds(model.vocab // self._tp, model.hidden, requests)
+        seconds += self._kernels.head_rows.at(requests * model.vocab * size)
+        if self._tp > 1:  # an all-gather of the logits moves half as much as an all-reduce
+            seconds += self._all_reduce().at(requests * model.vocab * size) / 2
+        seconds[requests <= 0] = 0.0
+        return seconds
+
+    def _all_reduce(self) -> Curve:
+        curves = self._kernels.all_reduce
+        if str(self._tp) in curves:
+            return curves[str(self._tp)]
+        if not curves:
+            raise NotTimedError(f"tensor_parallel={self._tp}: no all-reduce was timed on {self._kernels.gpu}")
+        # a ring or tree over more GPUs moves 2 (tp - 1) / tp of the message through each link
+        known = max(curves, key=int)
+        ratio = (1 - 1 / self._tp) / (1 - 1 / int(known))
+        return Curve(curves[known].size_bytes, tuple(s * ratio for s in curves[known].seconds))
+
+    def decode_base_s(self, seqs: Floats) -> Floats:
+        table = self._decode
+        base: Floats = self._model.layers * np.interp(seqs, table.seqs, table.base_s)
+        return base
+
+    def decode_token_s(self, seqs: Floats) -> Floats:
+        """Seconds per cached token, all layers, for batches of `seqs`."""
+        table = self._decode
+        token: Floats = self._model.layers * self._kv_ratio * np.interp(seqs, table.seqs, table.token_s)
+        return token
+
+    def chunk(self) -> PrefillForm:
+        """The terms of `prefill` above, all layers."""
+        form, layers = self._prefill, self._model.layers
+        return PrefillForm(
+            self._heads,
+            layers * form.call_s,
+            layers * form.span_s,
+            layers * form.pair_s * self._pair_ratio,
+            form.least_rows,
+            layers * form.cached_s,
+        )
+
+    @property
+    def extrapolated(self) -> list[str]:
+        """What of this model was not measured itself but taken from its neighbours."""
+        out = [f"linear {n}x{k}" for n, k in self.layer_linears if (n, k) not in self._linear.shapes]
+        if self._decode.heads != self._heads:
+            out.append(f"attention of {self._heads.q_heads}/{self._heads.kv_heads} heads of {self._heads.head_dim}")
+        if self._tp > 1 and str(self._tp) not in self._kernels.all_reduce:
+            out.append(f"all-reduce over {self._tp} GPUs")
+        return out
+
+
+Shape = TypeVar("Shape", DecodeTable, PrefillForm)
+
+
+def kv_name(kv_dtype: str) -> str:
+    return "bfloat16" if kv_dtype in ("auto", "bfloat16", "float16") else "fp8"
+
+
+def nearest(tables: Sequence[Shape], wanted: Heads) -> Shape:
+    if not tables:
+        raise NotTimedError("no attention was timed")
+    return min(tables, key=lambda table: table.heads.far_from(wanted))
+
+
+def _kv_bytes(heads: Heads) -> float:
+    return heads.kv_heads * heads.head_dim * (1.0 if heads.kv_dtype == "fp8" else 2.0)

@@ -1,0 +1,296 @@
+"""Kernels: tables are exact where measured, and a forward pass is the sum that the docstring states."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import hypot
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmsim.cost.graphs import Graphs
+from llmsim.cost.kernels import (
+    RANK_WAIT_S,
+    TILE_AT_ONCE,
+    TILE_PAID_ROWS,
+    Curve,
+    DecodeTable,
+    Forward,
+    Heads,
+    Kernels,
+    LinearTable,
+    NotTimedError,
+    PrefillForm,
+    nearest,
+)
+from llmsim.cost.load import CostSettings
+from llmsim.cost.profile import Profile, ProfileCost, read_profile
+from llmsim.hardware import find_gpu, find_model
+
+FLOPS, BANDWIDTH = 1e12, 1e12
+TOY = replace(
+    find_model("llama-3.1-8b"),
+    name="toy",
+    layers=3,
+    hidden=256,
+    heads=4,
+    kv_heads=2,
+    head_dim=64,
+    intermediate=512,
+    vocab=1024,
+)
+ROWS = np.array([1.0, 24.0, 1000.0])
+TOKENS = (1, 64, 512, 1024, 2048)
+
+
+def table(
+    shapes: dict[tuple[int, int], tuple[float, ...]], tiled: bool = False, size: float = 2.0, quantises: bool = False
+) -> LinearTable:
+    return LinearTable(
+        weight_bytes=size,
+        activation_bytes=size,
+        flops_per_s=FLOPS,
+        bandwidth_bytes_per_s=BANDWIDTH,
+        tiled=tiled,
+        tokens=TOKENS,
+        shapes=tuple(shapes),
+        slowness=tuple(shapes.values()),
+        quantises=quantises,
+    )
+
+
+def ridge_s(n: int, k: int, rows: float, size: float = 2.0) -> float:
+    return hypot(2.0 * n * k * rows / FLOPS, (n * k * size + (n + k) * rows * size) / BANDWIDTH)
+
+
+def line(first_s: float, per_byte_s: float) -> Curve:
+    """Seconds of `first_s` and so much more for each byte, to a gigabyte."""
+    return Curve((0.0, 1e9), (first_s, first_s + 1e9 * per_byte_s))
+
+
+HEADS = Heads(4, 2, 64, "bfloat16")
+LINES = {
+    "add_rms_norm": (2e-6, 1e-12),
+    "rope": (3e-6, 2e-12),
+    "silu_mul": (4e-6, 3e-12),
+    "kv_write": (5e-6, 4e-12),
+    "quant_fp8": (6e-6, 5e-12),
+    "rms_norm": (7e-6, 6e-12),
+}
+KERNELS = Kernels(
+    gpu="toy",
+    source="by hand",
+    measurements={},
+    linears={"bfloat16": table({(512, 256): (2.0,) * 5, (256, 256): (2.0,) * 5})},
+    elementwise={op: line(*of) for op, of in LINES.items()},
+    head_rows=line(8e-6, 7e-12),
+    decodes=(DecodeTable(HEADS, (1, 9), (1e-5, 3e-5), (2e-9, 4e-9)),),
+    prefills=(PrefillForm(HEADS, 1e-5, 1e-9, 2e-11, 32.0, 3e-6),),
+    all_reduce={"2": line(9e-6, 8e-12)},
+    error={},
+)
+
+
+def with_linear(dtype: str, quantises: bool = False) -> Kernels:
+    flat = table({(512, 256): (2.0,) * 5, (256, 256): (2.0,) * 5}, size=1.0, quantises=quantises)
+    return msgspec.structs.replace(KERNELS, linears={**KERNELS.linears, dtype: flat})
+
+
+# ---- linear layers ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+def test_a_measured_shape_is_exact_at_measured_rows(tiled: bool) -> None:
+    q = (1.1, 1.2, 1.3, 1.25, 1.4)
+    known = table({(512, 256): q, (4096, 4096): (9.0,) * 5}, tiled)
+    expected = [factor * ridge_s(512, 256, rows) for factor, rows in zip(q, TOKENS, strict=True)]
+    assert known.seconds(512, 256, np.array(TOKENS, float)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_between_measured_rows_q_is_linear() -> None:
+    known = table({(512, 256): (1.0, 2.0, 2.0, 2.0, 2.0)})
+    at = 1 + 0.25 * 63
+    assert known.seconds(512, 256, np.array([at]))[0] == pytest.approx(1.25 * ridge_s(512, 256, at))
+
+
+def test_a_tile_just_begun_costs_a_quarter_and_half_a_tile_all_of_it() -> None:
+    large = 1 << 15  # compute paces it from few rows on
+    known = table({(large, large): (1.5,) * 5}, tiled=True)
+    whole, begun, half, full = known.seconds(large, large, np.array([1024.0, 1025.0, 1024.0 + TILE_PAID_ROWS, 1152.0]))
+    assert half == full
+    assert (begun - whole) / (full - whole) == pytest.approx(TILE_AT_ONCE, abs=0.02)
+    plain = msgspec.structs.replace(known, tiled=False).seconds(large, large, np.array([1025.0]))[0]
+    assert plain == pytest.approx(whole * 1025 / 1024, rel=1e-3)
+
+
+def test_beyond_the_ends_time_goes_with_the_ridge() -> None:
+    known = table({(512, 256): (1.0, 1.0, 1.0, 1.0, 3.0)})
+    one, two = known.seconds(512, 256, np.array([8192.0, 16384.0]))
+    assert one == pytest.approx(3.0 * ridge_s(512, 256, 8192))
+    assert two / one == pytest.approx(2.0, rel=0.01)
+
+
+def test_a_shape_held_out_is_the_weighted_mean_of_its_neighbours() -> None:
+    known = table({(256, 256): (1.0,) * 5, (512, 256): (9.0,) * 5, (2048, 256): (3.0,) * 5})
+    # one doubling away and two: weights 1 and 1/8
+    expected = (1.0 + 3.0 / 8) / (1 + 1 / 8) * ridge_s(512, 256, 7)
+    assert known.seconds(512, 256, np.array([7.0]), without=(512, 256))[0] == pytest.approx(expected)
+    assert known.seconds(512, 256, np.array([7.0]))[0] == pytest.approx(9.0 * ridge_s(512, 256, 7))
+
+
+def test_one_shape_predicts_no_other() -> None:
+    with pytest.raises(ValueError, match="needs two shapes"):
+        table({(512, 256): (1.0,) * 5}).weights(512, 256, without=(512, 256))
+
+
+@given(st.integers(16, 1 << 17), st.integers(16, 1 << 17))
+def test_weights_are_shares(n: int, k: int) -> None:
+    shapes = {(1 << i, 1 << j): (1.0,) * 5 for i in range(6, 14, 2) for j in range(6, 14, 2)}
+    weights = [weight for _, weight in table(shapes).weights(n, k)]
+    assert min(weights) > 0.0 and sum(weights) == pytest.approx(1.0)
+
+
+# ---- curves and heads ---------------------------------------------------------------------------------------------
+
+
+def test_a_curve_is_flat_before_linear_between_and_proportional_beyond() -> None:
+    curve = Curve((100.0, 200.0, 400.0), (1.0, 3.0, 4.0))
+    assert curve.at(np.array([1.0, 100.0, 150.0, 400.0, 1200.0])).tolist() == [1.0, 1.0, 2.0, 4.0, 12.0]
+
+
+def test_far_heads() -> None:
+    main = Heads(32, 8, 128, "bfloat16")
+    assert main.far_from(main) == 0.0
+    assert main.far_from(Heads(16, 4, 128, "bfloat16")) == 1.0  # half the KV width, as many queries for each
+    assert main.far_from(Heads(16, 8, 128, "bfloat16")) == 1.0  # half the queries
+    assert main.far_from(Heads(32, 8, 64, "bfloat16")) == 3.0  # half the width by heads of another size
+    assert main.far_from(Heads(32, 8, 128, "fp8")) > main.far_from(Heads(1, 1, 256, "bfloat16"))
+
+
+def test_without_the_kv_dtype_the_nearest_shape_counts() -> None:
+    forms = [PrefillForm(Heads(q, kv, 128, "bfloat16"), 1e-5, 0.0, 1e-11, 1.0, 0.0) for q, kv in ((8, 1), (32, 8))]
+    assert nearest(forms, Heads(32, 8, 128, "fp8")) is forms[1]
+    with pytest.raises(NotTimedError, match="no attention"):
+        nearest([], HEADS)
+
+
+# ---- a forward pass -----------------------------------------------------------------------------------------------
+
+
+def by_hand(tensor_parallel: int, rows: float) -> float:
+    """Body of the toy: 256 hidden, 4/2 heads of 64, MLP of 512, 3 layers."""
+    tp = tensor_parallel
+    shapes = [((4 + 2 * 2) * 64 // tp, 256), (256, 256 // tp), (2 * 512 // tp, 256), (256, 512 // tp)]
+    layer_s = sum(2.0 * ridge_s(n, k, rows) for n, k in shapes)
+
+    def kernel_s(op: str, elements: float) -> float:
+        first_s, per_byte_s = LINES[op]
+        return first_s + per_byte_s * 2 * rows * elements
+
+    layer_s += 2 * kernel_s("add_rms_norm", 4 * 256)
+    layer_s += kernel_s("rope", 2 * (4 + 2) * 64 / tp)
+    layer_s += kernel_s("silu_mul", 3 * 512 / tp)
+    layer_s += kernel_s("kv_write", 4 * 2 * 64 / tp)
+    if tp > 1:
+        layer_s += 2 * (9e-6 + 8e-12 * 2 * rows * 256 + RANK_WAIT_S)
+    return 3 * layer_s
+
+
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+def test_the_body_is_the_sum_of_its_kernels(tensor_parallel: int) -> None:
+    body_s = Forward(KERNELS, TOY, "bfloat16", "auto", tensor_parallel).body_s(ROWS)
+    assert body_s == pytest.approx([by_hand(tensor_parallel, rows) for rows in ROWS], rel=1e-12)
+
+
+def test_two_all_reduces_a_layer_and_half_of_one_for_the_logits() -> None:
+    slower = msgspec.structs.replace(KERNELS, all_reduce={"2": line(9e-6 + 1e-4, 8e-12)})
+    before, after = (Forward(kernels, TOY, "bfloat16", "auto", 2) for kernels in (KERNELS, slower))
+    assert after.body_s(ROWS) - before.body_s(ROWS) == pytest.approx(2 * 3 * 1e-4)
+    assert after.head_s(ROWS) - before.head_s(ROWS) == pytest.approx(0.5e-4)
+
+
+def test_head_of_all_requests_and_of_none() -> None:
+    head_s = Forward(KERNELS, TOY, "bfloat16", "auto", 1).head_s(np.array([0.0, 5.0]))
+    assert head_s.tolist() == [0.0, pytest.approx(2.0 * ridge_s(1024, 256, 5) + 8e-6 + 7e-12 * 2 * 5 * 1024)]
+
+
+def test_qk_norms_are_counted() -> None:
+    plain, normed = (
+        Forward(KERNELS, replace(TOY, qk_norm=norm), "bfloat16", "auto", 1).body_s(ROWS) for norm in (False, True)
+    )
+    first_s, per_byte_s = LINES["rms_norm"]
+    assert normed - plain == pytest.approx(3 * (first_s + per_byte_s * 2 * ROWS * 2 * (4 + 2) * 64))
+
+
+def test_attention_by_hand() -> None:
+    forward = Forward(KERNELS, TOY, "bfloat16", "auto", 1)
+    assert forward.decode_base_s(np.array([1.0, 5.0, 99.0])) == pytest.approx([3e-5, 6e-5, 9e-5])
+    assert forward.decode_token_s(np.array([1.0, 5.0, 99.0])) == pytest.approx([6e-9, 9e-9, 12e-9])
+    chunk = forward.chunk()
+    assert (chunk.call_s, chunk.span_s, chunk.pair_s) == pytest.approx((3e-5, 3e-9, 6e-11))
+    assert (chunk.least_rows, chunk.cached_s) == pytest.approx((32.0, 9e-6))
+    assert forward.extrapolated == ["linear 1024x256", "linear 256x512"]
+
+
+def test_other_heads_go_by_kv_bytes_and_query_width() -> None:
+    wide = replace(TOY, heads=16, kv_heads=4)
+    own, other = (Forward(KERNELS, model, "bfloat16", "auto", 1) for model in (TOY, wide))
+    assert other.decode_token_s(ROWS) == pytest.approx(2 * own.decode_token_s(ROWS))
+    assert other.decode_base_s(ROWS) == pytest.approx(own.decode_base_s(ROWS))
+    assert other.chunk().pair_s == pytest.approx(4 * own.chunk().pair_s)
+    eight_bits = Forward(KERNELS, TOY, "bfloat16", "fp8", 1)
+    assert eight_bits.decode_token_s(ROWS) == pytest.approx(0.5 * own.decode_token_s(ROWS))
+    assert "attention of 4/2 heads of 64" in eight_bits.extrapolated
+
+
+def test_quantising_the_input_is_counted_once() -> None:
+    apart, inside = (
+        Forward(with_linear("fp8", quantises), TOY, "fp8", "auto", 1).body_s(ROWS) for quantises in (False, True)
+    )
+    inputs = (256, 256, 256, 512)
+    first_s, per_byte_s = LINES["quant_fp8"]
+    assert apart - inside == pytest.approx(3 * sum(first_s + per_byte_s * ROWS * k * 3 for k in inputs))
+
+
+def test_weights_alone_in_eight_bits_quantise_no_input() -> None:
+    eight = Forward(with_linear("int8"), TOY, "int8", "auto", 1).body_s(ROWS)
+    assert eight == pytest.approx(Forward(with_linear("fp8", quantises=True), TOY, "fp8", "auto", 1).body_s(ROWS))
+
+
+def test_more_gpus_than_were_timed_take_the_links_share() -> None:
+    model = replace(TOY, heads=8, kv_heads=8, head_dim=32)
+    two, four = (Forward(KERNELS, model, "bfloat16", "auto", tp) for tp in (2, 4))
+    assert four._all_reduce().seconds[0] / two._all_reduce().seconds[0] == pytest.approx((3 / 4) / (1 / 2))
+    assert "all-reduce over 4 GPUs" in four.extrapolated and not any("reduce" in told for told in two.extrapolated)
+
+
+# ---- what was not timed -------------------------------------------------------------------------------------------
+
+
+def scaled(kernels: Kernels | None, model: str, dtype: str = "bfloat16", tensor_parallel: int = 1) -> ProfileCost:
+    profile: Profile = msgspec.structs.replace(read_profile("h200-sxm"), kernels=kernels)
+    settings = CostSettings(tensor_parallel, dtype, "auto", Graphs.of_engine(256, 8192))
+    return ProfileCost(profile, find_model(model), find_gpu("h200-sxm"), settings)
+
+
+def test_kernels_that_were_not_timed_leave_shapes_with_the_reason() -> None:
+    shipped = read_profile("h200-sxm").kernels
+    assert shipped is not None
+    plain = msgspec.structs.replace(shipped, linears={"bfloat16": shipped.linears["bfloat16"]}, all_reduce={})
+    assert ", scaled from llama-3.1-8b by kernels to qwen3-8b" in scaled(shipped, "qwen3-8b").label
+    for told, cost in (
+        ("dtype=fp8: linear layers in it were not timed on h200-sxm (only bfloat16)", scaled(plain, "qwen3-8b", "fp8")),
+        ("tensor_parallel=2: no all-reduce was timed on h200-sxm", scaled(plain, "qwen3-8b", tensor_parallel=2)),
+    ):
+        assert f"by shapes ({told}) to qwen3-8b" in cost.label
+        assert cost.decode_ramp(8, 8000).first_s > 0.0 and cost.mixed_s([(512, 0)], 8, 8000) > 0.0
+
+
+def test_shapes_and_kernels_agree_on_the_fitted_model_within_reason() -> None:
+    shipped = read_profile("h200-sxm").kernels
+    by_kernels, by_shapes = (scaled(kernels, "qwen3-8b") for kernels in (shipped, None))
+    ratio = by_kernels.mixed_s([(2048, 0)], 8, 8000) / by_shapes.mixed_s([(2048, 0)], 8, 8000)
+    assert 0.8 < ratio < 1.25
