@@ -1,5 +1,7 @@
 """How close llmsim comes to recorded engines: `python -m benchmarks.accuracy [RECORDING ...] [--update FILE]`.
 
+`--accept` instead writes the errors that CI holds predictions to (benchmarks.accepted).
+
 Every recorded load is replayed as `llmsim validate` does it, and the signed errors are printed as a Markdown table, the
 loads that the profile was fitted to apart from those it never saw. Which is which is not a list kept here: a profile
 names the SHA-256 of each file it was fitted to. Without RECORDING: all recordings of this repository.
@@ -17,6 +19,7 @@ from typing import Any
 
 import click
 
+from benchmarks import accepted
 from llmsim.recording import GRID, load_recording
 from llmsim.validate import PERCENTS, SEEDS, compare, predicted
 
@@ -97,13 +100,13 @@ def cells(load: Load, metric: str) -> str:
     return " / ".join(f"{100 * statistics[name]:{sign}z.1f}" for name in STATISTICS if name in statistics)
 
 
-def update(file: Path, text: str) -> None:
+def update(file: Path, text: str, markers: tuple[str, str] = (START, END)) -> None:
     """Put the table between the markers of a Markdown file."""
-    page = file.read_text(encoding="utf-8")
-    if page.count(START) != 1 or page.count(END) != 1:
-        raise click.UsageError(f"{file}: needs one {START} and one {END}. Put them where the table belongs.")
-    before, _, rest = page.partition(START)
-    file.write_text(f"{before}{START}\n{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    page, (start, end) = file.read_text(encoding="utf-8"), markers
+    if page.count(start) != 1 or page.count(end) != 1:
+        raise click.UsageError(f"{file}: needs one {start} and one {end}. Put them where the table belongs.")
+    before, _, rest = page.partition(start)
+    file.write_text(f"{before}{start}\n{text}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
 
 
 @click.command()
@@ -112,8 +115,16 @@ def update(file: Path, text: str) -> None:
 @click.option("--host-scale", default=1.0, show_default=True, help="2: a host half as fast as the measured one.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of the table.")
 @click.option("--update", "page", type=click.Path(path_type=Path, exists=True), help="Write the table into this file.")
-def main(folders: tuple[Path, ...], cost: str, host_scale: float, as_json: bool, page: Path | None) -> None:
+@click.option("--accept", is_flag=True, help="Write the errors of all recordings to tests/data/accuracy.json.")
+def main(
+    folders: tuple[Path, ...], cost: str, host_scale: float, as_json: bool, page: Path | None, accept: bool
+) -> None:
     """Errors in per cent, mean / p50 / p90 / p99: + is predicted too long, for tok/s too many."""
+    if accept:
+        if folders or cost != "auto" or host_scale != 1.0 or as_json or page is not None:
+            raise click.UsageError("--accept is of all recordings with the shipped profiles: give nothing else")
+        accepted.write(recordings())
+        return
     try:
         loads = [load for folder in folders or recordings() for load in judged(folder.resolve(), cost, host_scale)]
     except (ValueError, FileNotFoundError) as error:

@@ -1,7 +1,8 @@
 """Make the numbers printed in README.md and docs/accuracy.md again: `python -m benchmarks.refresh`, after a new fit.
 
-The README's replay is run as it stands there (its trace has to be in ../shared/traces), the tables of accuracy are
-those of `benchmarks.accuracy`. The table of speed depends on the machine and is left alone.
+The README's replay is run as it stands there (its trace has to be in ../shared/traces), and so is its comparison of the
+phases; the tables of accuracy are those of `benchmarks.accuracy`. The table of speed depends on the machine and is left
+alone.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import tempfile
 
 import click
 
+from benchmarks import touch_up
 from benchmarks.accuracy import FOLDERS, METRICS, ROOT, Load, cells, judged, recordings, table, update
 
 README, ACCURACY = ROOT / "README.md", ROOT / "docs" / "accuracy.md"
@@ -22,17 +24,33 @@ SECOND = FOLDERS[0] / "vllm-0.25.1_h100-sxm_llama-3.1-8b_bf16_second-machine"
 
 def replay_block(page: str) -> str:
     """The page with the output of the replay that it shows first."""
-    shown = re.search(r"^(llmsim replay .*)\n```\n```text\n(.*?)\n```$", page, flags=re.DOTALL | re.MULTILINE)
-    assert shown is not None, "README.md shows a replay and its output"
+    command, shown = _shown(page, "replay")
     with tempfile.TemporaryDirectory() as folder:
         run = f"{folder}/run"
-        command = [sys.executable, "-m", "llmsim", *shlex.split(shown[1])[1:], "--out", run]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-        if done.returncode:
-            raise SystemExit(done.stderr.strip())
-        results = re.search(r"^Results: .*$", shown[2], flags=re.MULTILINE)
+        results = re.search(r"^Results: .*$", shown, flags=re.MULTILINE)
         assert results is not None, "the output ends with the run folder"
-        return page.replace(shown[2], done.stdout.strip().replace(f"Results: {run}", results[0]))
+        return page.replace(shown, _printed(command, "--out", run).replace(f"Results: {run}", results[0]))
+
+
+def phases_block(page: str) -> str:
+    """The page with the comparison of the phases that it shows."""
+    command, shown = _shown(page, "phases")
+    return page.replace(shown, _printed(command))
+
+
+def _shown(page: str, name: str) -> tuple[str, str]:
+    """The first command of that name whose output the page shows, and the output."""
+    shown = re.search(rf"^(llmsim {name} [^\n]*)\n```\n```text\n(.*?)\n```$", page, flags=re.DOTALL | re.MULTILINE)
+    assert shown is not None, f"README.md shows llmsim {name} and its output"
+    return shown[1], shown[2]
+
+
+def _printed(command: str, *more: str) -> str:
+    arguments = [sys.executable, "-m", "llmsim", *shlex.split(command)[1:], *more]
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr.strip())
+    return done.stdout.strip()
 
 
 def host_scale_rows(page: str) -> str:
@@ -54,8 +72,9 @@ def main() -> None:
     """Make the numbers printed in README.md and docs/accuracy.md again, after a new fit or recording."""
     loads = [load for folder in recordings() for load in judged(folder, "auto", 1.0)]
     update(ACCURACY, table(loads))
+    update(ACCURACY, touch_up.table(touch_up.judge_all()), (touch_up.START, touch_up.END))
     update(README, table([load for load in loads if (FOLDERS[0] / load.folder).is_dir()]))
-    README.write_text(replay_block(README.read_text(encoding="utf-8")), encoding="utf-8")
+    README.write_text(phases_block(replay_block(README.read_text(encoding="utf-8"))), encoding="utf-8")
     ACCURACY.write_text(host_scale_rows(ACCURACY.read_text(encoding="utf-8")), encoding="utf-8")
 
 

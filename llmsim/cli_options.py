@@ -107,7 +107,15 @@ SCENARIO_FLAGS: list[Callable[[Any], Any]] = [
     ),
     click.option("--model", type=MODEL, metavar="NAME", help="A name of 'llmsim list models', or a config.json."),
     click.option("--gpu", type=GPU, metavar="NAME", help="A name of 'llmsim list gpus'."),
-    click.option("--tensor-parallel-size", "-tp", "tensor_parallel", type=INT, help="GPUs of one replica. [1]"),
+    click.option(
+        "--tensor-parallel-size",
+        "--tensor-parallel",
+        "--tp",
+        "-tp",
+        "tensor_parallel",
+        type=INT,
+        help="GPUs of one replica. [1]",
+    ),
     click.option("--replicas", type=INT, help="Copies of the engine behind the router. [1]"),
     click.option("--router", type=Known(_routers), metavar="NAME", help="Which replica takes a request. [round_robin]"),
     click.option(
@@ -303,7 +311,7 @@ class SectionedCommand(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         options = [param for param in self.get_params(ctx) if isinstance(param, click.Option)]
         marked = [(_section(option), option.get_help_record(ctx)) for option in options]
-        for title in ("Model, GPU and engine", "Trace", "Output"):
+        for title in ("Model, GPU and engine", "Trace", "Requests", "Output"):
             records = [record for section, record in marked if section == title and record is not None]
             if records:
                 with formatter.section(title):
@@ -313,4 +321,6 @@ class SectionedCommand(click.Command):
 def _section(param: click.Parameter) -> str:
     if param.name in Scenario.__dataclass_fields__ or param.name in ("scenario_file", "enforce_eager"):
         return "Model, GPU and engine"
+    if param.name in ("prompt_tokens", "output_tokens", "batches"):
+        return "Requests"
     return "Trace" if param.name in TRACE_PARAMETERS else "Output"
