@@ -94,10 +94,10 @@ def check_log(result: Result) -> None:
     log, requests = result.iterations, result.requests
     computed = (log["prefill_tokens"] + log["seqs"] * log["iterations"]).sum()
     needed = (requests["prompt_tokens"] - requests["cached_tokens"] + requests["output_tokens"] - 1).sum()
-    if result.stats["preemptions"]:
-        assert computed >= needed
-    else:
+    if not result.stats["preemptions"]:
         assert computed == needed
+    elif not result.scenario.enable_prefix_caching:  # else what is preempted may come back to blocks that others stored
+        assert computed >= needed
     for replica in np.unique(log["replica"]):
         own = {name: column[log["replica"] == replica] for name, column in log.items()}
         n = own["iterations"]
