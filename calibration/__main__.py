@@ -68,8 +68,6 @@ main.add_command(touch_up_command)
 main.add_command(spread_command)
 main.add_command(record_command)
 main.add_command(engine_command)
-
-
 main.add_command(fit_command)
 main.add_command(check_kernels_command)
 

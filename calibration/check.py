@@ -26,7 +26,7 @@ from llmsim.cost import EAGER, FULL, PIECEWISE
 from llmsim.cost.graphs import Graphs
 from llmsim.cost.load import CostSettings
 from llmsim.cost.profile import Profile, ProfileCost
-from llmsim.hardware import find_gpu, find_model, model_names
+from llmsim.hardware import find_gpu, find_model, gpu_names, model_names
 from llmsim.recording import GRID
 from llmsim.scenario import Scenario as Settings
 from llmsim.validate import named_in
@@ -60,6 +60,14 @@ class Check:
     points: tuple[Floats, Floats] = field(repr=False, compare=False)  # decodes, chunks: recorded and expected seconds
 
 
+def recorded_gpu(recording: Recording) -> str | None:
+    """None where it names no GPU that llmsim has facts of."""
+    try:
+        return named_in(str(recording.path), recording.engine, "gpu", gpu_names())
+    except ValueError:
+        return None
+
+
 def was_fitted(profile: Profile, recording: Recording, scenario: str) -> bool:
     """By the hash of its file. What has no files was made in memory, for the fit."""
     if not recording.files:
@@ -75,6 +83,9 @@ def cost_of_recorded(profile: Profile, recording: Recording, model: str | None =
     if any(was_fitted(profile, recording, scenario.name) for scenario in recording.scenarios):
         name, dtype, kv_dtype, tensor_parallel = profile.model, profile.dtype, profile.kv_dtype, profile.tensor_parallel
     else:
+        said = recorded_gpu(recording)
+        if said not in (None, profile.gpu):
+            raise ValueError(f"{recording.path}: recorded on {said}, profile {profile.name} is of {profile.gpu}")
         name = model or named_in(str(recording.path), engine, "model", model_names())
         stated = Settings(
             model=name,

@@ -233,6 +233,11 @@ def test_second_machine_differs_by_its_host() -> None:
     assert abs(check.decode_bias) < 0.04 and abs(check.chunk_bias) < 0.05
 
 
+def test_a_profile_is_not_checked_against_another_gpu() -> None:
+    with pytest.raises(ValueError, match="recorded on h100-sxm, profile h200-sxm is of h200-sxm"):
+        check_profile(read_profile("h200-sxm"), [read_recording(FIRST, ["closed64_1024_256"])])
+
+
 def test_missing_recordings_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"engine\.json: no such file"):
         read_recording(tmp_path)
