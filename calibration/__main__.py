@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
 
 from calibration.check import check_profile, draw, report, with_errors
 from calibration.check_kernels_command import check_kernels_command
+from calibration.console import run
 from calibration.fit_command import fit_command
 from calibration.imports.command import import_
 from calibration.measure.command import measure
@@ -73,14 +73,4 @@ main.add_command(check_kernels_command)
 
 
 if __name__ == "__main__":
-    try:
-        main(standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(2)
-    except click.Abort:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except (ValueError, OSError) as error:
-        print(f"Error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

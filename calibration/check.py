@@ -23,7 +23,6 @@ from calibration.fit_host import spread
 from calibration.observe import Seen
 from calibration.steps import Recording
 from llmsim.cost import EAGER, FULL, PIECEWISE
-from llmsim.cost.graphs import Graphs
 from llmsim.cost.load import CostSettings
 from llmsim.cost.profile import Profile, ProfileCost
 from llmsim.hardware import find_gpu, find_model, gpu_names, model_names
@@ -79,7 +78,7 @@ def was_fitted(profile: Profile, recording: Recording, scenario: str) -> bool:
 
 def cost_of_recorded(profile: Profile, recording: Recording, model: str | None = None) -> tuple[ProfileCost, str]:
     """The profile as it predicts the recorded engine, and what that runs."""
-    engine, graphs = recording.engine, graphs_of(recording)
+    engine, graphs = recording.engine, recording.graphs
     if any(was_fitted(profile, recording, scenario.name) for scenario in recording.scenarios):
         name, dtype, kv_dtype, tensor_parallel = profile.model, profile.dtype, profile.kv_dtype, profile.tensor_parallel
     else:
@@ -101,10 +100,6 @@ def cost_of_recorded(profile: Profile, recording: Recording, model: str | None =
     return cost, described(name, dtype, tensor_parallel)
 
 
-def graphs_of(recording: Recording) -> Graphs:
-    return Graphs(recording.engine["cudagraph_capture_sizes"], recording.engine["max_num_seqs"])
-
-
 def described(model: str, dtype: str, tensor_parallel: int) -> str:
     found = find_model(model)
     stored = found.weight_format(dtype)
@@ -118,7 +113,7 @@ def check_profile(profile: Profile, recordings: Sequence[Recording], model: str 
     for recording in recordings:
         cost, told = cost_of_recorded(profile, recording, model)
         groups: dict[str, list[Seen]] = {}
-        for name, row in walk(recording.scenarios, cost.clock, cost.host, graphs_of(recording)):
+        for name, row in walk(recording.scenarios, cost.clock, cost.host, recording.graphs):
             # the batches of a grid are one scenario's worth of steps
             groups.setdefault("grid" if name.startswith("grid_") else name, []).append(row)
         fitted = {scenario.name for scenario in recording.scenarios if was_fitted(profile, recording, scenario.name)}

@@ -96,9 +96,7 @@ def attention_s(row: Row, decode: DecodeTable, prefill: PrefillForm) -> float:
     assert row.seqs and row.seq_context_tokens is not None and row.new_tokens
     new, cached = row.new_tokens, row.context_tokens or 0
     base_s, token_s = (float(np.interp(row.seqs, decode.seqs, values)) for values in (decode.base_s, decode.token_s))
-    pairs = cached * max(new, prefill.least_rows) + 0.5 * new * (new + 1)
-    chunk_s = prefill.call_s + prefill.span_s * (new + cached) + max(prefill.pair_s * pairs, token_s * cached)
-    return base_s + token_s * row.seqs * row.seq_context_tokens + chunk_s + (prefill.cached_s if cached else 0.0)
+    return base_s + token_s * row.seqs * row.seq_context_tokens + prefill.seconds(new, cached, token_s * cached)
 
 
 def sum_of_parts(rows: Sequence[Row], kernels: Kernels) -> list[Pass]:

@@ -39,7 +39,6 @@ LINEAR_VARIANTS = ("vllm_cutlass", "vllm_fp8", "cublas", "scaled_mm")
 ATTENTION_VARIANTS = ("fa3", "flashinfer_trtllm", "fa2", "varlen", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient")
 ELEMENTWISE_VARIANTS = ("vllm", "torch")
 LAUNCHES = ("graph", "compiled_graph", "eager", "compiled", "host")
-LINK_VARIANTS = ("vllm_custom", "nccl", "reported", "gloo")
 LEAST_ROWS = (1.0, 16.0, 32.0, 64.0, 128.0, 256.0)
 ELEMENTWISE = ("rms_norm", "add_rms_norm", "rope", "silu_mul", "kv_write", "quant_fp8")
 LEAST_WIDTH, MOST_TOKENS = 512, 16_384  # of imported linear layers: no layer of a language model is narrower
@@ -314,19 +313,18 @@ def fit_prefills(groups: dict[Heads, list[Row]], judge: Judge) -> tuple[PrefillF
 def scaled_prefill(rows: Sequence[Row], heads: Heads, form: PrefillForm, judge: Judge) -> PrefillForm:
     known = form.heads
     pair_s = form.pair_s * heads.q_heads * heads.head_dim / (known.q_heads * known.head_dim)
+    guess = msgspec.structs.replace(form, heads=heads, pair_s=pair_s)
 
-    def seconds(row: Row, pair_s: float) -> float:
-        new, cached = row.new_tokens, row.context_tokens or 0
-        pairs = cached * max(new, form.least_rows) + new * (new + 1) / 2
-        return form.call_s + form.span_s * (new + cached) + pair_s * pairs + (form.cached_s if cached else 0.0)
+    def seconds(form: PrefillForm, row: Row) -> float:
+        return form.seconds(row.new_tokens, row.context_tokens or 0)
 
     for row in rows:
         what = f"new={row.new_tokens} cached={row.context_tokens} {label(heads)}"
-        judge.add(f"prefill attention {heads.kv_dtype} (other heads)", row.median_s, seconds(row, pair_s), what)
+        judge.add(f"prefill attention {heads.kv_dtype} (other heads)", row.median_s, seconds(guess, row), what)
     slowest = max(rows, key=lambda row: row.median_s)
-    rest_s = seconds(slowest, 0.0)
-    pair_s *= max(slowest.median_s - rest_s, 0.1 * slowest.median_s) / (seconds(slowest, pair_s) - rest_s)
-    return PrefillForm(heads, form.call_s, form.span_s, float(f"{pair_s:.4g}"), form.least_rows, form.cached_s)
+    rest_s = seconds(msgspec.structs.replace(guess, pair_s=0.0), slowest)
+    pair_s *= max(slowest.median_s - rest_s, 0.1 * slowest.median_s) / (seconds(guess, slowest) - rest_s)
+    return msgspec.structs.replace(guess, pair_s=float(f"{pair_s:.4g}"))
 
 
 def fit_prefill(chosen: Sequence[Row], heads: Heads, judge: Judge) -> PrefillForm:

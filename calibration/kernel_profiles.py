@@ -14,9 +14,8 @@ from calibration.fit_kernels import Judge, fit_kernels
 from calibration.measure.rows import Row, read_parquet
 from calibration.profiles import FITTER, rounded
 from calibration.record.setup import gpu_text
-from llmsim.cost.basis import KernelBasis
 from llmsim.cost.kernels import Forward, Kernels
-from llmsim.cost.profile import Measured, Profile, Provenance, fitted_basis
+from llmsim.cost.profile import Measured, Profile, Provenance, by_kernels
 from llmsim.hardware import find_gpu, find_model, gpu_names
 from llmsim.validate import named_in
 
@@ -68,17 +67,12 @@ def same_gpu(driver_name: str, gpu: str) -> bool:
 
 def without_engine(kernels: Kernels, host_from: Profile, name: str, gpu: str) -> Profile:
     """A profile of a GPU that ran no engine: its kernels, and the engine's residual and host of another profile."""
-    source = host_from.kernels
-    if source is None:
+    if host_from.kernels is None:
         raise ValueError(f"profile {host_from.name} has no kernels to compare its engine with. Use another")
     model = find_model(host_from.model)
-    theirs = fitted_basis(host_from)
-    assert isinstance(theirs, KernelBasis)
-    ours = KernelBasis(Forward(kernels, model, host_from.dtype, host_from.kv_dtype, host_from.tensor_parallel))
     clock = host_from.gpu_clock
-    knots = np.array(clock.tokens, float)
-    linear_s = np.array(clock.linear_s) * ours.body_s(knots) / theirs.body_s(knots)
-    kv, pair = ours.kv_token_s / theirs.kv_token_s, ours.pair_s / theirs.pair_s
+    forward = Forward(kernels, model, host_from.dtype, host_from.kv_dtype, host_from.tensor_parallel)
+    _, ours = by_kernels(host_from, forward)
     gpus = find_gpu(gpu), find_gpu(host_from.gpu)
     flops = gpus[0].flops_per_s["bfloat16"] / gpus[1].flops_per_s["bfloat16"]
     engine = f"kernels of {find_gpu(gpu).name}, engine and host of profile {host_from.name} ({host_from.id})"
@@ -93,11 +87,11 @@ def without_engine(kernels: Kernels, host_from: Profile, name: str, gpu: str) ->
         tensor_parallel=host_from.tensor_parallel,
         gpu_clock=msgspec.structs.replace(
             clock,
-            linear_s=tuple(np.maximum.accumulate(linear_s).tolist()),
-            pair_s=clock.pair_s * pair,
-            full_kv_token_s=clock.full_kv_token_s * kv,
-            mixed_kv_token_s=clock.mixed_kv_token_s * kv,
-            bandwidth_bytes_per_s=clock.bandwidth_bytes_per_s / kv,
+            linear_s=tuple(np.maximum.accumulate(ours.linear_s).tolist()),
+            pair_s=ours.pair_s,
+            full_kv_token_s=ours.full_kv_s,
+            mixed_kv_token_s=ours.mixed_kv_s,
+            bandwidth_bytes_per_s=clock.bandwidth_bytes_per_s * clock.full_kv_token_s / ours.full_kv_s,
             flops_per_s=clock.flops_per_s * flops,
         ),
         host_clock=host_from.host_clock,

@@ -11,17 +11,11 @@ from calibration.check import check_profile, with_errors
 from calibration.fit import fit_clocks
 from calibration.steps import Recording
 from llmsim.cost.basis import Basis, KernelBasis, ShapeBasis
-from llmsim.cost.graphs import Graphs
 from llmsim.cost.kernels import Forward, Kernels
 from llmsim.cost.profile import FORMAT, VERSION, HostClock, Measured, Profile, Provenance, decode_profile, model_shape
 from llmsim.hardware import find_gpu, find_model
 
 FITTER = "llmsim calibration 1"
-
-
-def recorded_graphs(recording: Recording) -> Graphs:
-    engine = recording.engine
-    return Graphs(engine["cudagraph_capture_sizes"], engine["max_num_seqs"])
 
 
 def fit_profile(
@@ -45,7 +39,7 @@ def fit_profile(
     basis: Basis = ShapeBasis(kv_heads / min(tensor_parallel, kv_heads))
     if kernels is not None:
         basis = KernelBasis(Forward(kernels, find_model(model), dtype, kv_dtype, tensor_parallel))
-    gpu_clock, host, stalls = fit_clocks(recordings, recorded_graphs(first), shape, basis)
+    gpu_clock, host, stalls = fit_clocks(recordings, first.graphs, shape, basis)
     fields = {field: getattr(host, field) for field in HostClock.__struct_fields__ if field != "stall_share"}
     profile = Profile(
         format=FORMAT,

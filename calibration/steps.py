@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from llmsim.cost import WARM_S
+from llmsim.cost.graphs import Graphs
 
 # Sooner than this after its schedule no step has a result: the update must be of an older, empty batch.
 SOONEST_RESULT_S = 4e-3
@@ -117,6 +118,10 @@ class Recording:
     scenarios: list[Scenario]
     files: dict[str, str] = field(default_factory=dict)  # name -> sha256
     timed: list[Scenario] = field(default_factory=list)  # steps timed on the GPU that no client waited for
+
+    @property
+    def graphs(self) -> Graphs:
+        return Graphs(self.engine["cudagraph_capture_sizes"], self.engine["max_num_seqs"])
 
 
 def pair_steps(lines: Sequence[Sequence[Any]], gpu: Sequence[Sequence[Any]] = ()) -> list[StepRow]:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from math import hypot, nan, sqrt
 from typing import Any
@@ -32,6 +32,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from calibration import fit
 from calibration.fit_host import BURST_REQUESTS
 from calibration.observe import DISPATCH_S, observe
 from calibration.profiles import rounded
@@ -157,16 +158,7 @@ def cost_for(recording: Recording, profile: str, model: str, gpu: str) -> Profil
 
 def gpu_seconds(cost: ProfileCost) -> Callable[[StepRow], float]:
     """GPU seconds of a recorded step without stalls."""
-    stalled = 1.0 + cost.profile.host_clock.stall_share
-
-    def seconds(step: StepRow) -> float:
-        if not step.chunks:
-            lost_s = cost.host.cooled_s(seconds(step.after)) if step.after else 0.0
-            return cost.decode_ramp(step.seqs, step.kv_tokens).first_s / stalled + lost_s
-        mixed_s = cost.mixed_s(step.chunks, step.seqs, step.kv_tokens)
-        return cost.host.warmed_s(mixed_s) if step.warm else mixed_s
-
-    return seconds
+    return partial(fit.gpu_seconds, cost.clock, cost.host)
 
 
 def typical_launch(cost: ProfileCost) -> float:

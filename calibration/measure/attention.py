@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -321,17 +322,18 @@ class Request(NamedTuple):
     copies: int
 
 
-class Backend:
+class Backend(ABC):
     name: str
     kv_dtypes: tuple[str, ...] = ("bfloat16",)
     launch = "graph"
 
+    @abstractmethod
     def unavailable(self, device: str) -> str | None:
         """Why it cannot run here."""
-        raise NotImplementedError
 
+    @abstractmethod
     def calls(self, request: Request, pool: Pool) -> list[Call]:
-        raise NotImplementedError
+        """The same batch, once for each of `request.copies` inputs."""
 
 
 def _starts(lengths: Sequence[int], bench: Bench) -> Any:
@@ -470,8 +472,9 @@ class Varlen(Backend):
 class _Grouped(Backend):
     """One dense call per group of equal sequences, inputs (count, heads, tokens, head_dim)."""
 
+    @abstractmethod
     def attention(self, group: Group, heads: Heads, q: Any, k: Any, v: Any) -> Callable[[], Any]:
-        raise NotImplementedError
+        """One call on one group."""
 
     def calls(self, request: Request, pool: Pool) -> list[Call]:
         bench, batch, heads = pool.bench, request.batch, request.heads

@@ -23,17 +23,15 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from calibration.measure.points import Point, Unavailable, Wanted
 from calibration.measure.rows import Row
-
-if TYPE_CHECKING:
-    from calibration.measure.timing import Bench
+from calibration.measure.timing import Bench, sampled
 
 KIB, MIB = 1024, 1024**2
 OPS = ("all_reduce", "all_gather", "reduce_scatter", "send_recv")
@@ -319,27 +317,13 @@ class Communication:
     def measure(self, point: Point, bench: Bench) -> Row:
         gpus, size = point["gpus"], point["size_bytes"]
         job = Job(point.op, point.variant, point.launch, size, gpus, SAMPLES if bench.cuda else 3)
-        seconds = sorted(self._started(gpus, bench).seconds(job))
+        seconds = self._started(gpus, bench).seconds(job)
         readings = (
             {name: getattr(bench.nvml, name) for name in ("sm_mhz", "memory_mhz", "temperature_c", "power_w")}
             if bench.cuda
             else {}
         )
-        from calibration.measure.timing import quantile
-
-        return Row(
-            op=point.op,
-            variant=point.variant,
-            launch=point.launch,
-            median_s=quantile(seconds, 0.5),
-            p10_s=quantile(seconds, 0.1),
-            p90_s=quantile(seconds, 0.9),
-            repeats=len(seconds),
-            bytes=sent_bytes(point.op, size, gpus),
-            measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
-            **point.columns,
-            **readings,
-        )
+        return sampled(point, seconds, keep=False, bytes=sent_bytes(point.op, size, gpus), **readings)
 
     def _started(self, gpus: int, bench: Bench) -> Ranks:
         here = bench.torch.cuda.device_count() if bench.cuda else 2

@@ -25,17 +25,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import UTC, datetime
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from calibration.measure.attention import BACKENDS, Pool, prepare
 from calibration.measure.points import Point, Unavailable, Wanted
 from calibration.measure.rows import Row
+from calibration.measure.timing import Bench, sampled
 from llmsim.model import Model
-
-if TYPE_CHECKING:
-    from calibration.measure.timing import Bench
 
 MODES = ("eager", "piecewise", "full")
 TOKENS = (16, 256)
@@ -256,8 +253,6 @@ class Launch:
                     )
 
     def measure(self, point: Point, bench: Bench) -> Row:
-        from calibration.measure.timing import quantile
-
         mode, _, extra = point.variant.partition("+")
         if mode != "eager" and not bench.cuda:
             raise Unavailable("CUDA graphs need a GPU")
@@ -277,19 +272,7 @@ class Launch:
                     if index >= 0:  # the first ones warm up
                         seconds.append(took_s)
             bench.synchronize()
-        ordered = sorted(seconds)
-        return Row(
-            op=point.op,
-            variant=point.variant,
-            launch=point.launch,
-            median_s=quantile(ordered, 0.5),
-            p10_s=quantile(ordered, 0.1),
-            p90_s=quantile(ordered, 0.9),
-            samples_s=tuple(seconds),
-            repeats=len(seconds),
-            measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
-            **point.columns,
-        )
+        return sampled(point, seconds, keep=True)
 
     def _stack(self, point: Point, bench: Bench) -> Stack:
         key = (bench, point["model"], point["tokens"])

@@ -283,21 +283,8 @@ class Bench:
             else:
                 launch = {"graph": "eager", "compiled_graph": "compiled"}.get(point.launch, point.launch)
                 seconds, readings = self._on_cpu(calls), {}
-        ordered = sorted(seconds)
-        return Row(
-            op=point.op,
-            variant=point.variant,
-            launch=launch,
-            median_s=quantile(ordered, 0.5),
-            p10_s=quantile(ordered, 0.1),
-            p90_s=quantile(ordered, 0.9),
-            repeats=len(seconds),
-            samples_s=tuple(seconds) if samples else None,
-            flops=flops,
-            bytes=bytes,
-            measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
-            **{**point.columns, **readings, **columns},
-        )
+        more = {"launch": launch, "flops": flops, "bytes": bytes, **readings, **columns}
+        return sampled(point, seconds, keep=samples, **more)
 
     def _on_cpu(self, calls: Sequence[Callable[[], Any]]) -> list[float]:
         for call in calls:
@@ -405,6 +392,23 @@ class Bench:
         if point.get("clocks") != "cold" or self._heavy(flops / quantile(ordered, 0.5)):
             self._busy_at = time.monotonic()
         return seconds, readings
+
+
+def sampled(point: Point, seconds: Sequence[float], *, keep: bool, **columns: Any) -> Row:
+    """The row of a point from what each repeat took; `columns` come before the point's own."""
+    ordered = sorted(seconds)
+    row = {
+        "op": point.op,
+        "variant": point.variant,
+        "launch": point.launch,
+        "median_s": quantile(ordered, 0.5),
+        "p10_s": quantile(ordered, 0.1),
+        "p90_s": quantile(ordered, 0.9),
+        "repeats": len(seconds),
+        "samples_s": tuple(seconds) if keep else None,
+        "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    return Row(**{**row, **point.columns, **columns})
 
 
 def quantile(ordered: Sequence[float], share: float) -> float:

@@ -157,6 +157,12 @@ class PrefillForm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     least_rows: float
     cached_s: float
 
+    def seconds(self, new: int, cached: int, least_s: float = 0.0) -> float:
+        """`least_s`: of the pairs, as when reading their keys takes longer."""
+        pairs = cached * max(new, self.least_rows) + 0.5 * new * (new + 1)
+        seconds = self.call_s + self.span_s * (new + cached) + max(self.pair_s * pairs, least_s)
+        return seconds + (self.cached_s if cached else 0.0)
+
 
 class Kernels(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     gpu: str
