@@ -3,14 +3,15 @@
     python -m benchmarks.capacity [--limit 1s] [RECORDING ...]
 
 A recording counts if it has Poisson loads of one shape (`poisson_PROMPT_OUTPUT_qRATE`) at rates on both sides of the
-limit. The crossing is read off the line through the two rates around it, in log seconds over the rate; predicted p99 are
-means over draws of the launch noise, of the same arrivals.
+limit. The crossing is read off the line through the two rates around it, in log seconds over the rate; predicted p99
+are means over draws of the launch noise, of the same arrivals.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
+from itertools import pairwise
 from math import log
 from pathlib import Path
 
@@ -27,7 +28,7 @@ LOAD = re.compile(r"(poisson_\d+_\d+)_q([\d.]+)\.requests\.json\.gz")
 def crossing(p99_s: dict[float, float], limit_s: float) -> float | None:
     """Rate at which `p99_s` (by rate) passes the limit for the first time; None if it does not, or always does."""
     rates = sorted(p99_s)
-    for low, high in zip(rates, rates[1:], strict=False):
+    for low, high in pairwise(rates):
         if p99_s[low] <= limit_s < p99_s[high]:
             share = (log(limit_s) - log(p99_s[low])) / (log(p99_s[high]) - log(p99_s[low]))
             return low + share * (high - low)

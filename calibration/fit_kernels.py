@@ -195,8 +195,8 @@ def linear_seconds(rows: Sequence[Row]) -> dict[tuple[int, int], dict[int, float
     """(n, k) -> rows -> seconds; sustained clocks, where timed, replace cold ones.
 
     Of a shape timed in several runs the first says how long it takes cold, so that all shapes are of one run (the
-    largest differ by 8 % from one to another); under load, where runs differ by chance, the mean does. What lies between
-    the rows of all runs comes from the last, corrected alike.
+    largest differ by 8 % from one to another); under load, where runs differ by chance, the mean does. What lies
+    between the rows of all runs comes from the last, corrected alike.
     """
     timed: dict[tuple[int, int], dict[str, dict[int, list[float]]]] = defaultdict(lambda: defaultdict(dict))
     for row in preferred(rows, LINEAR_VARIANTS):

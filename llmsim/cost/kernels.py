@@ -13,10 +13,10 @@ A linear layer of n outputs, k inputs takes t = q * ridge, where ridge = sqrt(me
 and q is measured: a table over rows for each (n, k), linear between them, constant beyond the ends. Rows count as
 `effective_rows`: GEMMs compute tiles of 128. Above 256 rows, where they pace the time, a tile just begun costs a
 quarter of a full one and half a tile nearly all of it (on an H200, of what 1,152 rows cost more than 1,024, 1,032 cost
-0.3 and 1,090 cost 0.95). For an (n, k) that was not measured q is the mean over the nearest shapes that were, by distance^-3 in
-(log2 n, log2 k). Where both sides of many tile edges were timed (fp8, whose time falls as a tile fills), rows count as
-themselves. Memory-bound kernels are curves of seconds over bytes moved, all-reduces over bytes of the message:
-linear between measured sizes, in proportion beyond the last. Decode attention is affine in cached tokens for each
+0.3 and 1,090 cost 0.95). For an (n, k) that was not measured q is the mean over the nearest shapes that were, by
+distance^-3 in (log2 n, log2 k). Where both sides of many tile edges were timed (fp8, whose time falls as a tile fills),
+rows count as themselves. Memory-bound kernels are curves of seconds over bytes moved, all-reduces over bytes of the
+message: linear between measured sizes, in proportion beyond the last. Decode attention is affine in cached tokens for each
 number of requests; `least` is the smallest query tile.
 
 Everything is computed when a model is loaded; the loop sees tables. `error` carries how far each operator's prediction

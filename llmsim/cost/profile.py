@@ -392,8 +392,8 @@ def by_kernels(profile: Profile, forward: Forward) -> tuple[KernelBasis, Coeffic
     """The engine's residual over its kernels, r, is that of the fitted model; the kernels are the model's own.
 
     Where iterations are heavy enough to pull the GPU's clocks down (CLOCKED_ROWS and more), r is that of fitted
-    iterations that last as long: an engine's chunk of 24 ms runs 14 % faster than the same kernels under sustained load,
-    one of 200 ms 7 %, and it is time under load, not rows, that lowers clocks.
+    iterations that last as long: an engine's chunk of 24 ms runs 14 % faster than the same kernels under sustained
+    load, one of 200 ms 7 %, and it is time under load, not rows, that lowers clocks.
     """
     fitted, own, clock = fitted_basis(profile), KernelBasis(forward), profile.gpu_clock
     assert isinstance(fitted, KernelBasis)
