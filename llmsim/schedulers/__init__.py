@@ -42,6 +42,11 @@ HOLD = True
 BUILTIN = {
     "vllm": "llmsim.schedulers.vllm:VllmScheduler",
     "chunked": "llmsim.schedulers.chunked:Chunked",
+    "static": "llmsim.schedulers.static:StaticBatching",
+    "dynamic": "llmsim.schedulers.dynamic:DynamicBatching",
+    "orca": "llmsim.schedulers.orca:Orca",
+    "vllm-v0": "llmsim.schedulers.vllm_v0:VllmV0",
+    "sarathi": "llmsim.schedulers.sarathi:Sarathi",
 }
 
 
