@@ -36,7 +36,10 @@ RESERVES = ("oracle", "pow2", "max")
 
 
 class Orca:
-    """`reserve`, `buddy`: see above; `max_tokens`: what "max" reserves; `batch_size`: at most, 0: max_num_seqs."""
+    """Batches by iteration, memory reserved at admission: `reserve` oracle, pow2 or max (of `max_tokens`).
+
+    `batch_size`: requests at most, 0: max_num_seqs; `buddy`: see above.
+    """
 
     def __init__(
         self, reserve: str = "oracle", max_tokens: int = 2048, batch_size: int = 0, buddy: bool = False
