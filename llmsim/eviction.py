@@ -8,7 +8,7 @@ policy is a plain class, a built-in one or the user's own (`--eviction my.py:Min
             return extent.hits, extent.used_s     # the smallest key goes first; of equal keys what went idle first
 
 A key must not be nan, must compare with the policy's other keys, and stands until the content is used again. `extent`
-is a run of consecutive blocks of one sequence (`llmsim.evicting.Content`), of which a policy may read
+is a run of consecutive blocks of one sequence (`llmsim.content.Content`), of which a policy may read
 
     blocks, tokens     its size
     first_token        where in its sequence it begins: 0 for the beginning of prompts
@@ -21,7 +21,7 @@ Optional methods:
     victim(extents, now_s)           picks the one that goes, when keys cannot tell (they change while content is idle);
                                      `extents` may go now, in order of their keys
     evicted(extent, blocks, now_s)   told after `blocks` blocks from the extent's end were lost
-    lifetime_s(extent)               idle content older than this is dropped before anything is looked up; asked with key
+    lifetime_s(extent)               idle content older than this is dropped before any look-up; asked beside key
     foresee(future)                  makes the policy clairvoyant: `future.next_use(extent)` is then the place in the
                                      trace of the next request that uses the extent's last block (inf: none)
 
@@ -39,7 +39,7 @@ The built-in policies (uses = hits + 1, the one that computed it; L = the key lo
               so the ends of long sequences go first
     cost      L + uses * recompute cost per byte: GDSF with the cost of a prefill, (1 + position / attention_tokens) a
               token, where attention over that many tokens costs as much as the linear layers
-    length    (hits, -position): LFU that begins with blocks late in their sequences, as I read the Mooncake paper's
+    length    (hits, -position): LFU that begins with blocks late in their sequences, as we read the Mooncake paper's
               LengthAwareCache (arXiv 2407.00079, section 4.2: it says no more than that)
     ttl       used_s + time to live: what dies first; what is dead is dropped and not found
     belady    what is used again latest (Belady 1966, MIN): a bound, for it reads the future of the trace
@@ -59,7 +59,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from llmsim.plugins import load_plugin
 
 if TYPE_CHECKING:
-    from llmsim.evicting import Content, Future
+    from llmsim.content import Content, Future
 
 DEFAULT = "lru"
 BUILTIN = {
