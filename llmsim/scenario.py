@@ -49,7 +49,8 @@ class Scenario:
     gpu: str  # a name of `llmsim list gpus`
     tensor_parallel: int = 1  # GPUs of one replica
     replicas: int = 1
-    router: str = "round_robin"
+    router: str = "round_robin"  # a name of `llmsim list routers`, or path/to/file.py:ClassName
+    router_args: dict[str, Any] = field(default_factory=dict, hash=False)
     scheduler: str = "vllm"  # a name of `llmsim list schedulers`, or path/to/file.py:ClassName
     scheduler_args: dict[str, Any] = field(default_factory=dict, hash=False)
     scheduling_policy: str = "fcfs"

@@ -134,7 +134,7 @@ class Fleet:
         self._check_lengths(s.max_model_len)
         self.cost = cost or cost_of(s)
         self.blocks = blocks_of(s)
-        self.router = load_router(s.router)
+        self.router = load_router(s.router, s.router_args)
         self.env = simpy.Environment()
         self.progress = progress
         self._finished = 0
