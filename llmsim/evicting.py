@@ -54,7 +54,7 @@ class EvictingKVCache(KVCache):
         self._evicted = getattr(eviction, "evicted", None)
         self._lifetime_s = getattr(eviction, "lifetime_s", None)
         self._future: Future | None = None
-        self._resuming = -1  # who is being preempted
+        self._returning = -1  # who is being preempted
 
     def foresee(self, requests: Iterable[Request]) -> None:
         """Tell a clairvoyant policy which requests will be admitted, in order of their ids."""
@@ -94,15 +94,23 @@ class EvictingKVCache(KVCache):
                 for extent in node.idle:
                     self._rekey(extent)
 
-    def release(self, request: Request, blocks: int, full_tokens: int, *, resumes: bool = False) -> None:
+    def release(
+        self, request: Request, blocks: int, full_tokens: int, *, resumes: bool = False, keep_content: bool = True
+    ) -> None:
         if resumes and self._future is not None and self.prefix_caching:
-            self._resuming = request.id
+            self._returning = request.id
             if request.held is not None:
                 tokens = max(full_tokens, request.prompt_tokens - 1)
                 self._expect(request, request.held, tokens // self.block_tokens)
                 if request.held.private is not None:
                     request.held.private.uses = [(request.id, ALL)]
-        super().release(request, blocks, full_tokens, resumes=resumes)
+        super().release(request, blocks, full_tokens, resumes=resumes, keep_content=keep_content)
+
+    def store(self, request: Request, tokens: int) -> None:
+        held = request.held
+        if self._future is not None and held is not None and not held.stored_blocks:
+            self._arrived(request)  # swapped in: nothing was looked up
+        super().store(request, tokens)
 
     def _hold(self, held: Held, hit: Hit) -> None:
         super()._hold(held, hit)
@@ -205,7 +213,7 @@ class EvictingKVCache(KVCache):
     def _private_node(self, held: Held) -> Node:
         node = self._own_stretch(held, held.public_blocks)
         if self._future is not None:
-            node.uses = [(self._resuming, ALL)]
+            node.uses = [(self._returning, ALL)]
         return node
 
     def _own_stretch(self, held: Held | None, depth: int) -> Stretch:

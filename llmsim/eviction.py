@@ -87,23 +87,29 @@ def load_eviction(spec: str, arguments: dict[str, Any] | None = None) -> Any:
 
 
 class LeastRecentlyUsed:
-    """`used_s` alone would do: written for those who compare it with their own (replays use vLLM's own order)."""
+    """Least recently used; vLLM's order (replays use vLLM's own list, to the block)."""
 
     def key(self, extent: Content, now_s: float) -> Any:
         return extent.used_s
 
 
 class LeastFrequentlyUsed:
+    """Least frequently used while it stayed; of equals the least recently."""
+
     def key(self, extent: Content, now_s: float) -> Any:
         return extent.hits, extent.used_s
 
 
 class FirstInFirstOut:
+    """What was stored first, however often it is used."""
+
     def key(self, extent: Content, now_s: float) -> Any:
         return extent.stored_s
 
 
 class LengthAware:
+    """Least frequently used, and of equals what comes latest in its sequence (Mooncake)."""
+
     def key(self, extent: Content, now_s: float) -> Any:
         return extent.hits, -extent.first_token
 
@@ -125,12 +131,16 @@ class _Ageing:
 
 
 class SizeAware(_Ageing):
+    """GreedyDual-Size-Frequency: the ends of long, seldom used sequences."""
+
     def worth(self, extent: Content) -> float:
         return 1.0 / (extent.first_token + extent.tokens)
 
 
 class CostAware(_Ageing):
-    """`attention_tokens`: context at which attention costs as many FLOPs a token as the linear layers; a replay takes
+    """GreedyDual by recompute cost per byte: what is cheap to compute again and seldom used.
+
+    `attention_tokens`: context at which attention costs as many FLOPs a token as the linear layers; a replay takes
     it from its model, and the default is that of Llama-3.1-8B (13.96 GFLOP / 0.524 MFLOP a pair)."""
 
     def __init__(self, attention_tokens: float = 26624.0) -> None:
@@ -144,7 +154,9 @@ class CostAware(_Ageing):
 
 
 class TimeToLive:
-    """Content lives `ttl_s` after its last use, as the prompt caches that providers sell; 5 minutes is usual there.
+    """Content lives `ttl_s` after its last use: what dies first.
+
+    So do the prompt caches that providers sell; 5 minutes is usual there.
 
     With `per_session` above 0, content that was found again after a pause of g seconds lives per_session * g, where
     that is longer: each conversation is kept for the pace it has shown (as Continuum does for agents, arXiv
@@ -167,6 +179,8 @@ class TimeToLive:
 
 
 class Belady:
+    """Clairvoyant: what the trace needs again latest. A bound, for it reads the future."""
+
     def __init__(self) -> None:
         self._future: Future | None = None
 
