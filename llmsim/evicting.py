@@ -55,6 +55,7 @@ class EvictingKVCache(KVCache):
         self._lifetime_s = getattr(eviction, "lifetime_s", None)
         self._future: Future | None = None
         self._returning = -1  # who is being preempted
+        self._away: set[int] = set()  # who was, and is not back
 
     def foresee(self, requests: Iterable[Request]) -> None:
         """Tell a clairvoyant policy which requests will be admitted, in order of their ids."""
@@ -87,6 +88,7 @@ class EvictingKVCache(KVCache):
 
     def _arrived(self, request: Request) -> None:
         """The future has become the present: what it leaves idle is needed later, or never again."""
+        self._away.discard(request.id)
         private = request.held.private
         for node in [*request.held.path, *([private] if private is not None else [])]:
             if any(use[0] == request.id for use in node.uses):
@@ -105,10 +107,11 @@ class EvictingKVCache(KVCache):
                 if request.held.private is not None:
                     request.held.private.uses = [(request.id, ALL)]
         super().release(request, blocks, full_tokens, resumes=resumes, keep_content=keep_content)
+        if resumes and self._future is not None:
+            self._away.add(request.id)
 
     def store(self, request: Request, tokens: int) -> None:
-        held = request.held
-        if self._future is not None and held is not None and not held.stored_blocks:
+        if request.id in self._away:
             self._arrived(request)  # swapped in: nothing was looked up
         super().store(request, tokens)
 
