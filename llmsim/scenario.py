@@ -26,7 +26,7 @@ from llmsim.scenario_file import toml_line
 GIB = 2**30
 LARGE_GPU_BYTES = 70 * GIB  # vLLM's line between small and large default limits
 DTYPES = ("auto", "bfloat16", "float16", "half", "float32", "float")  # auto: bfloat16
-KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32", "fp8", "fp8_e4m3", "fp8_e5m2")
+KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32", "fp8", "fp8_e4m3", "fp8_e5m2", "int8", "int4")
 # of the weights; activations of the 4-bit formats stay in `dtype`
 QUANTIZATIONS = ("fp8", "int8", "int4", "mxfp4", "awq", "awq_marlin", "gptq", "gptq_marlin")
 CUDAGRAPHS = ("full_and_piecewise", "piecewise", "none")
