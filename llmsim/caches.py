@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from llmsim.contiguous import ContiguousKV
 from llmsim.evicting import EvictingKVCache
 from llmsim.eviction import DEFAULT, load_eviction
 from llmsim.hardware import find_model
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 def cache_of(scenario: Scenario, blocks: int, id_tokens: int) -> KVCache:
     """An empty cache of `blocks` blocks for a trace whose ids stand for `id_tokens` tokens each."""
     s = scenario
+    if s.kv_allocation != "paged":
+        assert s.max_model_len is not None, "a resolved scenario"
+        return ContiguousKV(blocks, s.block_size, kind=s.kv_allocation, max_model_len=s.max_model_len)
     if s.eviction == DEFAULT:
         return KVCache(blocks, s.block_size, prefix_caching=s.enable_prefix_caching, prefix_block_tokens=id_tokens)
     return EvictingKVCache(blocks, s.block_size, eviction=eviction_of(s), prefix_block_tokens=id_tokens)

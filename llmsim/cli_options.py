@@ -18,6 +18,7 @@ import click
 from llmsim.scenario import (
     CUDAGRAPHS,
     DTYPES,
+    KV_ALLOCATIONS,
     KV_CACHE_DTYPES,
     QUANTIZATIONS,
     SCHEDULING_POLICIES,
@@ -144,6 +145,9 @@ SCENARIO_FLAGS: list[Callable[[Any], Any]] = [
     click.option("--kv-cache-dtype", type=_choice(KV_CACHE_DTYPES), help=_words(KV_CACHE_DTYPES, "auto: as --dtype")),
     click.option("--dtype", type=_choice(DTYPES), help=_words(DTYPES, "bfloat16")),
     click.option("--quantization", "-q", type=_choice(QUANTIZATIONS), help=_words(QUANTIZATIONS, "as published")),
+    click.option(
+        "--kv-allocation", type=_choice(KV_ALLOCATIONS), help="Blocks on demand, or reserve max, pow2, oracle. [paged]"
+    ),
     click.option("--num-gpu-blocks-override", type=INT, help="KV blocks of a replica. [what fits the GPU]"),
     click.option("--long-prefill-token-threshold", type=INT, help="Cap of one prompt's chunk. [0: none]"),
     click.option("--watermark", type=float, help="Fraction of KV blocks kept free at admission. [0]"),

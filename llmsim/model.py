@@ -31,8 +31,8 @@ ELEMENT_BYTES = {
     "mxfp4": 0.5 + 1 / 32,
 }
 # Bits of a number of a quantised KV cache; each key and value vector of each head and token has a scale and a zero
-# point of 2 bytes each beside it (asymmetric, per head and token, as LMDeploy does it: docs/en/quantization/kv_quant.md).
-# fp8 has one scale for a whole tensor (vLLM): no bytes a token.
+# point of 2 bytes each beside it (asymmetric, per head and token: LMDeploy, docs/en/quantization/kv_quant.md). fp8 has
+# one scale for a whole tensor (vLLM): no bytes a token.
 KV_BITS = {"int8": 8, "int4": 4}
 KV_SCALE_BYTES = 4
 _DTYPE_SPELLINGS = {

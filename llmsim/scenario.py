@@ -30,6 +30,7 @@ KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32", "fp8", "fp8_e4m3", 
 # of the weights; activations of the 4-bit formats stay in `dtype`
 QUANTIZATIONS = ("fp8", "int8", "int4", "mxfp4", "awq", "awq_marlin", "gptq", "gptq_marlin")
 CUDAGRAPHS = ("full_and_piecewise", "piecewise", "none")
+KV_ALLOCATIONS = ("paged", "max", "pow2", "oracle")
 SCHEDULING_POLICIES = ("fcfs", "priority")
 # argument of the policy "vllm": the field it comes from
 VLLM_OPTIONS = {
@@ -77,6 +78,7 @@ class Scenario:
     seed: int = 0
     eviction: str = "lru"  # which cached content is lost: a name of `llmsim list evictions`, or file.py:ClassName
     eviction_args: dict[str, Any] = field(default_factory=dict, hash=False)
+    kv_allocation: str = "paged"  # or what a contiguous cache reserves for a request: max, pow2, oracle
     swap_space_gib: float = 0.0  # host memory per GPU for the KV of requests that a policy swaps out; 0: none
 
     def __post_init__(self) -> None:
@@ -197,6 +199,7 @@ _ONE_OF = {
     "cudagraph": CUDAGRAPHS,
     "dtype": DTYPES,
     "kv_cache_dtype": KV_CACHE_DTYPES,
+    "kv_allocation": KV_ALLOCATIONS,
     "quantization": QUANTIZATIONS,
 }
 
@@ -247,6 +250,11 @@ def _check_kv_cache(s: Scenario) -> None:
     if s.eviction == "lru" and s.eviction_args:
         raise ValueError(
             f"eviction_args {', '.join(s.eviction_args)}: the eviction lru has no arguments: leave them out"
+        )
+    if s.kv_allocation != "paged" and s.enable_prefix_caching:
+        raise ValueError(
+            f"kv_allocation={s.kv_allocation!r}: contiguous KV cannot be shared: give enable_prefix_caching=false as"
+            " well"
         )
     if s.eviction == "belady" and s.replicas > 1:
         raise ValueError(
