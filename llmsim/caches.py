@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from llmsim.compression import DroppingBatch, DroppingCost, DroppingKV
 from llmsim.contiguous import ContiguousKV
 from llmsim.evicting import EvictingKVCache
 from llmsim.eviction import DEFAULT, load_eviction
 from llmsim.hardware import find_model
+from llmsim.kept import parse
 from llmsim.kvcache import KVCache
 
 if TYPE_CHECKING:
@@ -23,6 +25,9 @@ def cache_of(scenario: Scenario, blocks: int, id_tokens: int) -> KVCache:
     if s.kv_allocation != "paged":
         assert s.max_model_len is not None, "a resolved scenario"
         return ContiguousKV(blocks, s.block_size, kind=s.kv_allocation, max_model_len=s.max_model_len)
+    kept = parse(s.kv_compression)
+    if kept is not None:
+        return DroppingKV(blocks, s.block_size, kept)
     if s.eviction == DEFAULT:
         return KVCache(blocks, s.block_size, prefix_caching=s.enable_prefix_caching, prefix_block_tokens=id_tokens)
     return EvictingKVCache(blocks, s.block_size, eviction=eviction_of(s), prefix_block_tokens=id_tokens)
@@ -43,8 +48,12 @@ def attention_tokens(model: str) -> float:
 
 
 def connect(replica: Replica, requests: Iterable[Request]) -> None:
-    """Give a replica's cache the replica's clock and, if its policy is clairvoyant, the requests to come."""
+    """Give a replica what its cache needs of it: a batch and a cost that know what is dropped, or the replica's clock
+    and, if its policy is clairvoyant, the requests to come."""
     kv = replica.kv
+    if isinstance(kv, DroppingKV):
+        replica.batch = batch = DroppingBatch(kv)
+        replica.cost = DroppingCost(replica.cost, batch, kv)
     if isinstance(kv, EvictingKVCache):
         kv.clock = lambda: replica.now_s
         kv.foresee(

@@ -21,6 +21,7 @@ from math import isfinite
 from typing import Any
 
 from llmsim.hardware import Gpu, Model, dtype_name, find_gpu, find_model
+from llmsim.kept import parse as parse_compression
 from llmsim.scenario_file import toml_line
 
 GIB = 2**30
@@ -79,6 +80,7 @@ class Scenario:
     eviction: str = "lru"  # which cached content is lost: a name of `llmsim list evictions`, or file.py:ClassName
     eviction_args: dict[str, Any] = field(default_factory=dict, hash=False)
     kv_allocation: str = "paged"  # or what a contiguous cache reserves for a request: max, pow2, oracle
+    kv_compression: str = "none"  # tokens that a request keeps: window:W, sinks:S+W, budget:B
     swap_space_gib: float = 0.0  # host memory per GPU for the KV of requests that a policy swaps out; 0: none
 
     def __post_init__(self) -> None:
@@ -251,11 +253,14 @@ def _check_kv_cache(s: Scenario) -> None:
         raise ValueError(
             f"eviction_args {', '.join(s.eviction_args)}: the eviction lru has no arguments: leave them out"
         )
-    if s.kv_allocation != "paged" and s.enable_prefix_caching:
-        raise ValueError(
-            f"kv_allocation={s.kv_allocation!r}: contiguous KV cannot be shared: give enable_prefix_caching=false as"
-            " well"
-        )
+    for name, plain, what in (("kv_allocation", "paged", "contiguous"), ("kv_compression", "none", "dropped")):
+        value = getattr(s, name)
+        if value != plain and s.enable_prefix_caching:
+            raise ValueError(f"{name}={value!r}: {what} KV cannot be shared: give enable_prefix_caching=false as well")
+        if value != plain and s.swap_space_gib:
+            raise ValueError(f"{name}={value!r}: {what} KV is not swapped: leave swap_space_gib out")
+    if parse_compression(s.kv_compression) is not None and s.kv_allocation != "paged":
+        raise ValueError(f"kv_compression={s.kv_compression!r} needs blocks to drop: leave kv_allocation out")
     if s.eviction == "belady" and s.replicas > 1:
         raise ValueError(
             f"eviction='belady' reads the future of one replica, and of {s.replicas} none knows which requests it will"
