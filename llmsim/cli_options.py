@@ -20,6 +20,7 @@ from llmsim.scenario import (
     DTYPES,
     KV_ALLOCATIONS,
     KV_CACHE_DTYPES,
+    PREEMPTIONS,
     QUANTIZATIONS,
     SCHEDULING_POLICIES,
     Scenario,
@@ -148,6 +149,7 @@ SCENARIO_FLAGS: list[Callable[[Any], Any]] = [
     click.option(
         "--kv-allocation", type=_choice(KV_ALLOCATIONS), help="Blocks on demand, or reserve max, pow2, oracle. [paged]"
     ),
+    click.option("--preemption", type=_choice(PREEMPTIONS), help=_words(PREEMPTIONS, "recompute")),
     click.option("--kv-compression", metavar="SPEC", help="Drop tokens: window:W, sinks:S+W, budget:B. [none]"),
     click.option("--num-gpu-blocks-override", type=INT, help="KV blocks of a replica. [what fits the GPU]"),
     click.option("--long-prefill-token-threshold", type=INT, help="Cap of one prompt's chunk. [0: none]"),

@@ -32,6 +32,7 @@ KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32", "fp8", "fp8_e4m3", 
 QUANTIZATIONS = ("fp8", "int8", "int4", "mxfp4", "awq", "awq_marlin", "gptq", "gptq_marlin")
 CUDAGRAPHS = ("full_and_piecewise", "piecewise", "none")
 KV_ALLOCATIONS = ("paged", "max", "pow2", "oracle")
+PREEMPTIONS = ("recompute", "swap", "pause")
 SCHEDULING_POLICIES = ("fcfs", "priority")
 # argument of the policy "vllm": the field it comes from
 VLLM_OPTIONS = {
@@ -40,6 +41,7 @@ VLLM_OPTIONS = {
     "watermark": "watermark",
     "reserve_full_isl": "reserve_full_isl",
     "enable_chunked_prefill": "enable_chunked_prefill",
+    "preemption": "preemption",
 }
 
 
@@ -80,6 +82,7 @@ class Scenario:
     eviction: str = "lru"  # which cached content is lost: a name of `llmsim list evictions`, or file.py:ClassName
     eviction_args: dict[str, Any] = field(default_factory=dict, hash=False)
     kv_allocation: str = "paged"  # or what a contiguous cache reserves for a request: max, pow2, oracle
+    preemption: str = "recompute"  # of the scheduler vllm, when KV blocks run short: recompute, swap, pause
     kv_compression: str = "none"  # tokens that a request keeps: window:W, sinks:S+W, budget:B
     swap_space_gib: float = 0.0  # host memory per GPU for the KV of requests that a policy swaps out; 0: none
 
@@ -202,6 +205,7 @@ _ONE_OF = {
     "dtype": DTYPES,
     "kv_cache_dtype": KV_CACHE_DTYPES,
     "kv_allocation": KV_ALLOCATIONS,
+    "preemption": PREEMPTIONS,
     "quantization": QUANTIZATIONS,
 }
 
@@ -261,6 +265,8 @@ def _check_kv_cache(s: Scenario) -> None:
             raise ValueError(f"{name}={value!r}: {what} KV is not swapped: leave swap_space_gib out")
     if parse_compression(s.kv_compression) is not None and s.kv_allocation != "paged":
         raise ValueError(f"kv_compression={s.kv_compression!r} needs blocks to drop: leave kv_allocation out")
+    if s.preemption == "swap" and not s.swap_space_gib:
+        raise ValueError("preemption='swap' needs host memory: give swap_space_gib, e.g. 16")
     if s.eviction == "belady" and s.replicas > 1:
         raise ValueError(
             f"eviction='belady' reads the future of one replica, and of {s.replicas} none knows which requests it will"

@@ -113,6 +113,7 @@ def scheduler_of(scenario: Scenario) -> Any:
             "watermark": scenario.watermark,
             "reserve_full_isl": scenario.reserve_full_isl,
             "enable_chunked_prefill": scenario.enable_chunked_prefill,
+            "preemption": scenario.preemption,
         }
     return load_scheduler(scenario.scheduler, arguments | scenario.scheduler_args)
 
