@@ -23,6 +23,7 @@ from typing import Any
 from llmsim.hardware import Gpu, Model, dtype_name, find_gpu, find_model
 from llmsim.kept import parse as parse_compression
 from llmsim.scenario_file import toml_line
+from llmsim.tiers import parse_tiers
 
 GIB = 2**30
 LARGE_GPU_BYTES = 70 * GIB  # vLLM's line between small and large default limits
@@ -32,6 +33,7 @@ KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32", "fp8", "fp8_e4m3", 
 QUANTIZATIONS = ("fp8", "int8", "int4", "mxfp4", "awq", "awq_marlin", "gptq", "gptq_marlin")
 CUDAGRAPHS = ("full_and_piecewise", "piecewise", "none")
 KV_ALLOCATIONS = ("paged", "max", "pow2", "oracle")
+KV_TIER_WRITES = ("write_through", "on_eviction")
 PREEMPTIONS = ("recompute", "swap", "pause")
 SCHEDULING_POLICIES = ("fcfs", "priority")
 # argument of the policy "vllm": the field it comes from
@@ -82,6 +84,9 @@ class Scenario:
     eviction: str = "lru"  # which cached content is lost: a name of `llmsim list evictions`, or file.py:ClassName
     eviction_args: dict[str, Any] = field(default_factory=dict, hash=False)
     kv_allocation: str = "paged"  # or what a contiguous cache reserves for a request: max, pow2, oracle
+    kv_tiers: str = "none"  # below the GPU, fastest first: name:capacity:bandwidth:latency, separated by commas
+    kv_tier_write: str = "write_through"  # or on_eviction
+    kv_tier_prefetch: bool = False  # lower tiers' content moves to the first when a request arrives
     preemption: str = "recompute"  # of the scheduler vllm, when KV blocks run short: recompute, swap, pause
     kv_compression: str = "none"  # tokens that a request keeps: window:W, sinks:S+W, budget:B
     swap_space_gib: float = 0.0  # host memory per GPU for the KV of requests that a policy swaps out; 0: none
@@ -206,6 +211,7 @@ _ONE_OF = {
     "kv_cache_dtype": KV_CACHE_DTYPES,
     "kv_allocation": KV_ALLOCATIONS,
     "preemption": PREEMPTIONS,
+    "kv_tier_write": KV_TIER_WRITES,
     "quantization": QUANTIZATIONS,
 }
 
@@ -265,6 +271,13 @@ def _check_kv_cache(s: Scenario) -> None:
             raise ValueError(f"{name}={value!r}: {what} KV is not swapped: leave swap_space_gib out")
     if parse_compression(s.kv_compression) is not None and s.kv_allocation != "paged":
         raise ValueError(f"kv_compression={s.kv_compression!r} needs blocks to drop: leave kv_allocation out")
+    tiers = parse_tiers(s.kv_tiers)
+    if tiers and not s.enable_prefix_caching:
+        raise ValueError(f"kv_tiers={s.kv_tiers!r}: without prefix caching nothing is found in a tier: leave one out")
+    if tiers and s.eviction != "lru":
+        raise ValueError(f"eviction={s.eviction!r} and kv_tiers: tiers are below vLLM's order only: leave one out")
+    if not tiers and (s.kv_tier_prefetch or s.kv_tier_write != "write_through"):
+        raise ValueError("kv_tier_prefetch and kv_tier_write say what happens in tiers: give kv_tiers")
     if s.preemption == "swap" and not s.swap_space_gib:
         raise ValueError("preemption='swap' needs host memory: give swap_space_gib, e.g. 16")
     if s.eviction == "belady" and s.replicas > 1:

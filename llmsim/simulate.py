@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import simpy
 
-from llmsim.caches import cache_of, connect
+from llmsim.caches import cache_of, connect, policy_over, tier_rows
 from llmsim.cost import CostModel, LaunchNoise
 from llmsim.cost.graphs import Graphs
 from llmsim.cost.load import CostSettings, load_cost
@@ -158,12 +158,13 @@ class Fleet:
         limits = Limits(s.max_num_seqs, s.max_num_batched_tokens)
         self.replicas: list[Replica] = []
         for index in range(s.replicas):
+            kv = cache_of(s, self.blocks - 1, trace.block_tokens)  # block 0 is vLLM's null block
             self.replicas.append(
                 Replica(
                     self.env,
-                    scheduler_of(s),
+                    policy_over(kv, scheduler_of(s), s),
                     self.cost,
-                    cache_of(s, self.blocks - 1, trace.block_tokens),  # block 0 is vLLM's null block
+                    kv,
                     limits,
                     asynchronous=s.async_scheduling,
                     swap=swap_of(s),
@@ -359,6 +360,7 @@ class Fleet:
             "queried_tokens": sum(r.queried_tokens for r in self.replicas),
             "hit_tokens": sum(r.hit_tokens for r in self.replicas),
             "evicted_blocks": sum(r.kv.evicted_blocks for r in self.replicas),
+            "kv_tiers": tier_rows(r.kv for r in self.replicas),
             "rejected": int(np.isnan(requests["finish_s"]).sum()),
         }
         gaps = drained([r.gaps for r in self.replicas])
