@@ -27,7 +27,7 @@ from llmsim.request import Request
 
 NONE = "none"
 _BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-_SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
+_PER_SECOND = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}
 
 
 class TierSpec(NamedTuple):
@@ -58,7 +58,7 @@ def _parse_tier(text: str) -> TierSpec:
             name,
             float(size) * _BYTES[size_unit.lower()],
             float(rate) * _BYTES[rate_unit.lower()],
-            float(latency) * _SECONDS[latency_unit.lower()],
+            float(latency) / _PER_SECOND[latency_unit.lower()],
         )
     except (ValueError, KeyError):
         raise ValueError(f"kv_tiers={text!r}: write numbers with units, as cpu:64GiB:50GB/s:10us") from None
@@ -206,15 +206,14 @@ class TieredKV(KVCache):
     # -------------------------------------------------------------------------------------------------------- moving
 
     def load(self, parts: list[tuple[Tier, Node, int, int]]) -> float:
-        """Begin to load; returns when all of it is on the GPU."""
+        """Begin to load; returns when all of it is on the GPU. Before blocks are taken: what the GPU loses for them may
+        push out of the tier what is on its way."""
         now_s, done_s = self.clock(), 0.0
         for tier, node, start, end in parts:
             done_s = max(done_s, tier.read(end - start, tier.parts[node].ready_s, now_s))
         for tier, node, start, end in reversed(parts):  # beginnings are used last: they are the last to be lost
-            if tier is self.tiers[0]:
-                tier.touch(node)
-            else:
-                tier.touch(node)
+            tier.touch(node)
+            if tier is not self.tiers[0]:
                 self.tiers[0].put(node, start, end, now_s)
         return done_s
 
@@ -222,8 +221,9 @@ class TieredKV(KVCache):
         """Move what lower tiers hold of a request's prompt to the first one, before it is asked for."""
         hit = self.gpu_match(request, tokens)
         for tier, node, start, end in reversed(self.extension(request, hit, tokens)):
-            if tier is not self.tiers[0]:
-                arrival_s = tier.read(end - start, tier.parts[node].ready_s, self.clock())
+            source = tier.parts.get(node)  # what comes up may push it out
+            if tier is not self.tiers[0] and source is not None:
+                arrival_s = tier.read(end - start, source.ready_s, self.clock())
                 self.tiers[0].put(node, start, end, self.clock())
                 part = self.tiers[0].parts.get(node)
                 if part is not None:

@@ -100,13 +100,14 @@ class Tiered:
         if not parts or blocks > self._free_blocks():
             return False
         tokens = (hit.blocks + sum(end - start for _, _, start, end in parts)) * kv.block_tokens
+        done_s = kv.load(parts)
         replica.waiting.remove(request)
         kv.admit(request, hit, tokens)
         replica.running[request] = None
         replica.prefilling[request] = None
         request.computed_tokens = tokens
         replica.pause(request)
-        self._loading[request] = kv.load(parts)
+        self._loading[request] = done_s
         self.loads += 1
         return True
 
