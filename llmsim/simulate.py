@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import simpy
 
+from llmsim.caches import cache_of, connect, policy_over, tier_rows
 from llmsim.cost import CostModel, LaunchNoise
 from llmsim.cost.graphs import Graphs
 from llmsim.cost.load import CostSettings, load_cost
 from llmsim.hardware import find_gpu, find_model
-from llmsim.kvcache import KVCache
 from llmsim.memory import block_copy_s, host_blocks, kv_blocks
 from llmsim.metrics import Result
 from llmsim.plugins import PolicyError
@@ -34,6 +34,7 @@ from llmsim.routers import load_router
 from llmsim.rowlog import drained
 from llmsim.scenario import Scenario
 from llmsim.schedulers import load_scheduler
+from llmsim.trace_order import likely_times_s
 
 if TYPE_CHECKING:
     from llmsim.trace import Trace
@@ -113,6 +114,7 @@ def scheduler_of(scenario: Scenario) -> Any:
             "watermark": scenario.watermark,
             "reserve_full_isl": scenario.reserve_full_isl,
             "enable_chunked_prefill": scenario.enable_chunked_prefill,
+            "preemption": scenario.preemption,
         }
     return load_scheduler(scenario.scheduler, arguments | scenario.scheduler_args)
 
@@ -134,7 +136,7 @@ class Fleet:
         self._check_lengths(s.max_model_len)
         self.cost = cost or cost_of(s)
         self.blocks = blocks_of(s)
-        self.router = load_router(s.router)
+        self.router = load_router(s.router, s.router_args)
         self.env = simpy.Environment()
         self.progress = progress
         self._finished = 0
@@ -157,17 +159,13 @@ class Fleet:
         limits = Limits(s.max_num_seqs, s.max_num_batched_tokens)
         self.replicas: list[Replica] = []
         for index in range(s.replicas):
+            kv = cache_of(s, self.blocks - 1, trace.block_tokens)  # block 0 is vLLM's null block
             self.replicas.append(
                 Replica(
                     self.env,
-                    scheduler_of(s),
+                    policy_over(kv, scheduler_of(s), s),
                     self.cost,
-                    KVCache(
-                        self.blocks - 1,  # block 0 is vLLM's null block
-                        s.block_size,
-                        prefix_caching=s.enable_prefix_caching,
-                        prefix_block_tokens=trace.block_tokens,
-                    ),
+                    kv,
                     limits,
                     asynchronous=s.async_scheduling,
                     swap=swap_of(s),
@@ -176,6 +174,7 @@ class Fleet:
                     index=index,
                 )
             )
+            connect(self.replicas[-1], self._foreseen())
 
     def _check_lengths(self, limit_tokens: int) -> None:
         total = self.trace.prompt_tokens + self.trace.output_tokens
@@ -229,6 +228,11 @@ class Fleet:
             arrival_s = trace.arrival_s[part].tolist()
             prompt, output = trace.prompt_tokens[part].tolist(), trace.output_tokens[part].tolist()
             yield from map(self._request, range(first, first + len(prompt)), arrival_s, prompt, output)
+
+    def _foreseen(self) -> Iterator[Request]:
+        """The same, in the order in which they are likely to come, for who reads the future."""
+        requests, times_s = list(self._requests()), likely_times_s(self.trace)
+        yield from sorted(requests, key=lambda request: times_s[request.id])
 
     def _request(self, i: int, arrival_s: float, prompt_tokens: int, output_tokens: int) -> Request:
         """Request i of the trace, as it is before it is sent."""
@@ -362,6 +366,7 @@ class Fleet:
             "queried_tokens": sum(r.queried_tokens for r in self.replicas),
             "hit_tokens": sum(r.hit_tokens for r in self.replicas),
             "evicted_blocks": sum(r.kv.evicted_blocks for r in self.replicas),
+            "kv_tiers": tier_rows(r.kv for r in self.replicas),
             "rejected": int(np.isnan(requests["finish_s"]).sum()),
         }
         gaps = drained([r.gaps for r in self.replicas])

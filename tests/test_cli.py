@@ -369,6 +369,28 @@ def test_own_policy_and_its_arguments(trace: Path, capsys: pytest.CaptureFixture
     assert json.loads(Path("run/manifest.json").read_text())["scenario"]["scheduler_args"] == {"headroom": 0.02}
 
 
+OWN_ROUTER = """
+class Always:
+    def __init__(self, index):
+        self.index = index
+
+    def route(self, request, replicas, now_s):
+        return replicas[self.index]
+"""
+
+
+def test_own_router_and_its_arguments(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine.py").write_text(OWN_ROUTER)
+    flags = ["--replicas", "2", "--router", "mine.py:Always", "--router-arg", "index=1"]
+    printed(capsys, "replay", trace, *MACHINE, *flags, "--out", "run")
+    from llmsim.runs import read_run
+
+    assert set(read_run(Path("run")).requests["replica"]) == {1}
+    assert "write NAME=VALUE" in refused(capsys, "replay", trace, *MACHINE, "--router", "x", "--router-arg", "index")
+    line = refused(capsys, "replay", trace, *MACHINE, "--router", "round_robin", "--router-arg", "index=1")
+    assert "router round_robin: unknown argument 'index'" in line
+
+
 def test_progress_is_told_on_stderr_only_after_two_seconds(capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress()
     progress(1000, 5000, 12.0)
@@ -559,3 +581,27 @@ def test_every_public_name_exists_and_importing_the_package_loads_nothing() -> N
         "assert set(llmsim.__all__) <= set(dir(llmsim))"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_kv_flags_end_up_in_the_scenario(trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    flags = "--kv-tier cpu:1GiB:10GB/s:1us --kv-tier disk:8GiB:1GB/s:1ms --kv-tier-write on_eviction --kv-tier-prefetch"
+    more = "--preemption swap --swap-space-gib 2 --kv-cache-dtype int4"
+    printed(capsys, "replay", trace, *MACHINE, *flags.split(), *more.split(), "--out", out)
+    saved = json.loads((out / "manifest.json").read_text())["scenario"]
+    assert saved["kv_tiers"] == "cpu:1GiB:10GB/s:1us,disk:8GiB:1GB/s:1ms"
+    assert (saved["kv_tier_write"], saved["kv_tier_prefetch"]) == ("on_eviction", True)
+    assert (saved["preemption"], saved["kv_cache_dtype"]) == ("swap", "int4")
+    tiers = json.loads((out / "summary.json").read_text())["kv_tiers"]
+    assert [tier["name"] for tier in tiers] == ["cpu", "disk"]
+
+
+def test_eviction_flags_end_up_in_the_scenario(trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    printed(capsys, "replay", trace, *MACHINE, "--eviction", "ttl", "--eviction-arg", "ttl_s=60", "--out", out)
+    saved = json.loads((out / "manifest.json").read_text())["scenario"]
+    assert (saved["eviction"], saved["eviction_args"]) == ("ttl", {"ttl_s": 60})
+    assert "belady" in printed(capsys, "list", "evictions")
+    assert "eviction='lfu'" in refused(
+        capsys, "replay", trace, *MACHINE, "--eviction", "lfu", "--no-enable-prefix-caching"
+    )
