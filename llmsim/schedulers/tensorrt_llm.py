@@ -1,0 +1,186 @@
+"""TensorRT-LLM's scheduler: which requests have room (capacity), then what one iteration computes (micro-batch).
+
+Capacity walks the active requests in order of arrival, `max_num_seqs` of them at most (max_batch_size):
+
+    guaranteed_no_evict  every request in generation keeps the blocks it needs to the end of its answer; then each in
+                         its context phase is let in if the blocks to its own end fit into what is left, and the first
+                         that does not stops the walk. Nobody is ever paused.
+    max_utilization      each request needs the blocks of its next step only: its whole prompt if it has not started,
+                         one token otherwise. If they are not there, the last started request at or behind this one
+                         is paused (recomputed later), and it and all behind it leave the walk.
+    static_batch         as guaranteed_no_evict, but nobody is let in while a request is in generation
+    prefill_first        as guaranteed_no_evict, but while any request has context to compute nobody generates
+
+With prefix caching (static_batch excepted) a request whose first new block another request of this iteration is about
+to compute sits the iteration out, and finds the block in the next.
+
+The micro-batch has `max_num_batched_tokens` tokens (max_num_tokens): first one for each request in generation, then
+contexts in order. Without chunked context a prompt goes in whole, the first that does not fit stops, and one that is
+longer than the budget is refused when it arrives. With it:
+
+    first_come_first_served  each takes what is left; a chunk that is not its last is cut to whole blocks
+    equal_progress           one block after the other to each in turn, while they fit
+
+Source: TensorRT-LLM, cpp/tensorrt_llm/batch_manager/capacityScheduler.cpp and microBatchScheduler.cpp; the defaults
+are those of the documentation (guaranteed_no_evict, chunked context off, first_come_first_served).
+Where this differs, see docs/policies/tensorrt-llm.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from heapq import merge
+from typing import TYPE_CHECKING, Any
+
+from llmsim.schedulers import HOLD
+
+if TYPE_CHECKING:
+    from llmsim.replica import Replica
+    from llmsim.request import Request
+
+CAPACITY_POLICIES = ("guaranteed_no_evict", "max_utilization", "static_batch", "prefill_first")
+CHUNKING_POLICIES = ("first_come_first_served", "equal_progress")
+Context = tuple["Request", int]  # and the tokens of its prompt that are still to compute
+
+
+class TensorRtLlm:
+    """TensorRT-LLM: `capacity_scheduler_policy`, `enable_chunked_prefill`, `context_chunking_policy` by its names."""
+
+    def __init__(
+        self,
+        capacity_scheduler_policy: str = "guaranteed_no_evict",
+        enable_chunked_prefill: bool = False,
+        context_chunking_policy: str = "first_come_first_served",
+    ) -> None:
+        for name, value, choices in (
+            ("capacity_scheduler_policy", capacity_scheduler_policy, CAPACITY_POLICIES),
+            ("context_chunking_policy", context_chunking_policy, CHUNKING_POLICIES),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name}={value!r} is unknown. Choose {', '.join(choices)}.")
+        self.capacity = capacity_scheduler_policy
+        self.chunked = enable_chunked_prefill
+        self.equal_progress = context_chunking_policy == "equal_progress"
+
+    @staticmethod
+    def order(request: Request) -> tuple[Any, ...]:
+        """Active requests stay in order of arrival, paused ones too."""
+        return request.arrival_s, request.id
+
+    def arrived(self, request: Request, now_s: float) -> None:
+        """Asked for by the replica; a prompt that no iteration could take is refused in `schedule`."""
+
+    def schedule(self, replica: Replica, now_s: float) -> bool | None:
+        budget = replica.limits.max_num_batched_tokens
+        if self.capacity == "max_utilization":
+            contexts = self._next_step(replica, budget - replica.batch.size)
+        elif self.capacity == "static_batch" and replica.batch.size:
+            contexts = []
+        else:
+            rows = 0 if self.capacity == "prefill_first" else replica.batch.size
+            contexts = self._to_completion(replica, budget - rows)
+        if replica.batch.size and not (contexts and self.capacity == "prefill_first"):
+            replica.decode()
+        for request, tokens in self._chunks(contexts, budget - replica.decoding, replica.kv.block_tokens):
+            if request in replica.running:
+                replica.prefill(request, tokens)
+            else:
+                self._start(replica, request, tokens)
+        return None if replica.preempted_now else HOLD
+
+    @staticmethod
+    def _start(replica: Replica, request: Request, tokens: int) -> None:
+        """Admit; what the cache holds may have shrunk since the walk, as others took blocks."""
+        hit = replica.look_up(request)
+        left = request.prompt_tokens + request.generated_tokens - hit.blocks * replica.kv.block_tokens
+        replica.prefill(request, min(tokens, left), hit)
+
+    # ---- capacity
+
+    def _to_completion(self, replica: Replica, budget: int) -> list[Context]:
+        """Contexts whose blocks to the end of the answer fit beside those of all in generation."""
+        kv, batch = replica.kv, replica.batch
+        if not replica.prefilling and not replica.waiting:
+            return []
+        left = kv.free_blocks
+        for request in batch:
+            left -= self._blocks_to_end(replica, request) - kv.blocks_for(batch.computed(request))
+        found: list[Context] = []
+        for request, tokens in self._context_phase(replica, budget, found):
+            blocks = self._blocks_to_end(replica, request) - kv.blocks_for(request.computed_tokens)
+            if blocks > left:
+                break
+            left -= blocks
+            found.append((request, tokens))
+        return found
+
+    @staticmethod
+    def _blocks_to_end(replica: Replica, request: Request) -> int:
+        kv = replica.kv
+        return min(kv.blocks_for(request.prompt_tokens + request.output_tokens), kv.total_blocks)
+
+    def _context_phase(self, replica: Replica, budget: int, found: list[Context]) -> Iterator[Context]:
+        """Requests with context to compute, in order, for as long as slots and the token budget last.
+
+        `found`: those that the caller has let in so far.
+        """
+        room = replica.limits.max_num_seqs - replica.batch.size
+        for request in replica.prefilling:
+            if len(found) < room and self._in_budget(found, budget):
+                yield request, request.prefill_tokens - request.computed_tokens
+        slots = replica.limits.max_num_seqs - len(replica.running)
+        for request in replica.waiting:
+            if slots <= 0 or not self._in_budget(found, budget):
+                return
+            context = self._not_started(replica, request, found)
+            if context is None:
+                continue
+            if not self.chunked and sum(tokens for _, tokens in found) + context[1] > budget:
+                return
+            slots -= 1
+            yield context
+
+    def _in_budget(self, found: list[Context], budget: int) -> bool:
+        """Whether one more context could get a token."""
+        if self.chunked and self.equal_progress:
+            return len(found) < budget
+        return sum(tokens for _, tokens in found) < budget
+
+    def _not_started(self, replica: Replica, request: Request, found: list[Context]) -> Context | None:
+        """A waiting request and what it has to compute; None if it had better wait for another's blocks."""
+        kv = replica.kv
+        hit = replica.look_up(request)
+        left = request.prompt_tokens + request.generated_tokens - hit.blocks * kv.block_tokens
+        if self.capacity != "static_batch":
+            computing = [*replica.prefilling, *(other for other, _ in found)]
+            if kv.may_grow(request, hit, computing):
+                return None
+        return request, left
+
+    def _next_step(self, replica: Replica, budget: int) -> list[Context]:
+        """Pause until everybody that is left fits; the contexts among them."""
+        kv, batch = replica.kv, replica.batch
+        if not replica.waiting and not replica.prefilling and batch.blocks_needed(1) <= kv.free_blocks:
+            return []
+        started = sorted((r for r in replica.running if r in batch or r in replica.prefilling), key=self.order)
+        walk = merge(list(started), replica.waiting, key=self.order)
+        scheduled, planned = 0, 0  # requests, and blocks they will take
+        found: list[Context] = []
+        for request in walk:
+            context, blocks = self._step_of(replica, request, found)
+            if context is None and request not in batch:
+                continue
+            while scheduled >= replica.limits.max_num_seqs or planned + blocks > kv.free_blocks:
+                if not started or self.order(started[-1]) < self.order(request):
+                    return found
+                paused = started.pop()
+                replica.preempt(paused)
+                if paused is request:
+                    return found
+            if started and self.order(request) > self.order(started[-1]) and replica.preempted_now:
+                return found
+            if context is not None:
+                found.append(context)
+            planned += blocks
+            scheduled += 1
+        return found
