@@ -22,6 +22,7 @@ ROOMS = {  # modules that share a room may import each other, as may the files o
     **dict.fromkeys(("readers",), "trace"),
     **dict.fromkeys(("radixcache",), "kvcache"),
     **dict.fromkeys(("gaps", "rates", "utilisation", "timeline"), "metrics"),
+    **dict.fromkeys(("aside",), "engine"),
     **dict.fromkeys(("recorded", "benchmark_result"), "recording"),
 }
 FORBIDDEN = {"torch", "streamlit"}
