@@ -51,6 +51,8 @@ class Engine(Aside):
         self.hit_tokens = 0
         self._now_s = 0.0
         self._victim = getattr(scheduler, "victim", None)
+        own_limit = getattr(scheduler, "token_limit", None)  # of one iteration, where the engine's is another
+        self._token_limit: float = limits.max_num_batched_tokens if own_limit is None else own_limit(limits)
         self._blocks_taken = 0  # by this iteration's decodes
         self._granted: dict[Request, None] | None = None  # decodes of a one-by-one pass
         self._publishing: dict[Request, None] = {}  # running requests whose answer others may share
@@ -275,11 +277,13 @@ class Engine(Aside):
             self.paused_now = []
         if self._special:
             self._clear()
+        if self.kv.pending:
+            self.kv.settle(self.asynchronous)
         self._hits_grow = False
         hold = self.scheduler.schedule(self, now_s)
         if self.chunks or self._granted is not None:
             self._check_iteration()
-        return bool(hold) and not self._hits_grow
+        return bool(hold) and not (self._hits_grow or self.kv.pending)
 
     def completed_prompts(self) -> list[Request]:
         """Requests whose chunk of this iteration is their last: it makes a token."""
@@ -307,7 +311,7 @@ class Engine(Aside):
             request.generated_tokens += 1
             self._fruitless = 0
             del self.prefilling[request]
-            if request.identity_tokens > request.prompt_tokens:
+            if request.identity_tokens > request.prompt_tokens and self.kv.publishes:
                 self._publishing[request] = None
             if request.generated_tokens < request.output_tokens:
                 batch.add(request)
@@ -343,7 +347,7 @@ class Engine(Aside):
         tokens = self.decoding + sum(tokens for _, tokens, _ in self.chunks) + sum(self._padding.values())
         if self.decoding:
             tokens += self._ghost_seqs
-        if tokens > self.limits.max_num_batched_tokens:
+        if tokens > self._token_limit:
             limit = self.limits.max_num_batched_tokens
             raise self._error(f"scheduled {tokens} tokens in one iteration, beyond max_num_batched_tokens={limit}")
 

@@ -86,6 +86,7 @@ class RadixCache(KVCache):
         self, total_blocks: int, block_tokens: int = 1, *, prefix_caching: bool = True, prefix_block_tokens: int = 0
     ) -> None:
         super().__init__(total_blocks, block_tokens, prefix_caching=prefix_caching)
+        self.prefix_block_tokens = prefix_block_tokens
         self._id_tokens = prefix_block_tokens or 1
         self.root = Node(None, 0, 0, None, None)
         self.root.locks = 1
@@ -109,10 +110,6 @@ class RadixCache(KVCache):
             assert above.parent is not None, "the root is locked"
             above = above.parent
         return RadixHit(node, node.end // self.block_tokens, idle_tokens // self.block_tokens)
-
-    def cached_tokens(self, request: Request, tokens: int) -> int:
-        """Leading tokens of a sequence in the tree, all but the last at most; for orders that compare requests."""
-        return self.match(request, tokens).blocks * self.block_tokens
 
     def may_grow(self, request: Request, hit: Hit, storing: Iterable[Request]) -> bool:
         return False  # nothing is inserted between two iterations that compute no prompt and end no request
@@ -260,14 +257,20 @@ class RadixCache(KVCache):
             node = new
         sequence.node = node
 
-    def release(self, request: Request, blocks: int, full_tokens: int, *, resumes: bool = False) -> None:
-        """Take back the `blocks` of a request; its first `full_tokens` tokens go into the tree."""
+    def release(
+        self, request: Request, blocks: int, full_tokens: int, *, resumes: bool = False, keep_content: bool = True
+    ) -> None:
+        """Take back the `blocks` of a request; its first `full_tokens` tokens go into the tree.
+
+        Without `keep_content` (a retraction) only what is in the tree already stays there.
+        """
         if not self.prefix_caching:
             self.free_blocks += blocks
             return
         self.pending.pop(request, None)
         sequence = self._sequence(request)
-        self._insert(sequence, full_tokens)
+        if keep_content:
+            self._insert(sequence, full_tokens)
         self.free_blocks += blocks - sequence.node.end // self.block_tokens  # what nobody else can have
         self._unlock(sequence.node)
         sequence.node = self.root

@@ -173,7 +173,7 @@ def test_a_retracted_request_finds_its_prompt_but_not_what_it_had_generated() ->
     kv.store(request, 100)
     kv.settle(asynchronous=False)
     kv.take(30)
-    kv.release(request, 130, 0, resumes=True)
+    kv.release(request, 130, 130, resumes=True, keep_content=False)
     assert (kv.free_blocks, kv.idle_blocks) == (1000, 100)
     assert kv.match(request, 131).blocks == 100
 
@@ -265,9 +265,9 @@ class Pair:
 
     def leave(self, both: Both, resumes: bool, keep: bool) -> None:
         self.running.remove(both)
-        full = both.tokens if keep else 0
-        self.fast.release(both.request, self.fast.blocks_for(both.tokens), full, resumes=resumes)
-        self.plain.leave(both, both.sequence[:full])
+        blocks = self.fast.blocks_for(both.tokens)
+        self.fast.release(both.request, blocks, both.tokens, resumes=resumes, keep_content=keep)
+        self.plain.leave(both, both.sequence[: both.tokens if keep else 0])
         both.tokens, both.stored = 0, None
         if resumes:
             self.known.append(both)

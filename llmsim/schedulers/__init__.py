@@ -34,6 +34,8 @@ HOLD = True
 BUILTIN = {
     "vllm": "llmsim.schedulers.vllm:VllmScheduler",
     "chunked": "llmsim.schedulers.chunked:Chunked",
+    "sglang": "llmsim.schedulers.sglang:Sglang",
+    "tensorrt-llm": "llmsim.schedulers.tensorrt_llm:TensorRtLlm",
 }
 
 

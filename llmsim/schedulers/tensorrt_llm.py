@@ -67,9 +67,6 @@ class TensorRtLlm:
         """Active requests stay in order of arrival, paused ones too."""
         return request.arrival_s, request.id
 
-    def arrived(self, request: Request, now_s: float) -> None:
-        """Asked for by the replica; a prompt that no iteration could take is refused in `schedule`."""
-
     def schedule(self, replica: Replica, now_s: float) -> bool | None:
         budget = replica.limits.max_num_batched_tokens
         if self.capacity == "max_utilization":
@@ -81,7 +78,7 @@ class TensorRtLlm:
             contexts = self._to_completion(replica, budget - rows)
         if replica.batch.size and not (contexts and self.capacity == "prefill_first"):
             replica.decode()
-        for request, tokens in self._chunks(contexts, budget - replica.decoding, replica.kv.block_tokens):
+        for request, tokens in self._chunks(contexts, budget, replica.decoding, replica.kv.block_tokens):
             if request in replica.running:
                 replica.prefill(request, tokens)
             else:
@@ -125,20 +122,19 @@ class TensorRtLlm:
         `found`: those that the caller has let in so far.
         """
         room = replica.limits.max_num_seqs - replica.batch.size
-        for request in replica.prefilling:
-            if len(found) < room and self._in_budget(found, budget):
-                yield request, request.prefill_tokens - request.computed_tokens
         slots = replica.limits.max_num_seqs - len(replica.running)
-        for request in replica.waiting:
-            if slots <= 0 or not self._in_budget(found, budget):
+        for request in [*replica.prefilling, *replica.waiting]:
+            if len(found) >= room or not self._in_budget(found, budget):
                 return
-            context = self._not_started(replica, request, found)
-            if context is None:
-                continue
-            if not self.chunked and sum(tokens for _, tokens in found) + context[1] > budget:
+            if request in replica.prefilling:
+                yield request, request.prefill_tokens - request.computed_tokens
+            elif slots <= 0:
                 return
-            slots -= 1
-            yield context
+            else:
+                context = self._not_started(replica, request, found)
+                if context is not None:
+                    slots -= 1
+                    yield context
 
     def _in_budget(self, found: list[Context], budget: int) -> bool:
         """Whether one more context could get a token."""
@@ -147,40 +143,111 @@ class TensorRtLlm:
         return sum(tokens for _, tokens in found) < budget
 
     def _not_started(self, replica: Replica, request: Request, found: list[Context]) -> Context | None:
-        """A waiting request and what it has to compute; None if it had better wait for another's blocks."""
+        """A waiting request and what it has to compute; None if it must not start in this iteration."""
         kv = replica.kv
+        if not self.chunked and request.prompt_tokens > replica.limits.max_num_batched_tokens:
+            replica.reject(request)
+            return None
         hit = replica.look_up(request)
-        left = request.prompt_tokens + request.generated_tokens - hit.blocks * kv.block_tokens
         if self.capacity != "static_batch":
             computing = [*replica.prefilling, *(other for other, _ in found)]
             if kv.may_grow(request, hit, computing):
                 return None
-        return request, left
+        return request, request.prefill_tokens - hit.blocks * kv.block_tokens
 
     def _next_step(self, replica: Replica, budget: int) -> list[Context]:
         """Pause until everybody that is left fits; the contexts among them."""
-        kv, batch = replica.kv, replica.batch
+        kv, batch, most = replica.kv, replica.batch, replica.limits.max_num_seqs
         if not replica.waiting and not replica.prefilling and batch.blocks_needed(1) <= kv.free_blocks:
             return []
         started = sorted((r for r in replica.running if r in batch or r in replica.prefilling), key=self.order)
-        walk = merge(list(started), replica.waiting, key=self.order)
-        scheduled, planned = 0, 0  # requests, and blocks they will take
+        newest = self.order(started[-1]) if started else ()
         found: list[Context] = []
-        for request in walk:
+        scheduled = planned = 0  # requests, and blocks they will take
+        end: tuple[Any, ...] | None = None  # what was paused, and all behind it, has left the walk
+        for request in merge(list(started), replica.waiting, key=self.order):
+            here = self.order(request)
+            if end is not None and here >= end:
+                break
+            if here > newest and not (self._in_budget(found, budget) and len(replica.running) < most):
+                break
             context, blocks = self._step_of(replica, request, found)
             if context is None and request not in batch:
                 continue
-            while scheduled >= replica.limits.max_num_seqs or planned + blocks > kv.free_blocks:
-                if not started or self.order(started[-1]) < self.order(request):
+            while scheduled >= most or planned + blocks > kv.free_blocks:
+                if not started or self.order(started[-1]) < here:
                     return found
                 paused = started.pop()
+                end = self.order(paused)
                 replica.preempt(paused)
                 if paused is request:
                     return found
-            if started and self.order(request) > self.order(started[-1]) and replica.preempted_now:
-                return found
             if context is not None:
                 found.append(context)
             planned += blocks
             scheduled += 1
         return found
+
+    def _step_of(self, replica: Replica, request: Request, found: list[Context]) -> tuple[Context | None, int]:
+        """What a request computes of its context, if anything, and the blocks that its next step takes."""
+        kv = replica.kv
+        if request in replica.batch:
+            return None, int(replica.batch.needs_block(request))
+        known = request.prefill_tokens
+        if request in replica.prefilling:  # all its blocks are its own in TensorRT-LLM, from its first chunk on
+            context: Context | None = (request, known - request.computed_tokens)
+        else:
+            context = self._not_started(replica, request, found)
+        return context, kv.blocks_for(known) - kv.blocks_for(request.computed_tokens)
+
+    # ---- micro-batch
+
+    def _chunks(self, contexts: list[Context], limit: int, decoding: int, unit: int) -> list[Context]:
+        """What each context computes in this iteration."""
+        if not contexts:
+            return []
+        budget = limit - decoding
+        if not self.chunked:
+            return self._whole(contexts, budget, limit)
+        if sum(tokens for _, tokens in contexts) <= budget:
+            return contexts
+        return self._equal_progress(contexts, budget, unit) if self.equal_progress else _in_turn(contexts, budget, unit)
+
+    @staticmethod
+    def _whole(contexts: list[Context], budget: int, limit: int) -> list[Context]:
+        """Prompts in order, up to the first that does not fit; one that grew beyond all budgets goes in parts."""
+        chosen: list[Context] = []
+        for request, tokens in contexts:
+            if tokens > budget:
+                if tokens > limit and not chosen and budget > 0:
+                    chosen.append((request, budget))
+                break
+            chosen.append((request, tokens))
+            budget -= tokens
+        return chosen
+
+    @staticmethod
+    def _equal_progress(contexts: list[Context], budget: int, unit: int) -> list[Context]:
+        """A block for each in turn, while the budget lasts."""
+        sizes = [0] * len(contexts)
+        grew = True
+        while grew:
+            grew = False
+            for i, (_, tokens) in enumerate(contexts):
+                more = min(unit, tokens - sizes[i])
+                if 0 < more <= budget:
+                    sizes[i] += more
+                    budget -= more
+                    grew = True
+        return [(request, size) for (request, _), size in zip(contexts, sizes, strict=True) if size]
+
+
+def _in_turn(contexts: list[Context], budget: int, unit: int) -> list[Context]:
+    """Each takes what is left; what is cut is cut to whole blocks."""
+    chosen: list[Context] = []
+    for request, tokens in contexts:
+        size = tokens if tokens <= budget else budget - budget % unit
+        if size:
+            chosen.append((request, size))
+        budget -= size
+    return chosen
