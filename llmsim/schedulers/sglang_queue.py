@@ -44,9 +44,7 @@ class Order:
         if policy not in POLICIES:
             raise ValueError(f"schedule_policy={policy!r} is unknown. Choose {', '.join(POLICIES)}.")
         if priority and policy not in ("fcfs", "lof"):
-            raise ValueError(
-                f"schedule_policy={policy!r} contradicts enable_priority_scheduling: choose fcfs or lof, or leave it out."
-            )
+            raise ValueError(f"schedule_policy={policy!r} contradicts enable_priority_scheduling: choose fcfs or lof.")
         self.policy, self.priority, self.sign, self.max_new = policy, priority, 1 if low_first else -1, max_new
         self.changes = policy not in ("fcfs", "lof")
         self.queue: list[Request] = []  # of changing orders
@@ -163,5 +161,6 @@ class Order:
                 order += at.get(node, [])
                 continue
             stack.append((node, True))
-            stack += [(child, False) for child in sorted(below.get(node, ()), key=weight.__getitem__)]
+            heaviest_first = sorted(below.get(node, ()), key=lambda child: -weight[child])
+            stack += [(child, False) for child in reversed(heaviest_first)]
         self.queue = order
