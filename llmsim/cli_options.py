@@ -73,6 +73,12 @@ def _schedulers() -> list[str]:
     return list(BUILTIN)
 
 
+def _engines() -> list[str]:
+    from llmsim.engines import ENGINES
+
+    return list(ENGINES)
+
+
 def _routers() -> list[str]:
     from llmsim.routers import BUILTIN
 
@@ -119,7 +125,10 @@ SCENARIO_FLAGS: list[Callable[[Any], Any]] = [
     click.option("--replicas", type=INT, help="Copies of the engine behind the router. [1]"),
     click.option("--router", type=Known(_routers), metavar="NAME", help="Which replica takes a request. [round_robin]"),
     click.option(
-        "--scheduler", type=Known(_schedulers), metavar="NAME", help="Policy, or your own file.py:Class. [vllm]"
+        "--engine", type=Known(_engines), metavar="NAME", help="Scheduler, cache and defaults of an engine. [vllm]"
+    ),
+    click.option(
+        "--scheduler", type=Known(_schedulers), metavar="NAME", help="Policy, or your own file.py:Class. [the engine's]"
     ),
     click.option(
         "--scheduler-arg", "scheduler_args", multiple=True, metavar="NAME=VALUE", help="For the policy. Repeatable."
@@ -130,7 +139,7 @@ SCENARIO_FLAGS: list[Callable[[Any], Any]] = [
     click.option(
         "--max-model-len", type=INT, help="Longest prompt plus answer; 32K: 32,768, 32k: 32,000. [the model's]"
     ),
-    click.option("--block-size", type=INT, help="Tokens of a KV block. [16]"),
+    click.option("--block-size", type=INT, help="Tokens of a KV block. [the engine's: 16]"),
     click.option("--gpu-memory-utilization", type=float, help="Share of the GPU's memory the engine takes. [0.92]"),
     _switch("enable_prefix_caching", "enable-prefix-caching", "Reuse KV blocks of shared prefixes. [on]"),
     _switch("enable_chunked_prefill", "enable-chunked-prefill", "Split prompts over iterations. [on]"),
@@ -277,10 +286,25 @@ def scenario_fields(flags: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"--enforce-eager contradicts --cudagraph {given['cudagraph']}: give one of them")
         given["cudagraph"] = "none"
     values |= {name: value for name, value in given.items() if value is not None}
+    _check_engine(values)
     in_file = values.get("scheduler_args", {})
     if pairs and isinstance(in_file, dict):  # anything else is for Scenario to refuse
         values["scheduler_args"] = in_file | dict(_argument(pair) for pair in pairs)
     return values
+
+
+def _check_engine(values: dict[str, Any]) -> None:
+    """A switch that the engine does not have cannot be on."""
+    if "engine" in values:
+        from llmsim.engines import find_engine
+
+        engine = find_engine(values["engine"])
+        for name in engine.lacks:
+            if values.get(name):
+                raise ValueError(
+                    f"{name}={values[name]}: the engine {engine.name} has none: leave it out, or give --scheduler"
+                    f" {engine.name} with another engine"
+                )
 
 
 def _argument(pair: str) -> tuple[str, Any]:
