@@ -147,9 +147,9 @@ class Sglang:
         batch = self._prefill_batch(replica)
         if chunked is not None and not batch.go_on(chunked):
             return False
-        if not batch.ends:
-            self._admit(replica, batch)
+        taken = 0 if batch.ends else self._admit(replica, batch)
         batch.start()
+        self.ranks.started(batch.requests, taken)
         self.ranks.computed_tokens += sum(tokens for _, tokens, _ in batch.chosen)
         return bool(batch.chosen)
 
@@ -166,28 +166,26 @@ class Sglang:
         total = replica.kv.free_blocks * page - rows - expected * ratio
         return PrefillBatch(replica, total, self.input_tokens - rows, chunk, self.allowed)
 
-    def _admit(self, replica: Replica, batch: PrefillBatch) -> None:
-        """Waiting requests in order, while slots and budgets last."""
+    def _admit(self, replica: Replica, batch: PrefillBatch) -> int:
+        """Waiting requests in order, while slots and budgets last; returns how many wait no more."""
         taken = 0
-        started: list[Request] = []
         for request in self.ranks.candidates(replica):
             if request.output_tokens > batch.longest_answer(request):
                 replica.reject(request)
                 taken += 1
                 continue
-            if len(started) + len(replica.running) - batch.started_now >= replica.limits.max_num_seqs:
+            if len(batch.requests) + len(replica.running) - batch.started_now >= replica.limits.max_num_seqs:
                 self._full = True
             if self._full and not (self.may_preempt and self._make_way(replica, batch, request)):
                 break
             verdict = batch.add(request)
             if request in batch.requests:
                 taken += 1
-                started.append(request)
             if verdict is NO_TOKEN:
-                self._full = bool(started or replica.running)
+                self._full = bool(batch.requests or replica.running)
             if verdict is not ADMITTED:
                 break
-        self.ranks.started(started, taken)
+        return taken
 
     def _make_way(self, replica: Replica, batch: PrefillBatch, request: Request) -> bool:
         """Retract less urgent requests, if that gives this one a slot and room."""

@@ -29,7 +29,7 @@ class PrefillBatch:
         self.replica, self.total, self.input, self.chunk, self.allowed = replica, total, input_tokens, chunk, allowed
         self.page = replica.kv.block_tokens
         self.chosen: list[tuple[Request, int, Any]] = []
-        self.requests: set[Request] = set()
+        self.requests: dict[Request, None] = {}  # of them, those that waited
         self.ends = False
         self._lock = getattr(replica.kv, "lock", None)
 
@@ -98,7 +98,7 @@ class PrefillBatch:
         else:
             self.replica.prefill(request, tokens, hit)
         self.chosen.append((request, tokens, hit))
-        self.requests.add(request)
+        self.requests[request] = None
 
     def _reserve(self, tokens: int, answer: int) -> None:
         pages_tokens = -(-tokens // self.page) * self.page
