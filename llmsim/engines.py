@@ -16,22 +16,28 @@ result says so. What does not follow from the engine's name is a setting like an
 SGLang 0.5.23 [arg_groups/memory_hook.py, fields/schedule.py, cuda_graph_hook.py]: by GPU memory, chunked_prefill_size
 and the largest decode graph are those of `SGLANG_BY_MEMORY`;
 
-    reserve  = 512 + 1.5 max(chunk, 2048) + 1024 tp / 8 + 2 graph     MiB; on GPUs of more than 60 GiB at least 10 GiB
+    reserve  = 512 + 1.5 max(chunk, 2048) + 1024 tp / 8 + 2 graph + 8 * prefill graphs   MiB; on GPUs of more than
+               60 GiB at least 10 GiB
     KV pool  = memory * share - weights - what CUDA takes
     max_running_requests = 512 * pool tokens / context, within 2048 and 4096, at most half the pool
 
-TensorRT-LLM [docs: useful runtime flags, LLM API]: max_batch_size 2048, max_num_tokens 8192. Assumed: decode graphs up
-to 128 requests, padded. vLLM V0 (0.6): max_num_seqs 256, max_num_batched_tokens max(context, 2048), host and GPU take
-turns, no automatic prefix caching by default. The papers' engines (Orca, Sarathi-Serve, static and dynamic batching)
-know no prefix cache and no overlap of host and GPU either; Sarathi-Serve's token budget is the 512 of its strict SLO.
+Prefill batches of up to chunked_prefill_size tokens run as piecewise graphs (on by default; the sizes are read off a
+published start-up log of 0.5.19: 51 from 4 to 4096), decode batches beyond the largest graph as none.
+TensorRT-LLM [docs: useful runtime flags, LLM API]: max_batch_size 2048, max_num_tokens 8192, no graphs for prompts.
+Assumed: decode graphs up to 128 requests, padded.
+vLLM V0 (0.6): max_num_seqs 256, max_num_batched_tokens max(context, 2048), host and GPU take turns, no automatic prefix
+caching by default. The papers' engines (Orca, Sarathi-Serve, static and dynamic batching) know no prefix cache and no
+overlap of host and GPU either; Sarathi-Serve's token budget is the 512 of its strict SLO.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
+from llmsim.cost import EAGER, PIECEWISE
 from llmsim.cost.graphs import Graphs
 from llmsim.hardware import Gpu, Model, find_gpu
 from llmsim.kvcache import KVCache
@@ -147,7 +153,9 @@ def sglang_limits(gpu: Gpu, tensor_parallel: int) -> tuple[int, int]:
 def sglang_memory_share(gpu: Gpu, tensor_parallel: int, chunk_tokens: int) -> float:
     """mem_fraction_static: weights and KV pool, as a share of the GPU's memory."""
     graph = sglang_limits(gpu, tensor_parallel)[1]
-    reserve = (512 + 1.5 * max(chunk_tokens, 2048) + 1024 * tensor_parallel / 8 + 2 * graph) * MIB
+    prefill_graphs = len(sglang_prefill_sizes(chunk_tokens))
+    reserve = 512 + 1.5 * max(chunk_tokens, 2048) + 1024 * tensor_parallel / 8 + 2 * graph + 8 * prefill_graphs
+    reserve *= MIB
     if gpu.memory_bytes > 60 * GIB:
         reserve = max(reserve, 10 * GIB)
     return round((gpu.memory_bytes - reserve) / gpu.memory_bytes, 3)
@@ -212,6 +220,26 @@ def pool_bytes(engine: str, model: Model, gpu: Gpu, **kind: Any) -> float:
     return share * gpu.memory_bytes - budget.weights_bytes - RUNTIME_BYTES
 
 
+class PhaseGraphs(Graphs):
+    """Graphs of their own for decode batches (full) and for batches with prompts (piecewise)."""
+
+    def __init__(self, decodes: Sequence[int], prompts: Sequence[int], cudagraph: str) -> None:
+        super().__init__(sorted({*decodes, *prompts}), decodes[-1], cudagraph)
+        self._largest_decode = decodes[-1] if self.sizes else 0
+        self._largest_prompt = max(prompts, default=0) if self.sizes else 0
+
+    def mode(self, tokens: int, chunks: int) -> int:
+        if chunks:
+            return PIECEWISE if tokens <= self._largest_prompt else EAGER
+        return self._uniform[tokens] if tokens <= self._largest_decode else EAGER
+
+
+def sglang_prefill_sizes(chunk_tokens: int) -> list[int]:
+    grid = [*range(4, 33, 4), *range(48, 257, 16), *range(288, 513, 32), *range(576, 1025, 64)]
+    grid += [*range(1280, 4097, 256), *range(4608, chunk_tokens + 1, 512)]
+    return [size for size in grid if size <= chunk_tokens]
+
+
 def graphs_of(
     engine: str, gpu: Gpu, tensor_parallel: int, max_num_seqs: int, max_num_batched_tokens: int, cudagraph: str
 ) -> Graphs:
@@ -219,13 +247,14 @@ def graphs_of(
     if engine == "sglang":
         largest = min(sglang_limits(gpu, tensor_parallel)[1], max_num_seqs)
         grid = [1, 2, 4, 8, 12, *range(16, 257, 8), *range(272, 497, 16), *range(512, 4097, 32)]
+        prompts = sglang_prefill_sizes(max_num_batched_tokens)
     elif engine == "tensorrt-llm":
         largest = min(TENSORRT_GRAPH, max_num_seqs)
-        grid = [1, 2, 4, *range(8, TENSORRT_GRAPH + 1, 8)]
+        grid, prompts = [1, 2, 4, *range(8, TENSORRT_GRAPH + 1, 8)], []
     else:
         return Graphs.of_engine(max_num_seqs, max_num_batched_tokens, cudagraph)
-    sizes = sorted({size for size in grid if size < largest} | {largest})
-    return Graphs(sizes, max_num_seqs, cudagraph)
+    decodes = sorted({size for size in grid if size < largest} | {largest})
+    return PhaseGraphs(decodes, prompts, cudagraph)
 
 
 def cache_class(engine: str) -> type[KVCache]:
