@@ -97,7 +97,6 @@ class RadixCache(KVCache):
         self.pending: dict[Request, tuple[int, bool]] = {}
 
     # ---- looking up
-
     def match(self, request: Request, tokens: int) -> Hit:
         """Leading pages in the tree, but for the one of the last token, which is always computed."""
         if not self.prefix_caching:
@@ -112,7 +111,7 @@ class RadixCache(KVCache):
         return RadixHit(node, node.end // self.block_tokens, idle_tokens // self.block_tokens)
 
     def may_grow(self, request: Request, hit: Hit, storing: Iterable[Request]) -> bool:
-        return False  # nothing is inserted between two iterations that compute no prompt and end no request
+        return False  # nothing is inserted while no prompt is computed and no request ends
 
     def _sequence(self, request: Request) -> Sequence:
         sequence: Sequence | None = request.held
@@ -174,7 +173,6 @@ class RadixCache(KVCache):
         return upper
 
     # ---- holding and letting go
-
     def lock(self, hit: Hit) -> None:
         """Keep a hit's content until a request is admitted with it, or `unlock`."""
         if isinstance(hit, RadixHit) and not hit.locked:
@@ -222,7 +220,6 @@ class RadixCache(KVCache):
             heappush(self._leaves, (leaf.used, leaf.serial, leaf))
 
     # ---- inserting
-
     def store(self, request: Request, tokens: int) -> None:
         """A chunk is scheduled that makes `tokens` tokens of the request's sequence: inserted once it has run."""
         if self.prefix_caching:
@@ -252,6 +249,7 @@ class RadixCache(KVCache):
         self.free_blocks += (node.end - held.end) // self.block_tokens  # its own copies of what the tree had
         if node.end < upto:
             key = self._key(sequence, node.end)
+            self._now += 1  # used later than what this insertion has split off
             new = node.children[key] = Node(sequence, node.end, upto, node, key)
             new.locks, new.used = 1, self._now
             node = new
@@ -278,7 +276,6 @@ class RadixCache(KVCache):
             request.held = None
 
     # ---- evicting
-
     def _evict(self, blocks: int) -> None:
         while blocks > 0:
             used, _, leaf = heappop(self._leaves)

@@ -90,6 +90,7 @@ class PlainRadix:
             return
         found = self.match(tokens)
         if len(found) < len(tokens):
+            self.now += 1
             self.start[tokens], self.used[tokens] = len(found), self.now
         # its own copies of what was there already are free: total counts each page once
         self.locked[holder] = tokens

@@ -125,7 +125,7 @@ class Order:
             return later
         names = -(-IN_BATCH_TOKENS // id_tokens)
         for request, found in cached.items():
-            named = min(request.identity_tokens, len(request.prefix_ids) * id_tokens)
+            named = min(request.identity_tokens, len(request.prefix_ids) * id_tokens, request.prefill_tokens)
             if found <= IN_BATCH_TOKENS <= named:
                 beginning = request.prefix_ids[:names]
                 if beginning in seen:
