@@ -27,7 +27,7 @@ TensorRT-LLM [docs: useful runtime flags, LLM API]: max_batch_size 2048, max_num
 Assumed: decode graphs up to 128 requests, padded.
 vLLM V0 (0.6): max_num_seqs 256, max_num_batched_tokens max(context, 2048), host and GPU take turns, no automatic prefix
 caching by default. The papers' engines (Orca, Sarathi-Serve, static and dynamic batching) know no prefix cache and no
-overlap of host and GPU either; Sarathi-Serve's token budget is the 512 of its strict SLO.
+overlap of host and GPU either; Sarathi-Serve, a fork of vLLM V0, has its max_num_seqs.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ def default_limits(engine: str, gpu: Gpu, tensor_parallel: int, context: int) ->
     if engine == "vllm-v0":
         return max(context, 2048), 256
     if engine == "sarathi":
-        return 512, 256
+        return None, 256
     return None, None
 
 

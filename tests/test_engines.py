@@ -15,7 +15,7 @@ from llmsim.kvcache import KVCache
 from llmsim.memory import RUNTIME_BYTES
 from llmsim.radixcache import RadixCache
 from llmsim.scenario import Scenario
-from llmsim.simulate import Fleet, blocks_of, cost_of
+from llmsim.simulate import Fleet, blocks_of, cost_of, simulate
 from llmsim.trace import Trace
 
 GIB = 2**30
@@ -156,6 +156,13 @@ def test_the_result_says_whose_kernels_these_are() -> None:
         "; calibrated on vLLM: the kernels and host of SGLang assumed alike"
     )
     assert "assumed alike" not in cost_of(scenario(scheduler="sglang")).label
+
+
+@pytest.mark.parametrize("engine", list(ENGINES))
+def test_every_engine_serves(engine: str) -> None:
+    result = simulate(tiny(), scenario(engine=engine, cost="constant:0.01"))
+    assert (result.requests["finish_s"] > 0).all()
+    assert result.scenario.scheduler == engine
 
 
 def test_unknown_engines_are_named() -> None:
