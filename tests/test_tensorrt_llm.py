@@ -48,6 +48,12 @@ def test_what_is_reserved_is_not_allocated() -> None:
     assert steps.engine.preemptions == 0
 
 
+def test_what_the_client_allows_is_reserved_not_what_it_gets() -> None:
+    steps = stepped(11, max_new_tokens=16)
+    steps.add(request_of(0, 8, 2), request_of(1, 8, 2))
+    assert steps.step().chunks == {0: 8}  # 6 blocks each
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("chunked", [False, True])
 def test_nobody_is_ever_paused(seed: int, chunked: bool) -> None:

@@ -14,6 +14,8 @@ Capacity walks the active requests in order of arrival, `max_num_seqs` of them a
 With prefix caching (static_batch excepted) a request whose first new block another request of this iteration is about
 to compute sits the iteration out, and finds the block in the next.
 
+The end of an answer is what the client allows: `max_new_tokens`, or the answer's own length if that is 0 or less than it.
+
 The micro-batch has `max_num_batched_tokens` tokens (max_num_tokens): first one for each request in generation, then
 contexts in order. Without chunked context a prompt goes in whole, the first that does not fit stops, and one that is
 longer than the budget is refused when it arrives. With it:
@@ -44,13 +46,14 @@ Context = tuple["Request", int]  # and the tokens of its prompt that are still t
 
 
 class TensorRtLlm:
-    """TensorRT-LLM: `capacity_scheduler_policy`, `enable_chunked_prefill`, `context_chunking_policy` by its names."""
+    """TensorRT-LLM: its options by their names; `max_new_tokens`: what clients allow, 0: as long as their answers."""
 
     def __init__(
         self,
         capacity_scheduler_policy: str = "guaranteed_no_evict",
         enable_chunked_prefill: bool = False,
         context_chunking_policy: str = "first_come_first_served",
+        max_new_tokens: int = 0,
     ) -> None:
         for name, value, choices in (
             ("capacity_scheduler_policy", capacity_scheduler_policy, CAPACITY_POLICIES),
@@ -58,7 +61,9 @@ class TensorRtLlm:
         ):
             if value not in choices:
                 raise ValueError(f"{name}={value!r} is unknown. Choose {', '.join(choices)}.")
-        self.capacity = capacity_scheduler_policy
+        if max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens={max_new_tokens} is negative: give 0 for the length of each answer.")
+        self.capacity, self.max_new_tokens = capacity_scheduler_policy, max_new_tokens
         self.chunked = enable_chunked_prefill
         self.equal_progress = context_chunking_policy == "equal_progress"
 
@@ -111,10 +116,10 @@ class TensorRtLlm:
             found.append((request, tokens))
         return found
 
-    @staticmethod
-    def _blocks_to_end(replica: Replica, request: Request) -> int:
+    def _blocks_to_end(self, replica: Replica, request: Request) -> int:
         kv = replica.kv
-        return min(kv.blocks_for(request.prompt_tokens + request.output_tokens), kv.total_blocks)
+        longest = request.prompt_tokens + max(request.output_tokens, self.max_new_tokens)
+        return min(kv.blocks_for(longest), kv.total_blocks)
 
     def _context_phase(self, replica: Replica, budget: int, found: list[Context]) -> Iterator[Context]:
         """Requests with context to compute, in order, for as long as slots and the token budget last.
