@@ -14,7 +14,7 @@ Capacity walks the active requests in order of arrival, `max_num_seqs` of them a
 With prefix caching (static_batch excepted) a request whose first new block another request of this iteration is about
 to compute sits the iteration out, and finds the block in the next.
 
-The end of an answer is what the client allows: `max_new_tokens`, or the answer's own length if that is 0 or less than it.
+An answer ends where the client allows: after `max_new_tokens`, or its own length if that is 0 or less than it.
 
 The micro-batch has `max_num_batched_tokens` tokens (max_num_tokens): first one for each request in generation, then
 contexts in order. Without chunked context a prompt goes in whole, the first that does not fit stops, and one that is
