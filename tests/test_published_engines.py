@@ -1,4 +1,4 @@
-"""What is published of SGLang and TensorRT-LLM, found again: cache-aware order, stalls by prompts, the price of reserving.
+"""What is published of SGLang and TensorRT-LLM, found again: cache-aware order, stalls, the price of reserving.
 
 Numbers beside the sources' are in docs/policies/sglang.md and docs/policies/tensorrt-llm.md.
 """
@@ -27,10 +27,11 @@ def families(groups: int, each: int, shared: int, own: int, output: int, seed: i
     """Prompts of a few families, shuffled, all sent at once."""
     order = [group for group in range(groups) for _ in range(each)]
     Random(seed).shuffle(order)
+    blocks = shared // ID_TOKENS
     ids = [
-        tuple([("shared", group, k) for k in range(shared // ID_TOKENS)] + [("own", i, k) for k in range(own // ID_TOKENS)])
+        tuple(("shared", group, k) if k < blocks else ("own", i, k) for k in range((shared + own) // ID_TOKENS))
         for i, group in enumerate(order)
-    ]  # fmt: skip
+    ]
     n = len(order)
     lengths = np.full(n, shared + own), np.full(n, output)
     return Trace("families", np.zeros(n), *lengths, block_tokens=ID_TOKENS, block_ids=ids)
