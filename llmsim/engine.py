@@ -99,6 +99,10 @@ class Engine(Aside):
         self._granted[request] = None
         self.decoding += 1
 
+    def makes_token(self, request: Request) -> bool:
+        """Whether a decoding request was named by `decode_one` in this iteration."""
+        return self._granted is not None and request in self._granted
+
     def pause_others(self) -> None:
         """Decoding requests that `decode_one` did not name keep their blocks and sit this iteration out."""
         granted = self._granted or {}
@@ -262,6 +266,11 @@ class Engine(Aside):
             self.kv.store(request, -behind)
 
     # ----------------------------------------------------------------------------------------- one iteration, no clock
+
+    @property
+    def now_s(self) -> float:
+        """When the iteration at hand began to be scheduled."""
+        return self._now_s
 
     def begin(self, now_s: float) -> bool:
         """Let the policy decide the iteration that starts now; returns whether its answer lasts."""

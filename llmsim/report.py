@@ -84,6 +84,8 @@ def _where(summary: dict[str, Any]) -> Iterator[str]:
         yield _line(f"SLO attainment ({targets}):", _number(summary["slo_attainment"], 1, 100) + " %")
     yield _line("Preemptions:", str(summary["num_preemptions"]))
     yield _line("Prefix cache hit rate (%):", _number(summary["prefix_cache_hit_rate"], 1, 100))
+    for tier in summary["kv_tiers"]:
+        yield _line(f"Loaded from {tier['name']} (% of prompt tokens):", _number(tier["hit_rate"], 1, 100))
     usage = summary["kv_cache_usage_perc"]
     yield _line("KV cache usage mean / max (%):", f"{_number(usage['mean'], 1, 100)} / {_number(usage['max'], 1, 100)}")
     yield _line("Mean batch (requests/iteration):", _number(summary["batch_size"]["mean"], 1))
@@ -110,6 +112,8 @@ def _trust(summary: dict[str, Any]) -> Iterator[str]:
     if share is not None:
         warning = ": treat with care" if share > EXTRAPOLATED_WARNING else ""
         yield f"Outside the measured range: {share * 100:.1f} % of GPU time{warning}"
+    for caveat in summary["caveats"]:
+        yield from wrap(f"Caveat: {caveat}", 2 * WIDTH)
     words = summary["stability"]
     yield from wrap(words[0].upper() + words[1:], 2 * WIDTH)
     simulated, wall_s = summary["duration"], summary["sim_wall_s"]

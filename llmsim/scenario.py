@@ -33,16 +33,23 @@ from llmsim.engines import (
     sglang_running,
 )
 from llmsim.hardware import Gpu, Model, dtype_name, find_gpu, find_model
+from llmsim.kept import parse as parse_compression
 from llmsim.scenario_file import toml_line
+from llmsim.tiers import parse_tiers
 
 GIB = 2**30
 LARGE_GPU_BYTES = 70 * GIB  # vLLM's line between small and large default limits
 DTYPES = ("auto", "bfloat16", "float16", "half", "float32", "float")  # auto: bfloat16
-KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32", "fp8", "fp8_e4m3", "fp8_e5m2")
+KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32", "fp8", "fp8_e4m3", "fp8_e5m2", "int8", "int4")
 # of the weights; activations of the 4-bit formats stay in `dtype`
 QUANTIZATIONS = ("fp8", "int8", "int4", "mxfp4", "awq", "awq_marlin", "gptq", "gptq_marlin")
 CUDAGRAPHS = ("full_and_piecewise", "piecewise", "none")
+KV_ALLOCATIONS = ("paged", "max", "pow2", "oracle")
+KV_TIER_WRITES = ("write_through", "on_eviction")
+PREEMPTIONS = ("recompute", "swap", "pause")
 SCHEDULING_POLICIES = ("fcfs", "priority")
+# fields that make vLLM's cache another one, and what leaves it as it is
+KV_CACHE_KINDS = {"eviction": "lru", "kv_allocation": "paged", "kv_tiers": "none", "kv_compression": "none"}
 # argument of the policy "vllm": the field it comes from
 VLLM_OPTIONS = {
     "policy": "scheduling_policy",
@@ -50,6 +57,7 @@ VLLM_OPTIONS = {
     "watermark": "watermark",
     "reserve_full_isl": "reserve_full_isl",
     "enable_chunked_prefill": "enable_chunked_prefill",
+    "preemption": "preemption",
 }
 
 
@@ -61,7 +69,8 @@ class Scenario:
     gpu: str  # a name of `llmsim list gpus`
     tensor_parallel: int = 1  # GPUs of one replica
     replicas: int = 1
-    router: str = "round_robin"
+    router: str = "round_robin"  # a name of `llmsim list routers`, or path/to/file.py:ClassName
+    router_args: dict[str, Any] = field(default_factory=dict, hash=False)
     scheduler: str = OwnText("vllm")  # a name of `llmsim list schedulers`, or path/to/file.py:ClassName
     scheduler_args: dict[str, Any] = field(default_factory=dict, hash=False)
     scheduling_policy: str = "fcfs"
@@ -86,6 +95,14 @@ class Scenario:
     host_scale: float = 1.0  # 2: a host that needs twice the time for everything it does
     concurrency: int | None = None  # closed loop: at most this many requests under way; None: sent when the trace says
     seed: int = 0
+    eviction: str = "lru"  # which cached content is lost: a name of `llmsim list evictions`, or file.py:ClassName
+    eviction_args: dict[str, Any] = field(default_factory=dict, hash=False)
+    kv_allocation: str = "paged"  # or what a contiguous cache reserves for a request: max, pow2, oracle
+    kv_tiers: str = "none"  # below the GPU, fastest first: name:capacity:bandwidth:latency, separated by commas
+    kv_tier_write: str = "write_through"  # or on_eviction
+    kv_tier_prefetch: bool = False  # lower tiers' content moves to the first when a request arrives
+    preemption: str = "recompute"  # of the scheduler vllm, when KV blocks run short: recompute, swap, pause
+    kv_compression: str = "none"  # tokens that a request keeps: window:W, sinks:S+W, budget:B
     swap_space_gib: float = 0.0  # host memory per GPU for the KV of requests that a policy swaps out; 0: none
     engine: str = "vllm"  # a name of `llmsim list engines`: scheduler, cache and defaults together
 
@@ -241,6 +258,9 @@ _ONE_OF = {
     "cudagraph": CUDAGRAPHS,
     "dtype": DTYPES,
     "kv_cache_dtype": KV_CACHE_DTYPES,
+    "kv_allocation": KV_ALLOCATIONS,
+    "preemption": PREEMPTIONS,
+    "kv_tier_write": KV_TIER_WRITES,
     "quantization": QUANTIZATIONS,
 }
 
@@ -281,6 +301,50 @@ def _check_together(s: Scenario) -> None:
     if context is not None:
         _check_context(s, context)
     _check_policy(s)
+    _check_kv_cache(s)
+
+
+def _check_kv_cache(s: Scenario) -> None:
+    """What only a prefix cache can do needs one, and what reads the future can only do so where it knows it."""
+    if s.eviction != "lru" and not s.enable_prefix_caching:
+        raise ValueError(f"eviction={s.eviction!r}: without prefix caching nothing is cached: leave it out")
+    if s.eviction == "lru" and s.eviction_args:
+        raise ValueError(
+            f"eviction_args {', '.join(s.eviction_args)}: the eviction lru has no arguments: leave them out"
+        )
+    for name, plain, what in (("kv_allocation", "paged", "contiguous"), ("kv_compression", "none", "dropped")):
+        value = getattr(s, name)
+        if value != plain and s.enable_prefix_caching:
+            raise ValueError(f"{name}={value!r}: {what} KV cannot be shared: give enable_prefix_caching=false as well")
+        if value != plain and s.swap_space_gib:
+            raise ValueError(f"{name}={value!r}: {what} KV is not swapped: leave swap_space_gib out")
+    if parse_compression(s.kv_compression) is not None and s.kv_allocation != "paged":
+        raise ValueError(f"kv_compression={s.kv_compression!r} needs blocks to drop: leave kv_allocation out")
+    _check_radix_tree(s)
+    tiers = parse_tiers(s.kv_tiers)
+    if tiers and not s.enable_prefix_caching:
+        raise ValueError(f"kv_tiers={s.kv_tiers!r}: without prefix caching nothing is found in a tier: leave one out")
+    if tiers and s.eviction != "lru":
+        raise ValueError(f"eviction={s.eviction!r} and kv_tiers: tiers are below vLLM's order only: leave one out")
+    if not tiers and (s.kv_tier_prefetch or s.kv_tier_write != "write_through"):
+        raise ValueError("kv_tier_prefetch and kv_tier_write say what happens in tiers: give kv_tiers")
+    if s.preemption == "swap" and not s.swap_space_gib:
+        raise ValueError("preemption='swap' needs host memory: give swap_space_gib, e.g. 16")
+    if s.eviction == "belady" and s.replicas > 1:
+        raise ValueError(
+            f"eviction='belady' reads the future of one replica, and of {s.replicas} none knows which requests it will"
+            " get: give replicas=1"
+        )
+
+
+def _check_radix_tree(s: Scenario) -> None:
+    for name, plain in KV_CACHE_KINDS.items():
+        value = getattr(s, name)
+        if s.engine == "sglang" and value != plain:
+            raise ValueError(
+                f"{name}={value!r}: the engine sglang has a radix tree, which knows none: leave it out, or give the "
+                "scheduler sglang with the engine vllm"
+            )
 
 
 def _check_policy(s: Scenario) -> None:

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import simpy
 
+from llmsim.caches import cache_of, connect, policy_over, tier_rows
 from llmsim.cost import CostModel, LaunchNoise
 from llmsim.cost.load import CostSettings, load_cost
-from llmsim.engines import cache_class, find_engine, graphs_of, pool_blocks
+from llmsim.engines import find_engine, graphs_of, pool_blocks
 from llmsim.hardware import find_gpu, find_model
 from llmsim.memory import block_copy_s, host_blocks
 from llmsim.metrics import Result
@@ -119,6 +120,7 @@ def scheduler_of(scenario: Scenario) -> Any:
             "watermark": scenario.watermark,
             "reserve_full_isl": scenario.reserve_full_isl,
             "enable_chunked_prefill": scenario.enable_chunked_prefill,
+            "preemption": scenario.preemption,
         }
     return load_scheduler(scenario.scheduler, arguments | scenario.scheduler_args)
 
@@ -140,7 +142,7 @@ class Fleet:
         self._check_lengths(s.max_model_len)
         self.cost = cost or cost_of(s)
         self.blocks = blocks_of(s)
-        self.router = load_router(s.router)
+        self.router = load_router(s.router, s.router_args)
         self.env = simpy.Environment()
         self.progress = progress
         self._finished = 0
@@ -163,17 +165,13 @@ class Fleet:
         limits = Limits(s.max_num_seqs, s.max_num_batched_tokens)
         self.replicas: list[Replica] = []
         for index in range(s.replicas):
+            kv = cache_of(s, self.blocks - 1, trace.block_tokens)  # block 0 is vLLM's null block
             self.replicas.append(
                 Replica(
                     self.env,
-                    scheduler_of(s),
+                    policy_over(kv, scheduler_of(s), s),
                     self.cost,
-                    cache_class(s.engine)(
-                        self.blocks - 1,  # block 0 is vLLM's null block
-                        s.block_size,
-                        prefix_caching=s.enable_prefix_caching,
-                        prefix_block_tokens=trace.block_tokens,
-                    ),
+                    kv,
                     limits,
                     asynchronous=s.async_scheduling,
                     swap=swap_of(s),
@@ -182,6 +180,7 @@ class Fleet:
                     index=index,
                 )
             )
+            connect(self.replicas[-1], self._requests())
 
     def _check_lengths(self, limit_tokens: int) -> None:
         total = self.trace.prompt_tokens + self.trace.output_tokens
@@ -368,6 +367,7 @@ class Fleet:
             "queried_tokens": sum(r.queried_tokens for r in self.replicas),
             "hit_tokens": sum(r.hit_tokens for r in self.replicas),
             "evicted_blocks": sum(r.kv.evicted_blocks for r in self.replicas),
+            "kv_tiers": tier_rows(r.kv for r in self.replicas),
             "rejected": int(np.isnan(requests["finish_s"]).sum()),
         }
         gaps = drained([r.gaps for r in self.replicas])

@@ -165,6 +165,11 @@ def test_every_engine_serves(engine: str) -> None:
     assert result.scenario.scheduler == engine
 
 
+def test_a_radix_tree_knows_no_other_kinds_of_cache() -> None:
+    with pytest.raises(ValueError, match="eviction='lfu': the engine sglang has a radix tree"):
+        scenario(engine="sglang", eviction="lfu")
+
+
 def test_unknown_engines_are_named() -> None:
     with pytest.raises(ValueError, match=r"engine='sglan' is unknown: did you mean sglang\?"):
         scenario(engine="sglan")
