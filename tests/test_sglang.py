@@ -240,6 +240,20 @@ def test_who_has_generated_least_is_retracted_first() -> None:
     assert until_retraction(steps) == ([2], [0, 1])
 
 
+def test_by_priority_the_least_urgent_is_retracted_first() -> None:
+    for low_first, leaves in ((False, 2), (True, 1)):
+        steps = stepped(
+            60,
+            schedule_conservativeness=0.0,
+            retraction_policy="priority",
+            schedule_low_priority_values_first=low_first,
+        )
+        for i, priority in enumerate((1, 2, 0)):
+            steps.add(request_of(i, 10, 20, priority=priority))
+            steps.step()
+        assert until_retraction(steps)[0] == [leaves]
+
+
 def test_a_retraction_sets_the_ratio_by_those_who_stay() -> None:
     """60 - 30 tokens last for 10 rounds; in the 11th two stay, with 1 + 10 tokens each of 20."""
     steps = overcommitted((10, 12, 8), (0, 0, 0))
@@ -433,6 +447,8 @@ def test_it_runs_on_a_cache_of_blocks_too() -> None:
 def test_arguments_are_checked() -> None:
     with pytest.raises(ValueError, match="schedule_policy='sjf' is unknown"):
         Sglang("sjf")
+    with pytest.raises(ValueError, match="retraction_policy='age' is unknown"):
+        Sglang(retraction_policy="age")
     with pytest.raises(ValueError, match="prefill_decode_interval=-1 is too small"):
         Sglang(prefill_decode_interval=-1)
     with pytest.raises(ValueError, match="contradicts enable_priority_scheduling"):

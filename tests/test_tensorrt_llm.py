@@ -141,6 +141,16 @@ def test_max_utilization_serves_everybody(seed: int) -> None:
     assert steps.engine.kv.free_blocks == 30
 
 
+def test_max_utilization_starts_no_more_than_there_are_slots() -> None:
+    """The first's last token is in flight when the others are taken: its slot is not theirs yet."""
+    policy = TensorRtLlm("max_utilization")
+    steps = Stepped(policy, KVCache(100, 4), seqs=2, asynchronous=True)
+    steps.add(*(request_of(i, 4, 1 if i == 0 else 5) for i in range(4)))
+    assert steps.step().chunks == {0: 4, 1: 4}
+    assert steps.step().chunks == {}
+    assert steps.step().chunks == {2: 4}
+
+
 # ---- static_batch and prefill_first ---------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ schedule_conservativeness, falls in 600 decode rounds to 0.14 of that, and is se
     retract  when a decode step lacks pages: the requests that have generated least, of those the longest prompts, go
              back to the end of the queue until the rest fits. What they generated is computed again.
              ratio = (generated + 20 requests) / (allowed + 1) over those that stay
+             (`retraction_policy` priority: the least urgent first, and of them in this order)
 
 `allowed` is the client's max_tokens: `max_new_tokens`, or the answer's own length if that is 0 or less than it.
 `prefill_decode_interval` decode rounds follow every prefill batch. With `enable_mixed_chunk` everybody decodes beside
@@ -60,6 +61,7 @@ class Sglang:
         schedule_low_priority_values_first: bool = False,
         disable_priority_preemption: bool = False,
         priority_scheduling_preemption_threshold: int = 10,
+        retraction_policy: str = "length",
         max_new_tokens: int = 0,
         seed: int = 0,
     ) -> None:
@@ -68,6 +70,9 @@ class Sglang:
                 raise ValueError(f"{name}={locals()[name]} is too small: give {least} or more.")
         if schedule_conservativeness < 0:
             raise ValueError(f"schedule_conservativeness={schedule_conservativeness} is negative: give 0 or more.")
+        if retraction_policy not in ("length", "priority"):
+            raise ValueError(f"retraction_policy={retraction_policy!r} is unknown. Choose length or priority.")
+        self.by_priority = retraction_policy == "priority"
         self.chunk_tokens, self.input_tokens = chunked_prefill_size, max_prefill_tokens
         self.mixed, self.interval = enable_mixed_chunk, prefill_decode_interval
         self.may_preempt = enable_priority_scheduling and not disable_priority_preemption
@@ -239,7 +244,8 @@ class Sglang:
 
     def _retract_some(self, replica: Replica) -> None:
         batch, kv = replica.batch, replica.kv
-        leaving = sorted(batch, key=lambda r: (self._generated(replica, r), -r.prompt_tokens))
+        sign = -self.ranks.sign if self.by_priority else 0  # the least urgent first
+        leaving = sorted(batch, key=lambda r: (sign * r.priority, self._generated(replica, r), -r.prompt_tokens))
         for request in leaving[:-1]:
             self._retract(replica, request)
             if batch.blocks_needed(1) <= kv.free_blocks:

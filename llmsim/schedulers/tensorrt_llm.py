@@ -168,18 +168,23 @@ class TensorRtLlm:
         started = sorted((r for r in replica.running if r in batch or r in replica.prefilling), key=self.order)
         newest = self.order(started[-1]) if started else ()
         found: list[Context] = []
-        scheduled = planned = 0  # requests, and blocks they will take
+        scheduled = starting = planned = 0  # requests, those of them that need a slot yet, and blocks they will take
         end: tuple[Any, ...] | None = None  # what was paused, and all behind it, has left the walk
         for request in merge(list(started), replica.waiting, key=self.order):
             here = self.order(request)
             if end is not None and here >= end:
                 break
-            if here > newest and not (self._in_budget(found, budget) and len(replica.running) < most):
+            if here > newest and not self._in_budget(found, budget):
                 break
+            starts = request not in replica.running
             context, blocks = self._step_of(replica, request, found)
             if context is None and request not in batch:
                 continue
-            while scheduled >= most or planned + blocks > kv.free_blocks:
+            while (
+                scheduled >= most
+                or planned + blocks > kv.free_blocks
+                or (starts and len(replica.running) + starting >= most)
+            ):
                 if not started or self.order(started[-1]) < here:
                     return found
                 paused = started.pop()
@@ -191,6 +196,7 @@ class TensorRtLlm:
                 found.append(context)
             planned += blocks
             scheduled += 1
+            starting += starts
         return found
 
     def _step_of(self, replica: Replica, request: Request, found: list[Context]) -> tuple[Context | None, int]:
