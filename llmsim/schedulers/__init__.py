@@ -21,8 +21,8 @@ when: `replica.wait_until(time_s)`.
 
 Optional: `order(request)`, the queue's sort key, fixed while a request waits (default: order of arrival, preempted ones
 first), `victim(replica)`, who leaves when blocks run short (default: the newest), `arrived(request, now_s)` and
-`ended(request, now_s)`: a request became schedulable; its blocks are free, or it was rejected. `token_limit(limits)`: the
-most tokens of an iteration, where that is not max_num_batched_tokens (SGLang's decodes have none).
+`ended(request, now_s)`: a request became schedulable; its blocks are free, or it was rejected. And
+`token_limit(limits)`: most tokens of an iteration, where not max_num_batched_tokens (SGLang's decodes have no limit).
 
 `load_scheduler("vllm")` finds a built-in; `load_scheduler("my_policy.py:Mine")` a class in the user's own file.
 """
