@@ -32,6 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from heapq import merge
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from llmsim.schedulers import HOLD
@@ -128,7 +129,7 @@ class TensorRtLlm:
         """
         room = replica.limits.max_num_seqs - replica.batch.size
         slots = replica.limits.max_num_seqs - len(replica.running)
-        for request in [*replica.prefilling, *replica.waiting]:
+        for request in chain(tuple(replica.prefilling), replica.waiting):
             if len(found) >= room or not self._in_budget(found, budget):
                 return
             if request in replica.prefilling:
