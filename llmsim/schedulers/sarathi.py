@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Sarathi:
-    """`token_budget`: tokens of an iteration (at most max_num_batched_tokens); `watermark`: see above."""
+    """All decodes, then prompt chunks, within `token_budget` tokens; `watermark` of the blocks left free."""
 
     def __init__(self, token_budget: int = 512, watermark: float = 0.01) -> None:
         if isinstance(token_budget, bool) or not isinstance(token_budget, int) or token_budget < 1:
