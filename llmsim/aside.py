@@ -138,7 +138,7 @@ class Aside:
             kv.store(request, tokens)
         self.running[request] = None
         self._step_in(request)
-        if request in self.batch and request.identity_tokens > request.prompt_tokens:
+        if request in self.batch and request.identity_tokens > request.prompt_tokens and kv.publishes:
             self._publishing[request] = None
         return True
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmsim.compression import DroppingBatch, DroppingCost, DroppingKV
 from llmsim.contiguous import ContiguousKV
+from llmsim.engines import cache_class
 from llmsim.evicting import EvictingKVCache
 from llmsim.eviction import DEFAULT, load_eviction
 from llmsim.hardware import find_model
@@ -39,7 +40,8 @@ def cache_of(scenario: Scenario, blocks: int, id_tokens: int) -> KVCache:
     if kept is not None:
         return DroppingKV(blocks, s.block_size, kept)
     if s.eviction == DEFAULT:
-        return KVCache(blocks, s.block_size, prefix_caching=s.enable_prefix_caching, prefix_block_tokens=id_tokens)
+        made = cache_class(s.engine)
+        return made(blocks, s.block_size, prefix_caching=s.enable_prefix_caching, prefix_block_tokens=id_tokens)
     return EvictingKVCache(blocks, s.block_size, eviction=eviction_of(s), prefix_block_tokens=id_tokens)
 
 

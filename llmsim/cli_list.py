@@ -12,7 +12,7 @@ import click
 from llmsim.cli_options import CONTEXT, json_option
 
 GIB = 2**30
-KINDS = ("gpus", "models", "schedulers", "routers", "evictions", "profiles")
+KINDS = ("gpus", "models", "engines", "schedulers", "routers", "evictions", "profiles")
 Row = dict[str, Any]
 
 
@@ -26,8 +26,8 @@ def list_(kind: str, as_json: bool) -> None:
     llmsim list gpus
     """
     rows = {
-        "gpus": gpus, "models": models, "schedulers": schedulers, "routers": routers, "evictions": evictions,
-        "profiles": profiles,
+        "gpus": gpus, "models": models, "engines": engines, "schedulers": schedulers, "routers": routers,
+        "evictions": evictions, "profiles": profiles,
     }[kind]()  # fmt: skip
     click.echo(json.dumps(rows) if as_json else table(rows))
 
@@ -68,6 +68,22 @@ def models() -> list[Row]:
             }
         )
     return rows
+
+
+def engines() -> list[Row]:
+    from llmsim.engines import ENGINES
+
+    return [
+        {
+            "name": engine.name,
+            "scheduler": engine.own["scheduler"],
+            "block_size": engine.own["block_size"],
+            "prefix_caching": "no" if "enable_prefix_caching" in engine.lacks else "yes",
+            "async_scheduling": "no" if "async_scheduling" in engine.lacks else "yes",
+            "about": engine.about,
+        }
+        for engine in ENGINES.values()
+    ]
 
 
 def schedulers() -> list[Row]:

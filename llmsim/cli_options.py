@@ -80,6 +80,12 @@ def builtins_of(module: str) -> Callable[[], list[str]]:
     return names
 
 
+def _engines() -> list[str]:
+    from llmsim.engines import ENGINES
+
+    return list(ENGINES)
+
+
 def cost_specs() -> list[str]:
     from llmsim.cost.profile import profile_names
 
@@ -132,14 +138,17 @@ SCENARIO_FLAGS: list[Callable[[Any], Any]] = [
     ),
     click.option("--replicas", type=INT, help="Copies of the engine behind the router. [1]"),
     *plugin_flags("router", "llmsim.routers", "Which replica takes a request, or your file.py:Class. [round_robin]"),
-    *plugin_flags("scheduler", "llmsim.schedulers", "Policy, or your own file.py:Class. [vllm]"),
+    click.option(
+        "--engine", type=Known(_engines), metavar="NAME", help="Scheduler, cache and defaults of an engine. [vllm]"
+    ),
+    *plugin_flags("scheduler", "llmsim.schedulers", "Policy, or your own file.py:Class. [the engine's]"),
     click.option("--scheduling-policy", type=_choice(SCHEDULING_POLICIES), help="fcfs or priority. [fcfs]"),
     click.option("--max-num-seqs", type=INT, help="Requests running at once. [vLLM's for this GPU]"),
     click.option("--max-num-batched-tokens", type=INT, help="Tokens of one iteration. [vLLM's for this GPU]"),
     click.option(
         "--max-model-len", type=INT, help="Longest prompt plus answer; 32K: 32,768, 32k: 32,000. [the model's]"
     ),
-    click.option("--block-size", type=INT, help="Tokens of a KV block. [16]"),
+    click.option("--block-size", type=INT, help="Tokens of a KV block. [the engine's: 16]"),
     click.option("--gpu-memory-utilization", type=float, help="Share of the GPU's memory the engine takes. [0.92]"),
     _switch("enable_prefix_caching", "enable-prefix-caching", "Reuse KV blocks of shared prefixes. [on]"),
     *plugin_flags("eviction", "llmsim.eviction", "Which cached content is lost, or your own file.py:Class. [lru]"),
@@ -304,11 +313,26 @@ def scenario_fields(flags: dict[str, Any]) -> dict[str, Any]:
         given["cudagraph"] = "none"
     given["kv_tiers"] = ",".join(given["kv_tiers"]) or None
     values |= {name: value for name, value in given.items() if value is not None}
+    _check_engine(values)
     for name, words in pairs.items():
         in_file = values.get(name, {})
         if words and isinstance(in_file, dict):  # anything else is for Scenario to refuse
             values[name] = in_file | dict(_argument(name, word) for word in words)
     return values
+
+
+def _check_engine(values: dict[str, Any]) -> None:
+    """A switch that the engine does not have cannot be on."""
+    if "engine" in values:
+        from llmsim.engines import find_engine
+
+        engine = find_engine(values["engine"])
+        for name in engine.lacks:
+            if values.get(name):
+                raise ValueError(
+                    f"{name}={values[name]}: the engine {engine.name} has none: leave it out, or give --scheduler"
+                    f" {engine.name} with another engine"
+                )
 
 
 def _argument(field: str, word: str) -> tuple[str, Any]:

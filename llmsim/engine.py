@@ -287,11 +287,13 @@ class Engine(Aside):
             self.paused_now = []
         if self._special:
             self._clear()
+        if self.kv.pending:
+            self.kv.settle(self.asynchronous)
         self._hits_grow = False
         hold = self.scheduler.schedule(self, now_s)
         if self.chunks or self._granted is not None:
             self._check_iteration()
-        return bool(hold) and not self._hits_grow
+        return bool(hold) and not (self._hits_grow or self.kv.pending)
 
     def completed_prompts(self) -> list[Request]:
         """Requests whose chunk of this iteration is their last: it makes a token."""
@@ -319,7 +321,7 @@ class Engine(Aside):
             request.generated_tokens += 1
             self._fruitless = 0
             del self.prefilling[request]
-            if request.identity_tokens > request.prompt_tokens:
+            if request.identity_tokens > request.prompt_tokens and self.kv.publishes:
                 self._publishing[request] = None
             if request.generated_tokens < request.output_tokens:
                 batch.add(request)

@@ -19,7 +19,7 @@ Source: vLLM 0.25.1, v1/core/single_type_kv_cache_manager.py and kv_cache_manage
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Collection, Hashable, Iterable
 
 from llmsim.request import Request
 
@@ -84,6 +84,9 @@ class KVCache:
     divide it (then several ids make one block).
     """
 
+    publishes = True  # answers can be shared as they are generated
+    pending: Collection[Request] = ()  # computed, but not to be shared before `settle`
+
     def __init__(
         self, total_blocks: int, block_tokens: int, *, prefix_caching: bool = True, prefix_block_tokens: int = 0
     ) -> None:
@@ -95,6 +98,7 @@ class KVCache:
         self.total_blocks = total_blocks
         self.block_tokens = block_tokens
         self.prefix_caching = prefix_caching
+        self.prefix_block_tokens = prefix_block_tokens
         self.free_blocks = total_blocks
         self.idle_blocks = 0  # free blocks that still hold content
         self.evicted_blocks = 0
@@ -251,6 +255,9 @@ class KVCache:
             index, start = divmod(held.stored_blocks, per_node)
             end = min(per_node, upto - index * per_node)
             self._store_piece(held, held.path[index], start, end)
+
+    def settle(self, asynchronous: bool) -> None:
+        """An iteration begins while something is `pending`: here nothing ever is."""
 
     def _store_piece(self, held: Held, node: Node, start: int, end: int) -> None:
         held.stored_blocks += end - start

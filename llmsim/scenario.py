@@ -20,6 +20,18 @@ from difflib import get_close_matches
 from math import isfinite
 from typing import Any
 
+from llmsim.engines import (
+    Own,
+    OwnFloat,
+    OwnInt,
+    OwnText,
+    default_limits,
+    find_engine,
+    marked,
+    pool_blocks,
+    sglang_own,
+    sglang_running,
+)
 from llmsim.hardware import Gpu, Model, dtype_name, find_gpu, find_model
 from llmsim.kept import parse as parse_compression
 from llmsim.scenario_file import toml_line
@@ -36,6 +48,8 @@ KV_ALLOCATIONS = ("paged", "max", "pow2", "oracle")
 KV_TIER_WRITES = ("write_through", "on_eviction")
 PREEMPTIONS = ("recompute", "swap", "pause")
 SCHEDULING_POLICIES = ("fcfs", "priority")
+# fields that make vLLM's cache another one, and what leaves it as it is
+KV_CACHE_KINDS = {"eviction": "lru", "kv_allocation": "paged", "kv_tiers": "none", "kv_compression": "none"}
 # argument of the policy "vllm": the field it comes from
 VLLM_OPTIONS = {
     "policy": "scheduling_policy",
@@ -57,14 +71,14 @@ class Scenario:
     replicas: int = 1
     router: str = "round_robin"  # a name of `llmsim list routers`, or path/to/file.py:ClassName
     router_args: dict[str, Any] = field(default_factory=dict, hash=False)
-    scheduler: str = "vllm"  # a name of `llmsim list schedulers`, or path/to/file.py:ClassName
+    scheduler: str = OwnText("vllm")  # a name of `llmsim list schedulers`, or path/to/file.py:ClassName
     scheduler_args: dict[str, Any] = field(default_factory=dict, hash=False)
     scheduling_policy: str = "fcfs"
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     max_model_len: int | None = None
-    block_size: int = 16  # tokens of a KV block
-    gpu_memory_utilization: float = 0.92
+    block_size: int = OwnInt(16)  # tokens of a KV block
+    gpu_memory_utilization: float = OwnFloat(0.92)  # the engine's share; what it means is in llmsim.engines
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
     kv_cache_dtype: str = "auto"  # auto: as `dtype`
@@ -90,9 +104,11 @@ class Scenario:
     preemption: str = "recompute"  # of the scheduler vllm, when KV blocks run short: recompute, swap, pause
     kv_compression: str = "none"  # tokens that a request keeps: window:W, sinks:S+W, budget:B
     swap_space_gib: float = 0.0  # host memory per GPU for the KV of requests that a policy swaps out; 0: none
+    engine: str = "vllm"  # a name of `llmsim list engines`: scheduler, cache and defaults together
 
     def __post_init__(self) -> None:
         _check_types(self)
+        _as_the_engine_has_it(self)
         _check_ranges(self)
         _check_together(self)
 
@@ -101,7 +117,7 @@ class Scenario:
         model, gpu = find_model(self.model), find_gpu(self.gpu)
         _check_facts(self, model)
         context = self.max_model_len or model.max_context_tokens
-        tokens, seqs = self._limits(context, gpu)
+        tokens, seqs = self._limits(context, model, gpu)
         return replace(
             self,
             max_model_len=context,
@@ -110,6 +126,9 @@ class Scenario:
             dtype=self._compute_dtype,
             kv_cache_dtype=self.kv_dtype,
             quantization=self.quantization or model.quantization,
+            scheduler=str(self.scheduler),
+            block_size=int(self.block_size),
+            gpu_memory_utilization=float(self.gpu_memory_utilization),
         )
 
     @property
@@ -126,11 +145,14 @@ class Scenario:
     def _compute_dtype(self) -> str:
         return "bfloat16" if self.dtype == "auto" else dtype_name(self.dtype)
 
-    def _limits(self, context: int, gpu: Gpu) -> tuple[int, int]:
-        """(max_num_batched_tokens, max_num_seqs) as vLLM's API server would set them where they are not given."""
+    def _limits(self, context: int, model: Model, gpu: Gpu) -> tuple[int, int]:
+        """(max_num_batched_tokens, max_num_seqs) as the engine (vLLM's: its server) sets them if not given."""
+        if self.engine == "sglang":
+            return self._sglang_limits(context, model, gpu)
         large = gpu.memory_bytes >= LARGE_GPU_BYTES and "a100" not in gpu.name.lower()
-        seqs = self.max_num_seqs or (1024 if large else 256)
-        tokens = self.max_num_batched_tokens
+        own_tokens, own_seqs = default_limits(self.engine, gpu, self.tensor_parallel, context)
+        seqs = self.max_num_seqs or own_seqs or (1024 if large else 256)
+        tokens = self.max_num_batched_tokens or own_tokens
         if tokens is None:
             tokens = 8192 if large else 2048
             if not self.enable_chunked_prefill:
@@ -139,6 +161,20 @@ class Scenario:
         if self.max_num_seqs is None:
             seqs = min(seqs, tokens)
         return tokens, seqs
+
+    def _sglang_limits(self, context: int, model: Model, gpu: Gpu) -> tuple[int, int]:
+        """(chunked_prefill_size, max_running_requests) where they are not given; decodes have no token budget."""
+        own_tokens, _ = default_limits(self.engine, gpu, self.tensor_parallel, context)
+        tokens = self.max_num_batched_tokens or own_tokens
+        assert tokens is not None, "SGLang has a chunk size for every GPU"
+        if self.max_num_seqs is not None:
+            return tokens, self.max_num_seqs
+        blocks = pool_blocks(
+            self.engine, model, gpu, tensor_parallel=self.tensor_parallel, dtype=self.weight_dtype,
+            kv_dtype=self.kv_dtype, block_tokens=self.block_size, gpu_memory_utilization=self.gpu_memory_utilization,
+            max_num_batched_tokens=tokens, max_num_seqs=1, max_model_len=context, override=self.num_gpu_blocks_override,
+        )  # fmt: skip
+        return tokens, sglang_running((blocks - 1) * self.block_size, context)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -190,6 +226,19 @@ def _check_types(scenario: Scenario) -> None:
             raise ValueError(f"{item.name}={value!r} is not finite: give a number")
         if kind == "str" and not str(value).strip():
             raise ValueError(f"{item.name} is empty: give a name")
+
+
+def _as_the_engine_has_it(scenario: Scenario) -> None:
+    """What is not given is the engine's own; what it lacks is off. Nothing else changes a scenario once it is made."""
+    engine = find_engine(scenario.engine)
+    own = dict(engine.own)
+    if engine.name == "sglang":
+        own |= sglang_own(scenario.gpu, scenario.tensor_parallel, scenario.max_num_batched_tokens)
+    for name, value in own.items():
+        if isinstance(getattr(scenario, name), Own):
+            object.__setattr__(scenario, name, marked(value))
+    for name in engine.lacks:
+        object.__setattr__(scenario, name, False)
 
 
 _AT_LEAST = {
@@ -247,7 +296,7 @@ def _check_ranges(s: Scenario) -> None:
 
 def _check_together(s: Scenario) -> None:
     tokens, seqs, context = s.max_num_batched_tokens, s.max_num_seqs, s.max_model_len
-    if tokens is not None and seqs is not None and tokens < seqs:
+    if tokens is not None and seqs is not None and tokens < seqs and s.engine != "sglang":
         raise ValueError(_below_seqs(tokens, seqs))
     if context is not None:
         _check_context(s, context)
@@ -271,6 +320,7 @@ def _check_kv_cache(s: Scenario) -> None:
             raise ValueError(f"{name}={value!r}: {what} KV is not swapped: leave swap_space_gib out")
     if parse_compression(s.kv_compression) is not None and s.kv_allocation != "paged":
         raise ValueError(f"kv_compression={s.kv_compression!r} needs blocks to drop: leave kv_allocation out")
+    _check_radix_tree(s)
     tiers = parse_tiers(s.kv_tiers)
     if tiers and not s.enable_prefix_caching:
         raise ValueError(f"kv_tiers={s.kv_tiers!r}: without prefix caching nothing is found in a tier: leave one out")
@@ -285,6 +335,16 @@ def _check_kv_cache(s: Scenario) -> None:
             f"eviction='belady' reads the future of one replica, and of {s.replicas} none knows which requests it will"
             " get: give replicas=1"
         )
+
+
+def _check_radix_tree(s: Scenario) -> None:
+    for name, plain in KV_CACHE_KINDS.items():
+        value = getattr(s, name)
+        if s.engine == "sglang" and value != plain:
+            raise ValueError(
+                f"{name}={value!r}: the engine sglang has a radix tree, which knows none: leave it out, or give the "
+                "scheduler sglang with the engine vllm"
+            )
 
 
 def _check_policy(s: Scenario) -> None:

@@ -22,10 +22,10 @@ import simpy
 
 from llmsim.caches import cache_of, connect, policy_over, tier_rows
 from llmsim.cost import CostModel, LaunchNoise
-from llmsim.cost.graphs import Graphs
 from llmsim.cost.load import CostSettings, load_cost
+from llmsim.engines import find_engine, graphs_of, pool_blocks
 from llmsim.hardware import find_gpu, find_model
-from llmsim.memory import block_copy_s, host_blocks, kv_blocks
+from llmsim.memory import block_copy_s, host_blocks
 from llmsim.metrics import Result
 from llmsim.plugins import PolicyError
 from llmsim.replica import Limits, Replica, Swap
@@ -64,7 +64,8 @@ def blocks_of(scenario: Scenario) -> int:
     """KV blocks of one replica, as the engine would report them (the null block included)."""
     s = scenario.resolved()
     assert s.max_num_batched_tokens is not None and s.max_num_seqs is not None and s.max_model_len is not None
-    return kv_blocks(
+    return pool_blocks(
+        s.engine,
         find_model(s.model),
         find_gpu(s.gpu),
         tensor_parallel=s.tensor_parallel,
@@ -87,10 +88,16 @@ def cost_of(scenario: Scenario) -> CostModel:
         tensor_parallel=s.tensor_parallel,
         dtype=s.weight_dtype,
         kv_dtype=s.kv_dtype,
-        graphs=Graphs.of_engine(s.max_num_seqs, s.max_num_batched_tokens, s.cudagraph),
+        graphs=graphs_of(
+            s.engine, find_gpu(s.gpu), s.tensor_parallel, s.max_num_seqs, s.max_num_batched_tokens, s.cudagraph
+        ),
         host_scale=s.host_scale,
     )
-    return load_cost(s.cost, find_model(s.model), find_gpu(s.gpu), settings)
+    cost = load_cost(s.cost, find_model(s.model), find_gpu(s.gpu), settings)
+    engine = find_engine(s.engine)
+    if engine.whose and cost.kind != "constant":
+        cost.label += f"; calibrated on vLLM: the kernels and host of {engine.whose} assumed alike"
+    return cost
 
 
 def swap_of(scenario: Scenario) -> Swap | None:

@@ -10,7 +10,7 @@ FLOORS = {  # imports must go down; imports for type checkers only are exempt, t
     **dict.fromkeys(("request", "hardware", "plugins", "scenario_file", "vllm_flags", "kept"), 0),
     **dict.fromkeys(("cost", "memory", "batch", "kvcache", "queue", "rowlog", "trace"), 1),
     **dict.fromkeys(
-        ("schedulers", "routers", "engine", "macrostep", "metrics", "recording", "synth", "compression"), 2
+        ("schedulers", "routers", "engine", "engines", "macrostep", "metrics", "recording", "synth", "compression"), 2
     ),
     **dict.fromkeys(("replica", "scenario"), 3),
     "simulate": 4,
@@ -22,7 +22,7 @@ FLOORS = {  # imports must go down; imports for type checkers only are exempt, t
 }
 ROOMS = {  # modules that share a room may import each other, as may the files of a package and `room_*` modules
     **dict.fromkeys(("readers",), "trace"),
-    **dict.fromkeys(("content", "contiguous", "evicting", "eviction", "tiers"), "kvcache"),
+    **dict.fromkeys(("radixcache", "content", "contiguous", "evicting", "eviction", "tiers"), "kvcache"),
     **dict.fromkeys(("caches",), "simulate"),
     **dict.fromkeys(("gaps", "rates", "utilisation", "timeline"), "metrics"),
     **dict.fromkeys(("aside",), "engine"),

@@ -21,7 +21,8 @@ when: `replica.wait_until(time_s)`.
 
 Optional: `order(request)`, the queue's sort key, fixed while a request waits (default: order of arrival, preempted ones
 first), `victim(replica)`, who leaves when blocks run short (default: the newest), `arrived(request, now_s)` and
-`ended(request, now_s)`: a request became schedulable; its blocks are free, or it was rejected.
+`ended(request, now_s)`: a request became schedulable; its blocks are free, or it was rejected. And
+`token_limit(limits)`: most tokens of an iteration, where not max_num_batched_tokens (SGLang's decodes have no limit).
 
 `load_scheduler("vllm")` finds a built-in; `load_scheduler("my_policy.py:Mine")` a class in the user's own file.
 """
@@ -47,6 +48,8 @@ BUILTIN = {
     "orca": "llmsim.schedulers.orca:Orca",
     "vllm-v0": "llmsim.schedulers.vllm_v0:VllmV0",
     "sarathi": "llmsim.schedulers.sarathi:Sarathi",
+    "sglang": "llmsim.schedulers.sglang:Sglang",
+    "tensorrt-llm": "llmsim.schedulers.tensorrt_llm:TensorRtLlm",
 }
 
 
