@@ -19,7 +19,7 @@ FLOORS = {  # imports must go down; imports for type checkers only are exempt, t
     "__main__": 7,
 }
 ROOMS = {  # modules that share a room may import each other, as may the files of a package and `room_*` modules
-    **dict.fromkeys(("readers",), "trace"),
+    **dict.fromkeys(("readers", "classes", "predictions"), "trace"),
     **dict.fromkeys(("gaps", "rates", "utilisation", "timeline"), "metrics"),
     **dict.fromkeys(("recorded", "benchmark_result"), "recording"),
 }
