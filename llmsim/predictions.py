@@ -28,7 +28,7 @@ TOLERANCE = 1e-4  # of tau
 
 
 def predict(trace: Trace, spec: str, *, seed: int = 0) -> Trace:
-    """The trace with `predicted_tokens` by `spec`. ValueError: a specification that cannot be meant, or some are there."""
+    """The trace with `predicted_tokens` by `spec`. ValueError: what cannot be meant, or predictions already there."""
     ranks, kind, value = _parse(spec)
     if trace.predicted_tokens is not None:
         raise ValueError(f"--predict {spec}: {trace.name} carries predicted_tokens of its own: leave --predict out")
