@@ -38,6 +38,11 @@ class RunningBatch:
     def __len__(self) -> int:
         return self.size
 
+    @property
+    def joins(self) -> int:
+        """Stays begun so far: changes whenever a request joins."""
+        return self._tickets
+
     def __iter__(self) -> Iterator[Request]:
         """Oldest member first."""
         return iter(self._members)

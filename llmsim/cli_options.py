@@ -73,6 +73,12 @@ def _schedulers() -> list[str]:
     return list(BUILTIN)
 
 
+def _admissions() -> list[str]:
+    from llmsim.admission import BUILTIN
+
+    return list(BUILTIN)
+
+
 def _routers() -> list[str]:
     from llmsim.routers import BUILTIN
 
@@ -123,6 +129,12 @@ SCENARIO_FLAGS: list[Callable[[Any], Any]] = [
     ),
     click.option(
         "--scheduler-arg", "scheduler_args", multiple=True, metavar="NAME=VALUE", help="For the policy. Repeatable."
+    ),
+    click.option(
+        "--admission", type=Known(_admissions), metavar="NAME", help="Requests taken, or your own file.py:Class. [none]"
+    ),
+    click.option(
+        "--admission-arg", "admission_args", multiple=True, metavar="NAME=VALUE", help="For the admission. Repeatable."
     ),
     click.option("--scheduling-policy", type=_choice(SCHEDULING_POLICIES), help="fcfs or priority. [fcfs]"),
     click.option("--max-num-seqs", type=INT, help="Requests running at once. [vLLM's for this GPU]"),
@@ -276,23 +288,24 @@ def scenario_fields(flags: dict[str, Any]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     if path is not None:
         values |= read_scenario(path)
-    pairs = flags.pop("scheduler_args")
+    pairs = {name: flags.pop(name) for name in ("scheduler_args", "admission_args")}
     given = {name: flags.pop(name) for name in list(flags) if name in Scenario.__dataclass_fields__}
     if eager:
         if given["cudagraph"] not in (None, "none"):
             raise ValueError(f"--enforce-eager contradicts --cudagraph {given['cudagraph']}: give one of them")
         given["cudagraph"] = "none"
     values |= {name: value for name, value in given.items() if value is not None}
-    in_file = values.get("scheduler_args", {})
-    if pairs and isinstance(in_file, dict):  # anything else is for Scenario to refuse
-        values["scheduler_args"] = in_file | dict(_argument(pair) for pair in pairs)
+    for name, texts in pairs.items():
+        in_file = values.get(name, {})
+        if texts and isinstance(in_file, dict):  # anything else is for Scenario to refuse
+            values[name] = in_file | dict(_argument(name, text) for text in texts)
     return values
 
 
-def _argument(pair: str) -> tuple[str, Any]:
+def _argument(field: str, pair: str) -> tuple[str, Any]:
     name, sign, text = pair.partition("=")
     if not sign or not name.isidentifier():
-        raise ValueError(f"--scheduler-arg {pair}: write NAME=VALUE, e.g. quantum_s=0.05")
+        raise ValueError(f"--{field.removesuffix('s').replace('_', '-')} {pair}: write NAME=VALUE, e.g. quantum_s=0.05")
     try:
         return name, json.loads(text)
     except ValueError:

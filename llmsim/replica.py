@@ -74,6 +74,7 @@ class Replica(Engine):
         swap: Swap | None = None,
         noise: LaunchNoise | None = None,
         on_finish: Callable[[Request, Replica], None] | None = None,
+        admission: Any = None,
         index: int = 0,
     ) -> None:
         super().__init__(scheduler, kv, limits, asynchronous=asynchronous, swap=swap)
@@ -83,6 +84,7 @@ class Replica(Engine):
         self.gaps = RowLog(GAP_COLUMNS)
         self._noise = noise
         self._on_finish = on_finish
+        self._admission = admission
         self._cut_off: list[Request] = []  # stopped decoding just now: their last token is in flight
         self._to_free: list[Request] = []  # ended, results taken: free at the next schedule
         self._flight: _Flight | None = None  # the iteration launched last, until its results are taken
@@ -513,6 +515,10 @@ class Replica(Engine):
         if self.kv.blocks_for(request.prompt_tokens + request.output_tokens - 1) > self.kv.total_blocks:
             if self._on_finish is not None:
                 self._on_finish(request, self)
+        elif self._admission is not None and not self._admission.admit(request, self, self.next_ready_s):
+            request.rejected_s = self.next_ready_s
+            self.rejections += 1
+            self._turned_away(request)
         else:
             self.waiting.append(request)
             if self._on_arrived is not None:

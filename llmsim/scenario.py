@@ -74,6 +74,8 @@ class Scenario:
     host_scale: float = 1.0  # 2: a host that needs twice the time for everything it does
     concurrency: int | None = None  # closed loop: at most this many requests under way; None: sent when the trace says
     seed: int = 0
+    admission: str = "none"  # which requests are taken: none (all), deadline, queue-depth, or path/to/file.py:ClassName
+    admission_args: dict[str, Any] = field(default_factory=dict, hash=False)
     swap_space_gib: float = 0.0  # host memory per GPU for the KV of requests that a policy swaps out; 0: none
 
     def __post_init__(self) -> None:

@@ -13,7 +13,9 @@ It may return HOLD: "my answer stays the same until a request arrives or ends, o
 runs many iterations at once. Without HOLD it is asked before each one: slower, and never wrong.
 
 Optional: `order(request)`, the queue's sort key, fixed while a request waits (default: order of arrival, preempted ones
-first), and `victim(replica)`, who leaves when blocks run short (default: the newest).
+first); or `queue(engine)`, the waiting requests in a structure of the policy's own (the interface of
+`llmsim.queue.WaitingQueue`) for orders that change meanwhile; and `victim(replica)`, who leaves when blocks run short
+(default: the newest).
 
 `load_scheduler("vllm")` finds a built-in; `load_scheduler("my_policy.py:Mine")` a class in the user's own file.
 """
@@ -34,6 +36,14 @@ HOLD = True
 BUILTIN = {
     "vllm": "llmsim.schedulers.vllm:VllmScheduler",
     "chunked": "llmsim.schedulers.chunked:Chunked",
+    "fcfs": "llmsim.schedulers.ordered:FirstCome",
+    "priority": "llmsim.schedulers.priority:PriorityClasses",
+    "sjf": "llmsim.schedulers.sjf:ShortestFirst",
+    "srtf": "llmsim.schedulers.srtf:ShortestRemaining",
+    "edf": "llmsim.schedulers.deadline:EarliestDeadline",
+    "least-slack": "llmsim.schedulers.deadline:LeastSlack",
+    "mlfq": "llmsim.schedulers.mlfq:SkipJoinMlfq",
+    "vtc": "llmsim.schedulers.vtc:VirtualTokenCounter",
 }
 
 

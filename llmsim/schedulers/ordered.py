@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 OWN_QUEUES = {  # built-ins that do not take requests from the front of replica.waiting
     "vllm-native": "it drives vLLM's own scheduler, which keeps its own queue",
-    "mlfq": "it decides itself who runs, by levels",
 }
 
 

@@ -21,53 +21,43 @@ if TYPE_CHECKING:
 
 
 class ShortestFirst(Ordered):
-    """`starvation_iterations`: passed over so often, a request goes first (0: never), for `quantum_iterations`."""
-
-    preempts = False
+    """`starvation_iterations`: passed over so often in a row, a request goes first (0: never)."""
 
     def __init__(
-        self,
-        base: str = "vllm",
-        base_args: dict[str, Any] | None = None,
-        starvation_iterations: int = 0,
-        quantum_iterations: int = 100,
+        self, base: str = "vllm", base_args: dict[str, Any] | None = None, starvation_iterations: int = 0
     ) -> None:
         super().__init__(base, base_args)
-        self.guard = Guard(starvation_iterations, quantum_iterations)
-        self._arrived, self._ended = getattr(self.base, "arrived", None), getattr(self.base, "ended", None)
+        self.guard = Guard(starvation_iterations, quantum=1)
+        self._base_arrived, self._base_ended = (getattr(self.base, name, None) for name in ("arrived", "ended"))
 
     def order(self, request: Request) -> tuple[float, ...]:
         promotion = self.guard.promoted.get(request)
         if promotion is not None:
-            return 0, promotion, 0.0, 0
-        return 1, self.length(request), request.arrival_s, request.id
-
-    def length(self, request: Request) -> float:
-        """What requests are ordered by."""
-        return predicted_tokens(request)
+            return 0, promotion
+        return 1, predicted_tokens(request), request.arrival_s, request.id
 
     def arrived(self, request: Request, now_s: float) -> None:
         self.guard.waits(request)
-        if self._arrived is not None:
-            self._arrived(request, now_s)
+        if self._base_arrived is not None:
+            self._base_arrived(request, now_s)
 
     def ended(self, request: Request, now_s: float) -> None:
         self.guard.forget(request)
-        if self._ended is not None:
-            self._ended(request, now_s)
+        if self._base_ended is not None:
+            self._base_ended(request, now_s)
 
     def schedule(self, replica: Replica, now_s: float) -> bool | None:
         guard = self.guard
         guard.before(replica)
-        if self.preempts:
-            self.make_room(replica)
         hold: bool | None = self.base.schedule(replica, now_s)
+        if not guard.threshold:
+            return hold
+        for request, _, _ in replica.chunks:
+            guard.runs(request)
+        for request in replica.preempted_now:
+            guard.waits(request)
         guard.after(replica)
-        if hold and guard.threshold:
-            lasts = guard.lasts(self.preempts)
-            if lasts:
-                replica.hold_for(lasts)
+        lasts = guard.lasts(quanta=False) if hold else 0
+        if lasts:
+            replica.hold_for(lasts)
         return hold
-
-    def make_room(self, replica: Replica) -> None:
-        """For orders that preempt."""

@@ -82,7 +82,7 @@ class FairQueue:
     """Waiting requests by tenant, `llmsim.queue.WaitingQueue`'s interface; `head` is whose turn it is."""
 
     def __init__(self, engine: Replica, w_p: float, w_q: float, weights: dict[str, float]) -> None:
-        self.size = 0
+        self.size = self.prefill_tokens = 0
         self._engine, self._w_p, self._w_q, self._weights = engine, w_p, w_q, weights
         self._settled: dict[Tenant, float] = defaultdict(float)  # counters without what running requests generated
         self._queues: dict[Tenant, deque[Request]] = {}  # of tenants with waiting requests, each in order of arrival
@@ -187,6 +187,7 @@ class FairQueue:
             self._queues[tenant] = deque()
         self._queues[tenant].append(request)
         self.size += 1
+        self.prefill_tokens += request.prefill_tokens
         self._head = None
 
     def _lift(self, tenant: Tenant) -> None:
@@ -213,6 +214,7 @@ class FairQueue:
             queue.appendleft(request)
         self._settled[tenant] += request.generated_tokens * self._token_cost(tenant)  # no longer counted as running
         self.size += 1
+        self.prefill_tokens += request.prefill_tokens
         self.stale()
 
     def pop(self) -> Request:
@@ -236,6 +238,7 @@ class FairQueue:
             self._last_left = tenant
         self._settled[tenant] += self._prompt_cost(request) - request.generated_tokens * self._token_cost(tenant)
         self.size -= 1
+        self.prefill_tokens -= request.prefill_tokens
         self._head = None
         if request.generated_tokens:  # counts as running again
             self.stale()
