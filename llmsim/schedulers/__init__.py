@@ -42,6 +42,7 @@ BUILTIN = {
     "srtf": "llmsim.schedulers.srtf:ShortestRemaining",
     "edf": "llmsim.schedulers.deadline:EarliestDeadline",
     "least-slack": "llmsim.schedulers.deadline:LeastSlack",
+    "slo-chunk": "llmsim.schedulers.slo_chunk:SloChunk",
     "mlfq": "llmsim.schedulers.mlfq:SkipJoinMlfq",
     "vtc": "llmsim.schedulers.vtc:VirtualTokenCounter",
 }

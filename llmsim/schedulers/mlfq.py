@@ -181,7 +181,7 @@ class SkipJoinMlfq(Preemptive):
         """Blocks for prompts to come, taken from the least urgent paused requests."""
         wanted = int(self.reserve * replica.kv.total_blocks)
         while replica.kv.free_blocks < wanted:
-            least = self._paused_last.top
+            least = self._least_paused()
             if least is None or not replica.swap_out(least):
                 return
             self._stop(least)

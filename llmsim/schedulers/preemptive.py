@@ -72,6 +72,7 @@ class Preemptive(Ordered):
             raise ValueError(f"{type(self).__name__}: when_full={when_full!r}: give one of {', '.join(WHEN_FULL)}")
         self.when_full = when_full
         self._active = Heap(-1)  # decoding requests, the least urgent first
+        self._runs: set[Request] = set()  # looked up, never walked
         self._half: dict[Request, None] = {}  # half-prefilled ones: few, and their standing is none yet
         self._paused, self._paused_last = Heap(), Heap(-1)
         self._base_ended = getattr(self.base, "ended", None)
@@ -128,7 +129,7 @@ class Preemptive(Ordered):
 
     def victim(self, replica: Replica) -> Request:
         """Who leaves when running requests need more blocks than are free: the least urgent."""
-        least = [one for one in (self._least_active(), self._paused_last.top) if one is not None]
+        least = [one for one in (self._least_active(), self._least_paused()) if one is not None]
         return max(least, key=self.key) if least else next(reversed(replica.running))
 
     def schedule(self, replica: Replica, now_s: float) -> bool | None:
@@ -146,7 +147,7 @@ class Preemptive(Ordered):
         finally:
             replica.limits = limits
         for request, _, _ in replica.chunks:
-            if request not in self._half:
+            if request not in self._runs:
                 self._start(request)
         for request in replica.preempted_now:
             self._stop(request)
@@ -158,6 +159,7 @@ class Preemptive(Ordered):
 
     def _start(self, request: Request) -> None:
         self._forget(request)
+        self._runs.add(request)
         self.starts(request)
         if request.joined >= 0:
             self._active.put(request, self.standing(request))
@@ -165,7 +167,7 @@ class Preemptive(Ordered):
             self._half[request] = None
 
     def _stop(self, request: Request) -> None:
-        if request in self._active or request in self._half:
+        if request in self._runs:
             self.stops(request)
         self._forget(request)
 
@@ -173,6 +175,7 @@ class Preemptive(Ordered):
         for heap in (self._active, self._paused, self._paused_last):
             heap.drop(request)
         self._half.pop(request, None)
+        self._runs.discard(request)
 
     def _set_aside(self, request: Request) -> None:
         key = self.key(request)
@@ -186,10 +189,19 @@ class Preemptive(Ordered):
         while least is not None and least.joined < 0:
             active.drop(least)
             least = active.top
-        if not self._half:
+        half = [one for one in self._half if one in self._engine.prefilling]
+        if not half:
             return least
-        candidates = [*self._half, least] if least is not None else [*self._half]
-        return max(candidates, key=self.key)
+        return max([*half, least] if least is not None else half, key=self.key)
+
+    def _least_paused(self) -> Request | None:
+        """The least urgent of the paused; some may have lost their blocks since."""
+        last = self._paused_last
+        least = last.top
+        while least is not None and least not in self._engine.paused:
+            last.drop(least)
+            least = last.top
+        return least
 
     def _choose(self, replica: Replica) -> int:
         """Pause, resume and swap in as the rule says; returns how many of the queue's front may be admitted."""
@@ -207,8 +219,9 @@ class Preemptive(Ordered):
             if waits is not None and (paused is None or self.key(waits) < self.key(paused)):
                 chosen = waits
                 blocks = self._blocks_for(replica, waits)
-                if blocks > free:
+                if blocks > free and not admissions:  # after those at the front: vLLM admits nobody when it preempts
                     free += self._make_room(replica, waits, blocks - free)
+                    front = front[-1:]
                 if blocks > free or (budget <= 0 and not waits.swapped_tokens):
                     front = []  # nobody overtakes it in the queue; paused requests need no more blocks
                     continue
@@ -253,10 +266,10 @@ class Preemptive(Ordered):
         if self.when_full == "defer":
             return 0
         limit = self.key(request)
-        tops = (self._paused_last.top, self._least_active())
+        tops = (self._least_paused(), self._least_active())
         if not any(top is not None and self.key(top) > limit for top in tops):
             return 0
-        others = [*replica.paused, *replica.batch, *self._half]
+        others = [*replica.paused, *replica.batch, *replica.prefilling]
         before, leaving, promised = replica.kv.free_blocks, [], 0
         for one in sorted(others, key=self.key, reverse=True):
             if promised >= blocks or self.key(one) <= limit:
