@@ -22,8 +22,8 @@ when: `replica.wait_until(time_s)`.
 Optional: `order(request)`, the queue's sort key, fixed while a request waits (default: order of arrival, preempted ones
 first), or `queue(engine)`, the waiting requests in a structure of the policy's own (the interface of
 `llmsim.queue.WaitingQueue`) for orders that change meanwhile; `victim(replica)`, who leaves when blocks run short
-(default: the newest), `arrived(request, now_s)` and `ended(request, now_s)`: a request became schedulable; its blocks are
-free, or it was rejected.
+(default: the newest), `arrived(request, now_s)` and `ended(request, now_s)`: a request became schedulable; its blocks
+are free, or it was rejected.
 
 `load_scheduler("vllm")` finds a built-in; `load_scheduler("my_policy.py:Mine")` a class in the user's own file.
 """

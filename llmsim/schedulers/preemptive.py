@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from llmsim.request import Request
 
 WHEN_FULL = ("auto", "recompute", "swap", "defer")
+UNSTOPPABLE = {  # built-ins whose batches run to their end
+    "static": "its requests run until all of them are done",
+    "dynamic": "its requests run until all of them are done",
+}
 LOOKED_AT = 64  # of the queue, for one iteration
 Key = tuple[float, ...]
 
@@ -67,12 +71,16 @@ class Preemptive(Ordered):
     """`when_full`: what less urgent requests do when a waiting one needs their KV blocks."""
 
     def __init__(self, base: str = "vllm", base_args: dict[str, Any] | None = None, when_full: str = "auto") -> None:
+        if base in UNSTOPPABLE:
+            order = type(self).__name__
+            raise ValueError(f"{order}: base={base} cannot be preempted: {UNSTOPPABLE[base]}. Give another base.")
         super().__init__(base, base_args)
         if when_full not in WHEN_FULL:
             raise ValueError(f"{type(self).__name__}: when_full={when_full!r}: give one of {', '.join(WHEN_FULL)}")
         self.when_full = when_full
         self._active = Heap(-1)  # decoding requests, the least urgent first
         self._runs: set[Request] = set()  # looked up, never walked
+        self._left_now: set[Request] = set()  # paused or sent back for the iteration at hand: not to come in again
         self._half: dict[Request, None] = {}  # half-prefilled ones: few, and their standing is none yet
         self._paused, self._paused_last = Heap(), Heap(-1)
         self._base_ended = getattr(self.base, "ended", None)
@@ -138,6 +146,7 @@ class Preemptive(Ordered):
                 del self._half[request]
                 if request.joined >= 0:
                     self._active.put(request, self.standing(request))
+        self._left_now.clear()
         self.update(replica, now_s)
         admissions = self._choose(replica)
         limits = replica.limits
@@ -167,6 +176,7 @@ class Preemptive(Ordered):
             self._half[request] = None
 
     def _stop(self, request: Request) -> None:
+        self._left_now.add(request)
         if request in self._runs:
             self.stops(request)
         self._forget(request)
@@ -222,12 +232,15 @@ class Preemptive(Ordered):
                 if blocks > free and not admissions:  # after those at the front: vLLM admits nobody when it preempts
                     free += self._make_room(replica, waits, blocks - free)
                     front = front[-1:]
-                if blocks > free or (budget <= 0 and not waits.swapped_tokens):
+                stays = waits in self._left_now or (budget <= 0 and not waits.swapped_tokens)
+                if blocks > free or stays:
                     front = []  # nobody overtakes it in the queue; paused requests need no more blocks
                     continue
             elif paused is not None:
                 chosen, blocks = paused, 0
             else:
+                return admissions
+            if chosen in self._left_now:
                 return admissions
             if slots <= 0 and not self._pause_for(replica, chosen):
                 return admissions

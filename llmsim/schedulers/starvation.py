@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from llmsim.batch import RunningBatch
     from llmsim.replica import Replica
     from llmsim.request import Request
 
@@ -28,14 +29,21 @@ class Guard:
             if value < least:
                 raise ValueError(f"{name}={value} is too small: give {least} or more")
         self.threshold, self.quantum = threshold, quantum
-        self.iteration = 0  # so far
+        self._counted = 0  # iterations up to the last question
         self.promoted: dict[Request, int] = {}  # and which promotion this was
         self.promotions = 0
         self._waits: dict[Request, int] = {}  # requests that do not run: the iteration in which that began
         self._starving: deque[tuple[int, Request]] = deque()  # in order of that; stale when it differs from _waits
         self._left: dict[Request, int] = {}  # promoted requests: iterations left of their quantum
         self._until: dict[Request, int] = {}  # of them, the running ones: the iteration in which it is used up
-        self._asked_at = -1  # batch iteration at the last answer that scheduled anything
+        self._batch: RunningBatch | None = None  # if the last answer scheduled anything
+        self._asked_at = 0  # its iteration then
+
+    @property
+    def iteration(self) -> int:
+        """Iterations of the replica so far: one without decodes leaves the batch's own count where it is."""
+        since = 0 if self._batch is None else max(1, self._batch.iteration - self._asked_at)
+        return self._counted + since
 
     def waits(self, request: Request) -> None:
         """A request joins the queue, or is paused."""
@@ -63,14 +71,14 @@ class Guard:
         """
         if not self.threshold:
             return
-        if self._asked_at >= 0:
-            self.iteration += max(1, replica.batch.iteration - self._asked_at)
+        now = self._counted = self.iteration
+        self._batch = None
         starving = self._starving
-        while starving and starving[0][0] + self.threshold <= self.iteration:
+        while starving and starving[0][0] + self.threshold <= now:
             since, request = starving.popleft()
             if self._waits.get(request) == since and request not in self.promoted:
                 self._promote(replica, request, moved)
-        for request in [one for one, end in self._until.items() if end <= self.iteration]:
+        for request in [one for one, end in self._until.items() if end <= now]:
             del self._until[request], self._left[request], self.promoted[request]
             if moved is not None:
                 moved(request)
@@ -89,7 +97,8 @@ class Guard:
 
     def after(self, replica: Replica) -> None:
         """The iteration is decided."""
-        self._asked_at = replica.batch.iteration if replica.decoding or replica.chunks else -1
+        if replica.decoding or replica.chunks:
+            self._batch, self._asked_at = replica.batch, replica.batch.iteration
 
     def lasts(self, quanta: bool) -> int:
         """Iterations from this one on in which nobody is promoted (nor, with `quanta`, demoted); 0: for ever."""
@@ -99,4 +108,4 @@ class Guard:
         ends = [starving[0][0] + self.threshold] if starving else []
         if quanta and waits:
             ends += self._until.values()
-        return max(1, min(ends) - self.iteration) if ends else 0
+        return max(1, min(ends) - self._counted) if ends else 0
