@@ -12,7 +12,7 @@ import click
 from llmsim.cli_options import CONTEXT, json_option
 
 GIB = 2**30
-KINDS = ("gpus", "models", "schedulers", "routers", "profiles")
+KINDS = ("gpus", "models", "schedulers", "admissions", "routers", "profiles")
 Row = dict[str, Any]
 
 
@@ -25,7 +25,11 @@ def list_(kind: str, as_json: bool) -> None:
     \b
     llmsim list gpus
     """
-    rows = {"gpus": gpus, "models": models, "schedulers": schedulers, "routers": routers, "profiles": profiles}[kind]()
+    makers = {
+        "gpus": gpus, "models": models, "schedulers": schedulers, "admissions": admissions, "routers": routers,
+        "profiles": profiles,
+    }  # fmt: skip
+    rows = makers[kind]()
     click.echo(json.dumps(rows) if as_json else table(rows))
 
 
@@ -69,6 +73,12 @@ def models() -> list[Row]:
 
 def schedulers() -> list[Row]:
     from llmsim.schedulers import BUILTIN
+
+    return [_described(name, home) for name, home in BUILTIN.items()]
+
+
+def admissions() -> list[Row]:
+    from llmsim.admission import BUILTIN
 
     return [_described(name, home) for name, home in BUILTIN.items()]
 

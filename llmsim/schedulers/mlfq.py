@@ -54,7 +54,7 @@ class SkipJoinMlfq(Preemptive):
         when_full: str = "auto",
         levels: int = 16,
         quantum_s: float = 0.0,
-        starvation_s: float = 10.0,
+        starvation_s: float = 60.0,
         reserve: float = 0.05,
     ) -> None:
         super().__init__(base, base_args, when_full)
@@ -119,7 +119,7 @@ class SkipJoinMlfq(Preemptive):
         self._may_starve(request, job)
 
     def _may_starve(self, request: Request, job: _Job) -> None:
-        if self.starvation_s:
+        if self.starvation_s and job.level:  # from the first level nobody can be promoted
             heappush(self._starving, (job.idle_s + self.starvation_s, request.id, request))
 
     def update(self, replica: Replica, now_s: float) -> None:
@@ -147,7 +147,7 @@ class SkipJoinMlfq(Preemptive):
         while starving:
             at_s, _, request = starving[0]
             job = jobs.get(request)
-            if job is not None and job.runs_from_s is None and job.idle_s + self.starvation_s == at_s:
+            if job is not None and job.level and job.runs_from_s is None and job.idle_s + self.starvation_s == at_s:
                 return at_s
             heappop(starving)
         return float("inf")
@@ -172,7 +172,6 @@ class SkipJoinMlfq(Preemptive):
             replica.waiting.put_back(request)
         else:
             self.moved(request)
-        self._may_starve(request, job)
 
     def lasts(self, replica: Replica) -> None:
         replica.hold_until(min(self._next_expiry_s(), self._next_starvation_s()))

@@ -20,7 +20,7 @@ A subclass gives `key(request)`, smaller is more urgent, which may change in tim
 
 from __future__ import annotations
 
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING, Any
 
 from llmsim.queue import WaitingQueue
@@ -51,6 +51,9 @@ class Heap:
     def put(self, request: Request, key: Key) -> None:
         self._ticket += 1
         self._tickets[request] = self._ticket
+        if len(self._entries) > 4 * len(self._tickets) + 64:  # entries that were replaced may never come up
+            self._entries = [entry for entry in self._entries if self._tickets.get(entry[2]) == entry[1]]
+            heapify(self._entries)
         heappush(self._entries, (tuple(self._sign * part for part in key), self._ticket, request))
 
     def drop(self, request: Request) -> None:
