@@ -13,10 +13,10 @@ to host memory, as FastServe does; without swap space they keep it (defer), one 
 recompute, thrashes: paused requests hold most of the cache, and whoever comes back throws another out.
 With swap, `reserve` of the blocks are kept free ahead of need by swapping out the least urgent paused requests.
 
-Differences from the paper: copies delay the iteration after them instead of overlapping with it, so nothing is swapped
-in ahead of need; the next time a request is scheduled is not estimated: its level and place in it stand for that;
-prompts run in the base's chunks beside decodes. Whose quantum ends while nobody is kept waiting is demoted all the
-same, at that very time, so the answer does not depend on how often the policy is asked.
+Differences from the paper: copies overlap with the iteration that runs when they are asked for, not with later ones, so
+nothing is swapped in ahead of need; the next time a request is scheduled is not estimated: its level and place in it
+stand for that; prompts run in the base's chunks beside decodes. Whose quantum ends while nobody is kept waiting is
+demoted all the same, at that very time, so the answer does not depend on how often the policy is asked.
 """
 
 from __future__ import annotations

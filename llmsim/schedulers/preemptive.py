@@ -73,6 +73,8 @@ class Heap:
 class Preemptive(Ordered):
     """`when_full`: what less urgent requests do when a waiting one needs their KV blocks."""
 
+    overlaps_copies = True  # swaps run beside the iteration before: FastServe's own stream for copies
+
     def __init__(self, base: str = "vllm", base_args: dict[str, Any] | None = None, when_full: str = "auto") -> None:
         if base in UNSTOPPABLE:
             order = type(self).__name__
