@@ -193,6 +193,9 @@ class Replica(Engine):
             if self._to_free:
                 self._free(t)
             hold = self.begin(t)
+            if self._overlaps and self._copying_s:
+                self._link_s = max(self._link_s, t) + self._copying_s
+                self._copying_s = 0.0
             if self.decoding or self.chunks:
                 step = self._compose(t)
                 if not host.worker:
@@ -207,7 +210,10 @@ class Replica(Engine):
                     else:
                         gpu_end_s += host.cooled_s(self._chunk_s)
                 if self._special:
-                    gpu_end_s = self._copied(gpu_end_s, t)
+                    gpu_end_s += self._copying_s
+                    self._copying_s = 0.0
+                if self._link_s > gpu_end_s:
+                    gpu_end_s = self._link_s
                 gpu_end_s += step.gpu.first_s
                 launch_tail_s = step.launched_s + host.tail_s[step.mode]
                 step.gpu_end_s = gpu_end_s if gpu_end_s > launch_tail_s else launch_tail_s
@@ -256,14 +262,6 @@ class Replica(Engine):
         if self.env.peek() <= t:
             yield t
         return t
-
-    def _copied(self, begin_s: float, schedule_s: float) -> float:
-        """When the GPU's work can begin with the swaps of this iteration done, which it could at `begin_s` without."""
-        copying_s, self._copying_s = self._copying_s, 0.0
-        if not self._overlaps:
-            return begin_s + copying_s
-        link_s = self._link_s = max(self._link_s, schedule_s) + copying_s
-        return max(begin_s, link_s)
 
     def _wait(self, t: float, until_s: float) -> Generator[float, None, float]:
         """Nothing to do before `until_s`, unless a request arrives; returns S(k)."""

@@ -567,3 +567,16 @@ def test_what_makes_no_sense_is_refused_in_one_line(name: str, arguments: dict[s
     with pytest.raises(ValueError, match=says) as error:
         load_scheduler(name, arguments)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("per_block_s", "delay_s"), [(1 / 32, 0.0), (0.5, 3.5)], ids=["hidden", "too long to hide"])
+def test_swaps_run_beside_the_iteration_before(per_block_s: float, delay_s: float) -> None:
+    """9 blocks leave while an iteration of 1 s runs: 0.28 s hide behind it, of 4.5 s the rest is waited for."""
+    first_tokens = []
+    for seconds in (0.0, per_block_s):
+        jobs = [request(0, 0.0, 40, 140), request(1, 3.5, 2, 190)]
+        policy = SkipJoinMlfq(when_full="swap", reserve=0.0, quantum_s=1.0)
+        served(policy, jobs, seqs=8, blocks=20, swap=Swap(100, seconds), asynchronous=True)
+        first_tokens.append(jobs[1].first_token_s)
+        assert jobs[0].preemptions >= 1
+    assert first_tokens[1] - first_tokens[0] == pytest.approx(delay_s)
