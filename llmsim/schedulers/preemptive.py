@@ -154,6 +154,7 @@ class Preemptive(Ordered):
         self._left_now.clear()
         self.update(replica, now_s)
         admissions = self._choose(replica)
+        self._free_for_decodes(replica)
         limits = replica.limits
         replica.limits = limits._replace(max_num_seqs=len(replica.running) + admissions)
         try:
@@ -168,6 +169,15 @@ class Preemptive(Ordered):
         if hold and (replica.waiting.size or replica.paused):
             self.lasts(replica)
         return hold
+
+    def _free_for_decodes(self, replica: Replica) -> None:
+        """Blocks for the next token of all that decode. Not left to the base: where a paused request lost its blocks,
+        it would take the shorter list of running ones for a free slot."""
+        while replica.batch.size and replica.batch.blocks_needed(1) > replica.kv.free_blocks:
+            least = self.victim(replica)
+            if self.when_full != "swap" or not replica.swap_out(least):
+                replica.preempt(least)
+            self._stop(least)
 
     # ------------------------------------------------------------------------------------------------------- choosing
 
