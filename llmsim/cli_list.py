@@ -12,7 +12,7 @@ import click
 from llmsim.cli_options import CONTEXT, json_option
 
 GIB = 2**30
-KINDS = ("gpus", "models", "engines", "schedulers", "routers", "evictions", "profiles")
+KINDS = ("gpus", "models", "engines", "schedulers", "admissions", "routers", "evictions", "profiles")
 Row = dict[str, Any]
 
 
@@ -25,10 +25,11 @@ def list_(kind: str, as_json: bool) -> None:
     \b
     llmsim list gpus
     """
-    rows = {
-        "gpus": gpus, "models": models, "engines": engines, "schedulers": schedulers, "routers": routers,
-        "evictions": evictions, "profiles": profiles,
-    }[kind]()  # fmt: skip
+    makers = {
+        "gpus": gpus, "models": models, "engines": engines, "schedulers": schedulers, "admissions": admissions,
+        "routers": routers, "evictions": evictions, "profiles": profiles,
+    }  # fmt: skip
+    rows = makers[kind]()
     click.echo(json.dumps(rows) if as_json else table(rows))
 
 
@@ -88,6 +89,12 @@ def engines() -> list[Row]:
 
 def schedulers() -> list[Row]:
     from llmsim.schedulers import BUILTIN
+
+    return [_described(name, home) for name, home in BUILTIN.items()]
+
+
+def admissions() -> list[Row]:
+    from llmsim.admission import BUILTIN
 
     return [_described(name, home) for name, home in BUILTIN.items()]
 

@@ -142,6 +142,7 @@ SCENARIO_FLAGS: list[Callable[[Any], Any]] = [
         "--engine", type=Known(_engines), metavar="NAME", help="Scheduler, cache and defaults of an engine. [vllm]"
     ),
     *plugin_flags("scheduler", "llmsim.schedulers", "Policy, or your own file.py:Class. [the engine's]"),
+    *plugin_flags("admission", "llmsim.admission", "Which requests are taken, or your file.py:Class. [none]"),
     click.option("--scheduling-policy", type=_choice(SCHEDULING_POLICIES), help="fcfs or priority. [fcfs]"),
     click.option("--max-num-seqs", type=INT, help="Requests running at once. [vLLM's for this GPU]"),
     click.option("--max-num-batched-tokens", type=INT, help="Tokens of one iteration. [vLLM's for this GPU]"),
@@ -229,6 +230,12 @@ TRACE_FLAGS: list[Callable[[Any], Any]] = [
     ),
     click.option("--max-wait", "max_wait_s", type=float, help="Cap of the wait between two turns (s)."),
     click.option("--rank-correlated", is_flag=True, default=None, help="ServeGen: long prompts get long answers."),
+    click.option(
+        "--assign-classes",
+        metavar="SPEC",
+        help="Draw classes and tenants: interactive:0.7:ttft=500ms,tpot=50ms;batch:0.3:ttft=10s;tenants:4.",
+    ),
+    click.option("--predict", metavar="SPEC", help="Predict answer lengths: perfect, sigma=S, tau=T, rank[,tau=T]."),
 ]
 
 
@@ -236,7 +243,7 @@ TRACE_FLAGS: list[Callable[[Any], Any]] = [
 TRACE_PARAMETERS = frozenset({
     "format", "columns", "time_unit", "rate", "time_scale", "start_s", "duration_s", "limit", "failed", "trace_model",
     "log_type", "spread", "over_context", "block_tokens", "strict_order", "sharegpt_mode", "closed_loop", "max_wait_s",
-    "rank_correlated",
+    "rank_correlated", "assign_classes", "predict",
 })
 # fmt: on
 

@@ -195,7 +195,12 @@ def _check_ends(result: Result) -> None:
 
 def _check_rejected(result: Result) -> None:
     """A request whose KV cache can never fit is rejected, as engines do: never silently, and not all of them."""
-    rejected, sent = int(result.stats["rejected"]), len(result.requests["id"])
+    away, sent = int(result.stats.get("turned_away", 0)), len(result.requests["id"])
+    if away:
+        print(
+            f"WARNING: {away} of {sent} requests were turned away; latencies are those of the others", file=sys.stderr
+        )
+    rejected = int(result.stats["rejected"]) - away
     if not rejected:
         return
     tokens = (result.kv_blocks - 1) * result.scenario.block_size

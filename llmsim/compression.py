@@ -149,11 +149,11 @@ class DroppingCost:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cost, name)
 
-    def decode_ramp(self, seqs: int, kv_tokens: int) -> Ramp:
+    def decode_ramp(self, seqs: int, kv_tokens: float) -> Ramp:
         first_s, growth_s = self._cost.decode_ramp(seqs, kv_tokens)
         return Ramp(first_s, growth_s * self._batch.growing / seqs if seqs else 0.0)
 
-    def mixed_s(self, chunks: Sequence[tuple[int, int]], seqs: int, kv_tokens: int) -> float:
+    def mixed_s(self, chunks: Sequence[tuple[int, int]], seqs: int, kv_tokens: float) -> float:
         most = self._done_tokens
         if most is not None:
             chunks = [(new, min(done, most)) for new, done in chunks]

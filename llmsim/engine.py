@@ -37,7 +37,6 @@ class Engine(Aside):
     ) -> None:
         self.scheduler, self.kv, self.limits = scheduler, kv, limits
         self.asynchronous = asynchronous
-        self.waiting = WaitingQueue(getattr(scheduler, "order", None))
         self.running: dict[Request, None] = {}  # all that hold a slot, in order of admission
         self.prefilling: dict[Request, None] = {}  # of them, the half-prefilled ones
         self.batch = RunningBatch(kv.block_tokens)
@@ -60,6 +59,8 @@ class Engine(Aside):
         self._fruitless = 0  # preemptions since the last token
         self._late: dict[Request, None] = {}  # decode again after an iteration without them
         super().__init__(swap)
+        queue = getattr(scheduler, "queue", None)
+        self.waiting: WaitingQueue = queue(self) if queue else WaitingQueue(getattr(scheduler, "order", None))
 
     # ---------------------------------------------------------------------------------------------- what policies do
 

@@ -30,7 +30,8 @@ The others are llmsim's own:
     sim_wall_s, sim_speedup   seconds the simulation took; simulated seconds per second. The only keys that differ
                               between two runs of the same version, seed, trace and scenario
 
-and those of `llmsim.utilisation` (what the GPUs did). A number that does not exist is None, never NaN.
+and those of `llmsim.utilisation` (what the GPUs did) and `llmsim.groups` (classes and tenants, where there are any). A
+number that does not exist is None, never NaN.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmsim.gaps import GapRuns
+from llmsim.groups import grouped
 from llmsim.kept import risk
 from llmsim.rates import peak_concurrency, stability, tokens_per_second
 from llmsim.utilisation import utilisation
@@ -138,6 +140,7 @@ class Result:
         )  # fmt: skip
         summary["kv_tiers"] = [self._tier(row) for row in self.stats.get("kv_tiers", ())]
         summary["caveats"] = [line for line in [risk(self.scenario.kv_compression)] if line is not None]
+        summary |= grouped(self.requests, latencies_s(self.requests), self.stats)
         summary |= {"sim_wall_s": self.wall_s, "sim_speedup": _ratio(duration_s, self.wall_s)}
         return {name: json_safe(value) for name, value in summary.items()}
 

@@ -16,13 +16,14 @@ from llmsim.request import Request
 class WaitingQueue:
     """Requests in order of `order(request)` (a key fixed while it waits), or in order of arrival if there is none."""
 
-    __slots__ = ("_first", "_order", "_requests", "size")
+    __slots__ = ("_first", "_order", "_requests", "prefill_tokens", "size")
 
     def __init__(self, order: Callable[[Request], Any] | None = None) -> None:
         self._order = order
         self._requests: list[Request] = []
         self._first = 0  # front of the queue in _requests; what lies before it has left
         self.size = 0  # = len(self), which costs a call
+        self.prefill_tokens = 0  # of all of them, to compute before their next tokens
 
     def __len__(self) -> int:
         return self.size
@@ -35,9 +36,14 @@ class WaitingQueue:
     def head(self) -> Request:
         return self._requests[self._first]
 
+    def first(self, count: int) -> list[Request]:
+        """The `count` requests at the front, or as many as there are."""
+        return self._requests[self._first : self._first + count]
+
     def append(self, request: Request) -> None:
         """A new arrival: to its place, or to the end if the policy has no order."""
         self.size += 1
+        self.prefill_tokens += request.prompt_tokens
         if self._order is None:
             self._requests.append(request)
         else:
@@ -53,6 +59,7 @@ class WaitingQueue:
     def put_back(self, request: Request) -> None:
         """A preempted request: to its place, or to the very front if the policy has no order."""
         self.size += 1
+        self.prefill_tokens += request.prefill_tokens
         if self._order is not None:
             self._insert(request)
         elif self._first:
@@ -66,6 +73,7 @@ class WaitingQueue:
         first, requests = self._first, self._requests
         request = requests[first]
         self.size -= 1
+        self.prefill_tokens -= request.prompt_tokens + request.generated_tokens
         first += 1
         if first > 1024 and first * 2 > len(requests):
             del requests[:first]
@@ -84,3 +92,4 @@ class WaitingQueue:
             at += 1
         del requests[at]
         self.size -= 1
+        self.prefill_tokens -= request.prefill_tokens

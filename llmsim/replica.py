@@ -75,6 +75,7 @@ class Replica(Engine):
         swap: Swap | None = None,
         noise: LaunchNoise | None = None,
         on_finish: Callable[[Request, Replica], None] | None = None,
+        admission: Any = None,
         index: int = 0,
     ) -> None:
         super().__init__(scheduler, kv, limits, asynchronous=asynchronous, swap=swap)
@@ -85,6 +86,7 @@ class Replica(Engine):
         self.gaps = RowLog(GAP_COLUMNS)
         self._noise = noise
         self._on_finish = on_finish
+        self._admission = admission
         self._cut_off: list[Request] = []  # stopped decoding just now: their last token is in flight
         self._to_free: list[Request] = []  # ended, results taken: free at the next schedule
         self._flight: _Flight | None = None  # the iteration launched last, until its results are taken
@@ -99,6 +101,9 @@ class Replica(Engine):
         self._stalled: list[list[float]] = []
         self._withheld: list[Request] = []
         self._hands_out = False
+        # Swaps of a policy with `overlaps_copies` run beside the iteration before, from the schedule on.
+        self._overlaps = bool(getattr(scheduler, "overlaps_copies", False))
+        self._link_s = -inf  # when the last of them is done
         # Arrivals.
         self._feed: Iterator[Request] | None = None
         self._arriving: deque[Request] = deque()
@@ -191,6 +196,9 @@ class Replica(Engine):
             if self._to_free:
                 self._free(t)
             hold = self.begin(t)
+            if self._overlaps and self._copying_s:
+                self._link_s = max(self._link_s, t) + self._copying_s
+                self._copying_s = 0.0
             if self.decoding or self.chunks:
                 step = self._compose(t)
                 if not host.worker:
@@ -207,6 +215,8 @@ class Replica(Engine):
                 if self._special:
                     gpu_end_s += self._copying_s
                     self._copying_s = 0.0
+                if self._link_s > gpu_end_s:
+                    gpu_end_s = self._link_s
                 gpu_end_s += step.gpu.first_s
                 launch_tail_s = step.launched_s + host.tail_s[step.mode]
                 step.gpu_end_s = gpu_end_s if gpu_end_s > launch_tail_s else launch_tail_s
@@ -544,6 +554,10 @@ class Replica(Engine):
         if self.kv.blocks_for(request.prompt_tokens + request.output_tokens - 1) > self.kv.total_blocks:
             if self._on_finish is not None:
                 self._on_finish(request, self)
+        elif self._admission is not None and not self._admission.admit(request, self, self.next_ready_s):
+            request.rejected_s = self.next_ready_s
+            self.rejections += 1
+            self._turned_away(request)
         else:
             self.waiting.append(request)
             if self._on_arrived is not None:

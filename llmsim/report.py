@@ -13,6 +13,8 @@ from math import ceil, log
 from textwrap import wrap
 from typing import Any
 
+from llmsim import groups
+
 WIDTH = 50  # of vLLM's block
 EXTRAPOLATED_WARNING = 0.05  # share of busy time outside the measured range from which a result is doubtful
 LATENCIES = (
@@ -37,6 +39,9 @@ def report(summary: dict[str, Any], footer: Sequence[str] = ()) -> str:
         needs = ", ".join(f"P{percent}: {fewest_samples(percent)}" for percent in PRINTED_PERCENTS)
         lines.append(f"* from too few samples to bound the percentile ({needs})")
     lines += [" Where it went ".center(WIDTH, "-"), *_where(summary), *_system(summary)]
+    by_group = groups.lines(summary)
+    if by_group:
+        lines += [" Classes and tenants ".center(WIDTH, "-"), *by_group]
     lines += [" Trust ".center(WIDTH, "-"), *_trust(summary), *footer]
     return "\n".join([*lines, "=" * WIDTH])
 
@@ -114,6 +119,8 @@ def _trust(summary: dict[str, Any]) -> Iterator[str]:
         yield f"Outside the measured range: {share * 100:.1f} % of GPU time{warning}"
     for caveat in summary["caveats"]:
         yield from wrap(f"Caveat: {caveat}", 2 * WIDTH)
+    for note in summary.get("assigned", ()):
+        yield from wrap(note[0].upper() + note[1:], 2 * WIDTH)
     words = summary["stability"]
     yield from wrap(words[0].upper() + words[1:], 2 * WIDTH)
     simulated, wall_s = summary["duration"], summary["sim_wall_s"]

@@ -40,6 +40,8 @@ class Request:
     tenant: str | int = 0  # whose it is, for fairness
     slo_class: str = ""  # which targets it has
     predicted_tokens: float = nan  # output tokens somebody foretold
+    slo_ttft_s: float = nan  # what its class promises; nan: nothing
+    slo_tpot_s: float = nan
     swapped_tokens: int = 0  # while it waits: tokens whose KV is in host memory
     swapped_in: bool = field(default=False, repr=False)  # back from there, and no token since
     decoded: bool = field(default=False, repr=False)  # while paused or swapped out: what it was doing

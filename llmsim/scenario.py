@@ -103,6 +103,8 @@ class Scenario:
     kv_tier_prefetch: bool = False  # lower tiers' content moves to the first when a request arrives
     preemption: str = "recompute"  # of the scheduler vllm, when KV blocks run short: recompute, swap, pause
     kv_compression: str = "none"  # tokens that a request keeps: window:W, sinks:S+W, budget:B
+    admission: str = "none"  # which requests are taken: none (all), deadline, queue-depth, or path/to/file.py:ClassName
+    admission_args: dict[str, Any] = field(default_factory=dict, hash=False)
     swap_space_gib: float = 0.0  # host memory per GPU for the KV of requests that a policy swaps out; 0: none
     engine: str = "vllm"  # a name of `llmsim list engines`: scheduler, cache and defaults together
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import simpy
 
+from llmsim.admission import load_admission
 from llmsim.caches import cache_of, connect, policy_over, tier_rows
 from llmsim.cost import CostModel, LaunchNoise
 from llmsim.cost.load import CostSettings, load_cost
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
 FLOAT_COLUMNS = ("arrival_s", "scheduled_s", "first_token_s", "finish_s", "preempted_s", "preempted_before_first_s")
 INT_COLUMNS = ("replica", "cached_tokens", "preemptions")
-LABELS = ("tenant", "slo_class", "predicted_tokens")  # columns of a trace that requests carry for policies
+LABELS = ("tenant", "slo_class", "predicted_tokens", "slo_ttft_s", "slo_tpot_s")  # of a trace, for policies
 PROGRESS_EVERY = 1000  # requests
 READ_AHEAD = 1 << 16  # requests whose numbers are unpacked at a time: bounds the memory of long traces
 
@@ -111,6 +112,13 @@ def swap_of(scenario: Scenario) -> Swap | None:
     return Swap(blocks, block_copy_s(model, find_gpu(s.gpu), **kind))
 
 
+def admission_of(scenario: Scenario) -> Any:
+    """A fresh instance of the scenario's admission control; None if every request is taken."""
+    if scenario.admission == "none" and not scenario.admission_args:
+        return None
+    return load_admission(scenario.admission, scenario.admission_args)
+
+
 def scheduler_of(scenario: Scenario) -> Any:
     """A fresh instance of the scenario's scheduling policy."""
     arguments: dict[str, Any] = {}
@@ -154,7 +162,11 @@ class Fleet:
                 " of its own. Leave concurrency out."
             )
         labels = {name: getattr(trace, name, None) for name in LABELS}
-        self._labelled = {name: list(column) for name, column in labels.items() if column is not None}
+        self._labelled = {
+            name: column if isinstance(column, list) else column.tolist()
+            for name, column in labels.items()
+            if column is not None
+        }
         self._ahead = s.concurrency is None and self._children is None and getattr(self.router, "stateless", False)
         self._answers: list[tuple[float, int]] = []  # heap: when clients have answers still to come, and from whom
         self._waiting_clients: Iterator[Request] = iter(())
@@ -178,6 +190,7 @@ class Fleet:
                     swap=swap_of(s),
                     noise=LaunchNoise(self.cost.host, s.seed + index) if s.launch_jitter else None,
                     on_finish=self._record,
+                    admission=admission_of(s),
                     index=index,
                 )
             )
@@ -362,6 +375,7 @@ class Fleet:
         }
         requests |= {name: np.frombuffer(column, dtype=np.float64) for name, column in self._floats.items()}
         requests |= {name: np.frombuffer(column, dtype=np.int64) for name, column in self._ints.items()}
+        requests |= {name: np.array(column) for name, column in self._labelled.items()}
         if self._turned_away:  # a column only where there is one to tell
             turned_away = requests["turned_away"] = np.zeros(len(trace), dtype=bool)
             turned_away[self._turned_away] = True
@@ -375,6 +389,8 @@ class Fleet:
             "evicted_blocks": sum(r.kv.evicted_blocks for r in self.replicas),
             "kv_tiers": tier_rows(r.kv for r in self.replicas),
             "rejected": int(np.isnan(requests["finish_s"]).sum()),
+            "turned_away": len(self._turned_away),
+            "assigned": list(trace.assigned),
         }
         gaps = drained([r.gaps for r in self.replicas])
         return Result(requests, iterations, gaps, self.scenario, self.cost, self.blocks, wall_s, stats)

@@ -12,7 +12,7 @@ ids. Two prompts share exactly their longest common leading run of ids; the last
 and the block that holds the end of the prompt and the beginning of the answer is the last of `block_ids[i]`.
 
 `load_trace` applies, in this order: the reader's filters, dropping and truncation, sorting, the window
-(`start_s`, `duration_s`), `limit`, `time_scale`, `rate`, `spread`.
+(`start_s`, `duration_s`), `limit`, `time_scale`, `rate`, `spread`, `assign_classes`, `predict`.
 """
 
 from __future__ import annotations
@@ -55,12 +55,14 @@ class Trace:
     slo_ttft_s: FloatArray | None = None
     slo_tpot_s: FloatArray | None = None
     deadline_s: FloatArray | None = None
+    predicted_tokens: FloatArray | None = None  # of the answer, as a predictor sees it; below 1: a rank
     notes: tuple[str, ...] = ()
     sha256: str = ""
     format: str = ""
     tick_s: float = 0.0  # resolution of the stamps, where the format has a coarse one
     rows_read: int = 0
     dropped: Mapping[str, int] = field(default_factory=dict)
+    assigned: tuple[str, ...] = ()  # what the trace did not carry and was drawn for it (classes, tenants, predictions)
 
     def __len__(self) -> int:
         return len(self.prompt_tokens)
@@ -97,6 +99,8 @@ def load_trace(
     closed_loop: bool = False,
     max_wait_s: float | None = None,
     rank_correlated: bool = False,
+    assign_classes: str | None = None,
+    predict: str | None = None,
     tokenizer: Callable[[str], int] | None = None,
     seed: int = 0,
 ) -> Trace:
@@ -150,9 +154,21 @@ def load_trace(
         trace = time_scaled(trace, time_scale)
     if rate is not None and not regenerated and rows.format != "servegen":
         trace = at_rate(trace, rate)
-    if spread == "uniform":
-        return spread_ties(trace, seed=seed)
-    return _report_ties(trace)
+    trace = spread_ties(trace, seed=seed) if spread == "uniform" else _report_ties(trace)
+    return _labelled(trace, assign_classes, predict, seed)
+
+
+def _labelled(trace: Trace, classes: str | None, predict: str | None, seed: int) -> Trace:
+    """Labels that the file does not carry, where they are asked for."""
+    if classes is not None:
+        from llmsim.classes import assign_classes
+
+        trace = assign_classes(trace, classes, seed=seed)
+    if predict is not None:
+        from llmsim import predictions
+
+        trace = predictions.predict(trace, predict, seed=seed)
+    return trace
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -21,10 +21,11 @@ FLOORS = {  # imports must go down; imports for type checkers only are exempt, t
     "__main__": 7,
 }
 ROOMS = {  # modules that share a room may import each other, as may the files of a package and `room_*` modules
-    **dict.fromkeys(("readers",), "trace"),
+    **dict.fromkeys(("readers", "classes", "predictions"), "trace"),
     **dict.fromkeys(("radixcache", "content", "contiguous", "evicting", "eviction", "tiers"), "kvcache"),
     **dict.fromkeys(("caches",), "simulate"),
-    **dict.fromkeys(("gaps", "rates", "utilisation", "timeline"), "metrics"),
+    "admission": "schedulers",  # both plan with schedulers/estimate.py
+    **dict.fromkeys(("gaps", "rates", "utilisation", "timeline", "groups"), "metrics"),
     **dict.fromkeys(("aside",), "engine"),
     **dict.fromkeys(("recorded", "benchmark_result"), "recording"),
 }

@@ -379,5 +379,3 @@ def test_a_summary_of_20000_requests_takes_less_than_150_ms_of_cpu() -> None:
     begun_s = time.process_time()
     result.summary({"ttft": 500.0})
     assert time.process_time() - begun_s < 0.15
-
-

@@ -342,7 +342,7 @@ def test_a_policy_in_the_users_file_serves_requests(policy_file: Path) -> None:
 @pytest.mark.parametrize(
     ("spec", "arguments", "kind", "sentence"),
     [
-        ("fastest", {}, ValueError, "unknown scheduler 'fastest'. Built-in: vllm, chunked, "),
+        ("fastest", {}, ValueError, "unknown scheduler 'fastest'. Built-in: vllm, "),
         ("{file}:Mine", {}, ValueError, "no class Mine in {file}. Classes with schedule(): OneAtATime, Strict."),
         ("{folder}/nowhere.py:Mine", {}, FileNotFoundError, "no file {folder}/nowhere.py in "),
         ("{file}:Settings", {}, ValueError, "class Settings has no method schedule(self, replica, now_s). Add it."),

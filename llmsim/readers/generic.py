@@ -27,8 +27,8 @@ PROMPT = ("prompt_tokens", "input_tokens", "input_length", "input_len", "input_t
 OUTPUT = ("output_tokens", "completion_tokens", "generated_tokens", "output_length", "output_len", "output_toks",
           "num_decode_tokens", "osl", "GeneratedTokens")  # fmt: skip
 OPTIONAL = ("request_id", "session_id", "turn", "parent_id", "delay_s", "priority", "slo_class", "slo_ttft_ms",
-            "slo_tpot_ms", "deadline_s", "model", "tenant", "prefix_id", "prefix_tokens", "hash_ids",
-            "output_hash_ids", "block_tokens")  # fmt: skip
+            "slo_tpot_ms", "deadline_s", "predicted_tokens", "model", "tenant", "prefix_id", "prefix_tokens",
+            "hash_ids", "output_hash_ids", "block_tokens")  # fmt: skip
 MAX_WHOLE = 2.0**53  # above this a double skips whole numbers
 PREFIX_BLOCK_TOKENS = 16  # for prefix_id + prefix_tokens: vLLM's block, so no shared token is lost to rounding there
 KNOWN = (
@@ -139,6 +139,8 @@ def _plain_columns(table: Table, rows: Rows, columns: dict[str, str]) -> None:
             setattr(rows, field, _sparse(table, columns[kind]) * 1e-3)
     if "deadline_s" in columns:
         rows.deadline_s = _sparse(table, columns["deadline_s"])
+    if "predicted_tokens" in columns:
+        rows.predicted_tokens = _sparse(table, columns["predicted_tokens"])
     if "priority" in columns:
         rows.priority = _whole(table, columns["priority"], table.floats(columns["priority"], negative=True))
     if "request_id" in columns:

@@ -70,6 +70,7 @@ class Rows:
     slo_ttft_s: FloatArray | None = None
     slo_tpot_s: FloatArray | None = None
     deadline_s: FloatArray | None = None
+    predicted_tokens: FloatArray | None = None
     time_unit: str | None = None  # unit of numeric stamps that no column name or date settles
     tick_s: float = 0.0  # resolution of the stamps where the format has a coarse one
     burstiness: float = 1.0  # gamma shape of arrivals that have to be regenerated

@@ -19,7 +19,7 @@ from llmsim.readers.rows import FloatArray, IntArray, Rows, listed
 
 LISTS = ("ids", "session", "slo_class", "tenant", "model", "block_ids", "output_block_ids")
 ARRAYS = ("line", "prompt_tokens", "output_tokens", "arrival_s", "delay_s", "priority", "slo_ttft_s", "slo_tpot_s",
-          "deadline_s")  # fmt: skip
+          "deadline_s", "predicted_tokens")  # fmt: skip
 
 
 MAX_SPAN_S = 1e10

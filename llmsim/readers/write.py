@@ -65,7 +65,8 @@ def check_writable(path: str | Path, format: str | None = None) -> str:
 def left_out(trace: Trace, kind: str) -> list[str]:
     """What the written form has no place for although a replay does not need it, as notes."""
     waits = trace.parent is not None and bool(np.isnan(trace.arrival_s).any())
-    labels = ["ids", "model", "tenant", "slo_ttft_s", "slo_tpot_s", "deadline_s", *([] if waits else ["parent"])]
+    labels = ["ids", "model", "tenant", "slo_ttft_s", "slo_tpot_s", "deadline_s", "predicted_tokens"]
+    labels += [] if waits else ["parent"]
     lost = [name for name in labels if getattr(trace, name) is not None]
     return [f"Mooncake lines have no place for {', '.join(lost)}: left out"] if kind == "mooncake" and lost else []
 
@@ -109,6 +110,8 @@ def columns(trace: Trace) -> dict[str, list[Any]]:
             made[name] = _sparse(seconds * 1e3)
     if trace.deadline_s is not None:
         made["deadline_s"] = _sparse(trace.deadline_s)
+    if trace.predicted_tokens is not None:
+        made["predicted_tokens"] = _sparse(trace.predicted_tokens)
     if trace.block_ids is not None:
         number = _numbering(trace)
         made["hash_ids"] = [[number(block) for block in ids] for ids in trace.block_ids]

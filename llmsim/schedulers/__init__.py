@@ -20,9 +20,11 @@ HOLD it is asked before each one: slower, and never wrong. If it schedules nothi
 when: `replica.wait_until(time_s)`.
 
 Optional: `order(request)`, the queue's sort key, fixed while a request waits (default: order of arrival, preempted ones
-first), `victim(replica)`, who leaves when blocks run short (default: the newest), `arrived(request, now_s)` and
-`ended(request, now_s)`: a request became schedulable; its blocks are free, or it was rejected. And
-`token_limit(limits)`: most tokens of an iteration, where not max_num_batched_tokens (SGLang's decodes have no limit).
+first), or `queue(engine)`, the waiting requests in a structure of the policy's own (the interface of
+`llmsim.queue.WaitingQueue`) for orders that change meanwhile; `victim(replica)`, who leaves when blocks run short
+(default: the newest), `arrived(request, now_s)` and `ended(request, now_s)`: a request became schedulable; its blocks
+are free, or it was rejected. And `token_limit(limits)`: most tokens of an iteration, where not max_num_batched_tokens
+(SGLang's decodes have no limit).
 
 `load_scheduler("vllm")` finds a built-in; `load_scheduler("my_policy.py:Mine")` a class in the user's own file.
 """
@@ -50,6 +52,15 @@ BUILTIN = {
     "sarathi": "llmsim.schedulers.sarathi:Sarathi",
     "sglang": "llmsim.schedulers.sglang:Sglang",
     "tensorrt-llm": "llmsim.schedulers.tensorrt_llm:TensorRtLlm",
+    "fcfs": "llmsim.schedulers.ordered:FirstCome",
+    "priority": "llmsim.schedulers.priority:PriorityClasses",
+    "sjf": "llmsim.schedulers.sjf:ShortestFirst",
+    "srtf": "llmsim.schedulers.srtf:ShortestRemaining",
+    "edf": "llmsim.schedulers.deadline:EarliestDeadline",
+    "least-slack": "llmsim.schedulers.deadline:LeastSlack",
+    "slo-chunk": "llmsim.schedulers.slo_chunk:SloChunk",
+    "mlfq": "llmsim.schedulers.mlfq:SkipJoinMlfq",
+    "vtc": "llmsim.schedulers.vtc:VirtualTokenCounter",
 }
 
 
