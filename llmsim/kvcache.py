@@ -94,6 +94,7 @@ class KVCache:
         self.total_blocks = total_blocks
         self.block_tokens = block_tokens
         self.prefix_caching = prefix_caching
+        self.prefix_block_tokens = prefix_block_tokens
         self.free_blocks = total_blocks
         self.idle_blocks = 0  # free blocks that still hold content
         self.evicted_blocks = 0

@@ -31,7 +31,8 @@ KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32", "fp8", "fp8_e4m3", 
 QUANTIZATIONS = ("fp8", "int8", "int4", "mxfp4", "awq", "awq_marlin", "gptq", "gptq_marlin")
 CUDAGRAPHS = ("full_and_piecewise", "piecewise", "none")
 SCHEDULING_POLICIES = ("fcfs", "priority")
-# argument of the policy "vllm": the field it comes from
+VLLM_SCHEDULERS = ("vllm", "vllm-native")  # our own, and the installed vLLM's
+# argument of these policies: the field it comes from
 VLLM_OPTIONS = {
     "policy": "scheduling_policy",
     "long_prefill_token_threshold": "long_prefill_token_threshold",
@@ -235,11 +236,11 @@ def _check_together(s: Scenario) -> None:
 
 def _check_policy(s: Scenario) -> None:
     """vLLM's policy takes its options from fields of their own, and no other policy knows them."""
-    if s.scheduler == "vllm":
+    if s.scheduler in VLLM_SCHEDULERS:
         for name, field_name in VLLM_OPTIONS.items():
             if name in s.scheduler_args:
                 raise ValueError(
-                    f"scheduler_args {name}={s.scheduler_args[name]!r}: the scheduler vllm takes it from the field "
+                    f"scheduler_args {name}={s.scheduler_args[name]!r}: the scheduler {s.scheduler} takes it from the field "
                     f"{field_name}: give {field_name} instead"
                 )
         return

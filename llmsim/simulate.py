@@ -32,7 +32,7 @@ from llmsim.replica import Limits, Replica
 from llmsim.request import Request
 from llmsim.routers import load_router
 from llmsim.rowlog import drained
-from llmsim.scenario import Scenario
+from llmsim.scenario import VLLM_SCHEDULERS, Scenario
 from llmsim.schedulers import load_scheduler
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def cost_of(scenario: Scenario) -> CostModel:
 def scheduler_of(scenario: Scenario) -> Any:
     """A fresh instance of the scenario's scheduling policy."""
     arguments: dict[str, Any] = {}
-    if scenario.scheduler == "vllm":
+    if scenario.scheduler in VLLM_SCHEDULERS:
         arguments = {
             "policy": scenario.scheduling_policy,
             "long_prefill_token_threshold": scenario.long_prefill_token_threshold,
@@ -102,6 +102,8 @@ def scheduler_of(scenario: Scenario) -> Any:
             "reserve_full_isl": scenario.reserve_full_isl,
             "enable_chunked_prefill": scenario.enable_chunked_prefill,
         }
+    if scenario.scheduler == "vllm-native":
+        arguments["max_model_len"] = scenario.max_model_len or 0
     return load_scheduler(scenario.scheduler, arguments | scenario.scheduler_args)
 
 

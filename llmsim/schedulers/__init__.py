@@ -33,6 +33,7 @@ HOLD = True
 
 BUILTIN = {
     "vllm": "llmsim.schedulers.vllm:VllmScheduler",
+    "vllm-native": "llmsim.schedulers.vllm_native:VllmNative",
     "chunked": "llmsim.schedulers.chunked:Chunked",
 }
 
