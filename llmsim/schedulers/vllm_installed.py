@@ -1,10 +1,10 @@
 """The scheduler of the vLLM that is installed here, without an engine around it: no GPU, no model, no clock.
 
 `InstalledVllm` makes vLLM's own scheduler object (v1/core/sched/scheduler.py `Scheduler`, async_scheduler.py
-`AsyncScheduler`) with its own KV cache manager, and stands where vLLM's engine core does (v1/engine/core.py): requests go
-in, `schedule()` says what runs, `update()` hands back the tokens. The model is one layer of nothing, on the CPU; which
-device it would run on changes nothing in these classes. Two steps get past checks that ask for a GPU: the device is
-given as "cpu", and asynchronous scheduling is switched on in the finished configuration.
+`AsyncScheduler`) with its own KV cache manager, and stands where vLLM's engine core does (v1/engine/core.py): requests
+go in, `schedule()` says what runs, `update()` hands back the tokens. The model is one layer of nothing, on the CPU;
+which device it would run on changes nothing in these classes. Two steps get past checks that ask for a GPU: the device
+is given as "cpu", and asynchronous scheduling is switched on in the finished configuration.
 
 Nothing here is imported before a scheduler is asked for: `import vllm` takes some 8 s.
 Written against vLLM 0.25.1; any version with the same V1 classes works. Left out: LoRA, connectors, multimodal inputs,
@@ -68,23 +68,22 @@ class Answer(NamedTuple):
     raw: Any  # vLLM's own object, to be handed back with the tokens
 
 
-class NotInstalled(ValueError):
+class VllmMissingError(ValueError):
     """vLLM is not here, or is one that cannot be driven."""
 
 
 def vllm_version() -> str:
-    """The installed version, or NotInstalled."""
+    """The installed version, or VllmMissingError."""
     return str(_vllm().version)
 
 
 @cache
 def _vllm() -> SimpleNamespace:
-    """vLLM's classes. Raises NotInstalled with the fix, in one line."""
+    """vLLM's classes. Raises VllmMissingError with the fix, in one line."""
     if importlib.util.find_spec("vllm") is None:
-        raise NotInstalled(f"scheduler vllm-native needs vLLM, which is not installed here. {INSTALL}.")
+        raise VllmMissingError(f"scheduler vllm-native needs vLLM, which is not installed here. {INSTALL}.")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it has much to say about a machine without a GPU
     try:
-        import torch
         import vllm
         from vllm.config import CacheConfig, DeviceConfig, ModelConfig, ParallelConfig, SchedulerConfig, VllmConfig
         from vllm.sampling_params import SamplingParams
@@ -97,9 +96,11 @@ def _vllm() -> SimpleNamespace:
         from vllm.v1.structured_output import StructuredOutputManager
     except ImportError as error:
         what = " ".join(str(error).split())
-        raise NotInstalled(f"scheduler vllm-native: the installed vLLM does not load: {what}. {INSTALL}.") from error
+        raise VllmMissingError(
+            f"scheduler vllm-native: the installed vLLM does not load: {what}. {INSTALL}."
+        ) from error
     return SimpleNamespace(
-        version=vllm.__version__, torch=torch, CacheConfig=CacheConfig, DeviceConfig=DeviceConfig,
+        version=vllm.__version__, CacheConfig=CacheConfig, DeviceConfig=DeviceConfig,
         ModelConfig=ModelConfig, ParallelConfig=ParallelConfig, SchedulerConfig=SchedulerConfig, VllmConfig=VllmConfig,
         SamplingParams=SamplingParams, get_request_block_hasher=get_request_block_hasher, init_none_hash=init_none_hash,
         AsyncScheduler=AsyncScheduler, Scheduler=Scheduler, FullAttentionSpec=FullAttentionSpec,
@@ -151,7 +152,7 @@ def _config(options: Options) -> Any:
 class InstalledVllm:
     """One scheduler of the installed vLLM and its KV cache; requests are known by name.
 
-    Raises NotInstalled if there is no vLLM or it cannot be driven; whatever vLLM itself raises surfaces untouched.
+    Raises VllmMissingError if there is no vLLM or it cannot be driven; whatever vLLM itself raises surfaces untouched.
     """
 
     def __init__(self, options: Options) -> None:
@@ -160,7 +161,7 @@ class InstalledVllm:
         try:
             config = _config(options)
             spec = v.FullAttentionSpec(
-                block_size=options.block_size, num_kv_heads=1, head_size=1, dtype=v.torch.float32
+                block_size=options.block_size, num_kv_heads=1, head_size=1, dtype=config.model_config.dtype
             )
             groups = [v.KVCacheGroupSpec(["layer"], spec)]
             v.init_none_hash(_hash)
@@ -177,7 +178,7 @@ class InstalledVllm:
             self._count_evictions()
         except (TypeError, AttributeError) as error:
             what = " ".join(str(error).split())
-            raise NotInstalled(
+            raise VllmMissingError(
                 f"scheduler vllm-native: vLLM {self.version} is not built as {WRITTEN_FOR} is: {what}. "
                 f"Install vLLM {WRITTEN_FOR}, or use --scheduler vllm."
             ) from error

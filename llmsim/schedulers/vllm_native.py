@@ -1,9 +1,9 @@
 """vLLM's own scheduler, as installed, on llmsim's clock: slow, and exactly what that version does.
 
 Before every iteration the policy hands vLLM the tokens of the iterations whose results the host has taken, adds the
-requests that have arrived, calls vLLM's `schedule()`, and repeats the answer on the replica with the primitives that any
-policy has. Clock, metrics and outputs are the replica's; who runs, how many tokens, who is preempted, what the prefix
-cache holds and how many blocks are free are vLLM's.
+requests that have arrived, calls vLLM's `schedule()`, and repeats the answer on the replica with the primitives that
+any policy has. Clock, metrics and outputs are the replica's; who runs, how many tokens, who is preempted, what the
+prefix cache holds and how many blocks are free are vLLM's.
 
     results known at schedule k    asynchronous: all but those of the iteration answered last, unless nothing was
                                    scheduled then (the host waited for it); synchronous: all
@@ -21,11 +21,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Hashable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmsim.kvcache import Hit, KVCache
 from llmsim.plugins import PolicyError
-from llmsim.schedulers.vllm_installed import Answer, InstalledVllm, Options, Scheduled, vllm_version
+from llmsim.schedulers.vllm_installed import WRITTEN_FOR, Answer, InstalledVllm, Options, Scheduled, vllm_version
 
 if TYPE_CHECKING:
     from llmsim.engine import Engine
@@ -68,7 +68,7 @@ class TokenIds:
 
 
 class Known:
-    """A request that vLLM has: the token ids of its answer, how many are sampled and how many of them vLLM has taken."""
+    """A request that vLLM has: its answer's token ids, how many are sampled, how many of them vLLM has taken."""
 
     __slots__ = ("answer", "request", "sampled", "taken")
 
@@ -244,6 +244,6 @@ class VllmNative:
     def _lost(self, request: Request, what: str, ours: object = None) -> PolicyError:
         where = "" if ours is None else f"; the replica has it at {ours}"
         return PolicyError(
-            f"vllm-native: vLLM {self.version}: request {request.id} {what}{where}. This version schedules in a way that "
-            "the replica cannot follow: use --scheduler vllm, or vLLM 0.25.1."
+            f"vllm-native: vLLM {self.version}: request {request.id} {what}{where}. This version schedules in a way "
+            f"that the replica cannot follow: use --scheduler vllm, or vLLM {WRITTEN_FOR}."
         )
