@@ -46,7 +46,7 @@ def make_case(seed: int, number: int) -> dict[str, Any]:
 
 
 def _limits(random: Random, kind: str, longest: int) -> dict[str, Any]:
-    seqs = random.choice((1, 2, 4, 8, 16, 64))
+    seqs = random.choice((1, 3, 8, 16, 64, 64, 64))
     budget = max(seqs, random.choice((16, 32, 64, 128, 256) if kind == "chunk" else (64, 256, 1024, 8192)))
     chunked = random.random() < (0.8 if kind == "chunk" else 0.9)
     context = longest + random.choice((0, 0, 1, 7, 1000))
@@ -83,12 +83,12 @@ def _clock(random: Random) -> dict[str, Any]:
 
 
 def _requests(random: Random, kind: str, block: int) -> list[dict[str, Any]]:
-    n = random.randrange(4, 40)
+    n = random.randrange(5, 60)
     typical = random.choice((12, 40, 120)) if block > 1 else random.choice((6, 20))
     scale = 3.0 if kind == "preempt" else 1.0  # answers
     shares = kind == "prefix" or random.random() < 0.35
     sessions: list[list[list[Any]]] = [[] for _ in range(random.randrange(1, 6))]
-    spread = random.choice((0.3, 1.0, 3.0, 10.0))
+    spread = random.choice((0.1, 0.3, 1.0, 3.0))
     turn = 0.0
     requests: list[dict[str, Any]] = []
     for number in range(n):
@@ -137,7 +137,7 @@ def _turn(
         said = _beginning(said, max(1, known - random.randrange(2)))
     known = sum(tokens for _, tokens in said)
     if new:
-        said = [*said, [name, new + output]]
+        said = [*said, [f"of {name}", new + output]]
     sessions[at] = said
     return known + new, said
 
