@@ -94,7 +94,9 @@ class MirroredKV(KVCache):
     def store(self, request: Request, tokens: int) -> None:
         """It has been registered."""
 
-    def release(self, request: Request, blocks: int, full_tokens: int, *, resumes: bool = False) -> None:
+    def release(
+        self, request: Request, blocks: int, full_tokens: int, *, resumes: bool = False, keep_content: bool = True
+    ) -> None:
         """They have been, or are about to be, freed."""
 
 
