@@ -136,6 +136,8 @@ class Engine(Aside):
             if blocks > kv.free_blocks:
                 return False
             kv.take(blocks)
+            if self._publishing:  # of equal blocks the one stored first is found
+                self._publish(request)
         else:
             if request.swapped_tokens:
                 raise self._error(f"asked to prefill request {request.id}, whose KV is in host memory: swap_in() it")
@@ -237,27 +239,33 @@ class Engine(Aside):
         self.preempted_now.append(request)
         self.waiting.put_back(request)
 
-    def _publish(self) -> None:
+    def _publish(self, before: Request | None = None) -> None:
         """Register what running requests with a known answer have generated, as far as vLLM would know it by now.
 
-        Of equal blocks the one stored first is found: who is ahead stored it before those who follow.
+        Of equal blocks the one stored first is found: who is ahead stored it before those who follow, and of those
+        who are level the one admitted first. vLLM registers blocks in the order in which it schedules, so `before` a
+        running request's chunk only those admitted before it have registered this iteration's.
         """
         batch, late = self.batch, self._late
         progress: list[tuple[int, int, Request]] = []
-        for request in self._publishing:
+        behind = False
+        for request in self.running:
+            behind = behind or request is before
+            if request not in self._publishing:
+                continue
             lag = 1 if self.asynchronous else 0  # its last token is in flight
             tokens = request.computed_tokens
             if request in batch:
                 tokens = batch.computed(request)
-                if self.decoding and (self._granted is None or request in self._granted):
+                if self.decoding and not behind and (self._granted is None or request in self._granted):
                     tokens += 1
                 if request.joined == batch.iteration and request in late:  # paused in the iteration before
                     lag = 0
             elif request in self.paused:
                 lag = int(self._left_now.get(request, False))
             progress.append((lag - tokens, len(progress), request))
-        for behind, _, request in sorted(progress):
-            self.kv.store(request, -behind)
+        for minus_tokens, _, request in sorted(progress):
+            self.kv.store(request, -minus_tokens)
 
     # ----------------------------------------------------------------------------------------- one iteration, no clock
 
