@@ -51,6 +51,8 @@ class Engine(Aside):
         self.hit_tokens = 0
         self._now_s = 0.0
         self._victim = getattr(scheduler, "victim", None)
+        own_limit = getattr(scheduler, "token_limit", None)  # of one iteration, where the engine's is another
+        self._token_limit: float = limits.max_num_batched_tokens if own_limit is None else own_limit(limits)
         self._blocks_taken = 0  # by this iteration's decodes
         self._granted: dict[Request, None] | None = None  # decodes of a one-by-one pass
         self._publishing: dict[Request, None] = {}  # running requests whose answer others may share
@@ -352,7 +354,7 @@ class Engine(Aside):
         tokens = self.decoding + sum(tokens for _, tokens, _ in self.chunks)
         if self._special:
             tokens += sum(self._padding.values()) + (self._ghost_seqs if self.decoding else 0)
-        if tokens > self.limits.max_num_batched_tokens:
+        if tokens > self._token_limit:
             limit = self.limits.max_num_batched_tokens
             raise self._error(f"scheduled {tokens} tokens in one iteration, beyond max_num_batched_tokens={limit}")
 
