@@ -329,6 +329,9 @@ class Engine(Aside):
     def free(self, ended: list[Request], now_s: float | None = None) -> None:
         """The host has taken the last token of these: their blocks and slots are free."""
         kv, on_ended = self.kv, self._on_ended
+        if len(ended) > 1 and any(request.held is not None for request in ended):
+            place = {request: at for at, request in enumerate(self.running)}  # vLLM's order, and so that of eviction
+            ended = sorted(ended, key=lambda request: place.get(request, 0))
         for request in ended:
             if request in self.running:
                 del self.running[request]

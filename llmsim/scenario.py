@@ -243,8 +243,8 @@ def _check_policy(s: Scenario) -> None:
         for name, field_name in VLLM_OPTIONS.items():
             if name in s.scheduler_args:
                 raise ValueError(
-                    f"scheduler_args {name}={s.scheduler_args[name]!r}: the scheduler {s.scheduler} takes it from the field "
-                    f"{field_name}: give {field_name} instead"
+                    f"scheduler_args {name}={s.scheduler_args[name]!r}: the scheduler {s.scheduler} takes it from the "
+                    f"field {field_name}: give {field_name} instead"
                 )
         return
     for field_name in VLLM_OPTIONS.values():
