@@ -58,6 +58,7 @@ class Engine(Aside):
         self._publishing: dict[Request, None] = {}  # running requests whose answer others may share
         self._hits_grow = False  # one of these is generating what the policy has looked for: its answer cannot last
         self._fruitless = 0  # preemptions since the last token
+        self._firsts: list[Request] = []  # whose prompt the iteration before completed
         self._late: dict[Request, None] = {}  # decode again after an iteration without them
         super().__init__(swap)
 
@@ -217,7 +218,7 @@ class Engine(Aside):
                 del self.paused[request]
                 known -= self._left_now.get(request, False)
             elif request not in self.prefilling:  # its last token is in flight
-                known -= in_flight
+                known -= 0 if request in self._firsts else in_flight  # a prompt is known as a whole
             elif isnan(request.last_token_s):
                 request.last_token_s = self._now_s
             self.chunks = [chunk for chunk in self.chunks if chunk[0] is not request]
@@ -314,7 +315,8 @@ class Engine(Aside):
             self._fruitless = 0
         else:
             ended = []
-        for request in self.completed_prompts():
+        self._firsts = self.completed_prompts()
+        for request in self._firsts:
             request.generated_tokens += 1
             self._fruitless = 0
             del self.prefilling[request]
