@@ -58,6 +58,7 @@ class Engine(Aside):
         self._publishing: dict[Request, None] = {}  # running requests whose answer others may share
         self._hits_grow = False  # one of these is generating what the policy has looked for: its answer cannot last
         self._fruitless = 0  # preemptions since the last token
+        self._rejoined: dict[Request, int] = {}  # sat an iteration out: the batch iteration at which they came back
         self._firsts: list[Request] = []  # whose prompt the iteration before completed
         self._late: dict[Request, None] = {}  # decode again after an iteration without them
         super().__init__(swap)
@@ -200,9 +201,8 @@ class Engine(Aside):
         if self._publishing:  # before its own blocks: of equal ones the first stored is found
             self._publish()
         batch = self.batch
-        in_flight = 1 if self.asynchronous else 0  # content is registered when its token is known
         if request in batch:
-            stayed = batch.iteration - request.joined
+            decodes = batch.iteration - request.joined
             batch.remove(request)
             tokens = request.computed_tokens
             if self._granted is not None and request in self._granted:  # it was to make a token in this very iteration
@@ -210,7 +210,8 @@ class Engine(Aside):
                 self.decoding -= 1
                 self._blocks_taken -= tokens % self.kv.block_tokens == 0
                 tokens += 1
-            known = tokens - in_flight if stayed or tokens > request.computed_tokens else tokens
+                decodes += 1
+            known = tokens - self._in_flight(request, decodes)
             self._cut(request)
         else:
             tokens = known = request.computed_tokens
@@ -218,7 +219,8 @@ class Engine(Aside):
                 del self.paused[request]
                 known -= self._left_now.get(request, False)
             elif request not in self.prefilling:  # its last token is in flight
-                known -= 0 if request in self._firsts else in_flight  # a prompt is known as a whole
+                if request not in self._firsts:  # a prompt is known as a whole
+                    known -= self._in_flight(request, batch.iteration - self._rejoined.get(request, -1))
             elif isnan(request.last_token_s):
                 request.last_token_s = self._now_s
             self.chunks = [chunk for chunk in self.chunks if chunk[0] is not request]
@@ -226,7 +228,17 @@ class Engine(Aside):
         self._late.pop(request, None)
         self.prefilling.pop(request, None)
         self._publishing.pop(request, None)
+        self._rejoined.pop(request, None)
         return tokens, known
+
+    def _in_flight(self, request: Request, decodes: int) -> int:
+        """Of a request's tokens, those whose content is not registered yet, after `decodes` decodes in a row.
+
+        Asynchronous: content is registered when its token is known on the host, one iteration later, unless the
+        request sat an iteration out: then the token that it goes on with has come back meanwhile.
+        """
+        first = 2 if request in self._rejoined else 1
+        return 1 if self.asynchronous and decodes >= first else 0
 
     def _send_back(self, request: Request) -> None:
         request.computed_tokens = 0
@@ -249,7 +261,7 @@ class Engine(Aside):
         who are level the one admitted first. vLLM registers blocks in the order in which it schedules, so `before` a
         running request's chunk only those admitted before it have registered this iteration's.
         """
-        batch, late = self.batch, self._late
+        batch = self.batch
         progress: list[tuple[int, int, Request]] = []
         behind = False
         for request in self.running:
@@ -259,11 +271,11 @@ class Engine(Aside):
             lag = 1 if self.asynchronous else 0  # its last token is in flight
             tokens = request.computed_tokens
             if request in batch:
-                tokens = batch.computed(request)
+                decodes = batch.iteration - request.joined
                 if self.decoding and not behind and (self._granted is None or request in self._granted):
-                    tokens += 1
-                if request.joined == batch.iteration and request in late:  # paused in the iteration before
-                    lag = 0
+                    decodes += 1
+                tokens += decodes
+                lag = self._in_flight(request, decodes)
             elif request in self.paused:
                 lag = int(self._left_now.get(request, False))
             progress.append((lag - tokens, len(progress), request))
@@ -284,6 +296,7 @@ class Engine(Aside):
             for request in self.paused_now:
                 self.batch.add(request)
                 self._late[request] = None
+                self._rejoined[request] = self.batch.iteration
             self.paused_now = []
         if self._special:
             self._clear()
@@ -338,6 +351,8 @@ class Engine(Aside):
             if request in self.running:
                 del self.running[request]
                 self._publishing.pop(request, None)
+                if self._rejoined:
+                    self._rejoined.pop(request, None)
                 tokens = request.computed_tokens
                 kv.release(request, kv.blocks_for(tokens), tokens)
             else:  # preempted while its last token was in flight
