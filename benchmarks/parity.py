@@ -188,8 +188,9 @@ def scenario_of(case: dict[str, Any], scheduler: str) -> Any:
 
     config = {FIELDS.get(name, name): value for name, value in case["config"].items() if name != "num_gpu_blocks"}
     blocks = case["config"]["num_gpu_blocks"]
-    closed = case["clock"]["concurrency"]
-    return Scenario(**SCENARIO, **config, scheduler=scheduler, num_gpu_blocks_override=blocks, concurrency=closed)
+    clock = case["clock"]
+    fleet = {"replicas": clock["replicas"], "router": "least_outstanding", "concurrency": clock["concurrency"]}
+    return Scenario(**SCENARIO, **config, **fleet, scheduler=scheduler, num_gpu_blocks_override=blocks)
 
 
 def replayed(case: dict[str, Any], scheduler: str) -> Any:

@@ -79,6 +79,7 @@ def _clock(random: Random) -> dict[str, Any]:
         "id_blocks": random.choice((0.5, 1, 1, 2, 4)),
         "answers": random.random() < 0.6,
         "concurrency": random.choice((None, None, None, None, 1, 3, 10)),
+        "replicas": random.choice((1, 1, 1, 1, 2)),
     }
 
 

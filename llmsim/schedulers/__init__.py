@@ -41,13 +41,13 @@ HOLD = True
 
 BUILTIN = {
     "vllm": "llmsim.schedulers.vllm:VllmScheduler",
-    "vllm-native": "llmsim.schedulers.vllm_native:VllmNative",
     "chunked": "llmsim.schedulers.chunked:Chunked",
     "static": "llmsim.schedulers.static:StaticBatching",
     "dynamic": "llmsim.schedulers.dynamic:DynamicBatching",
     "orca": "llmsim.schedulers.orca:Orca",
     "vllm-v0": "llmsim.schedulers.vllm_v0:VllmV0",
     "sarathi": "llmsim.schedulers.sarathi:Sarathi",
+    "vllm-native": "llmsim.schedulers.vllm_native:VllmNative",
 }
 
 

@@ -101,7 +101,7 @@ class MirroredKV(KVCache):
 
 
 class VllmNative:
-    """`policy` and the other arguments are vLLM's options; `max_model_len`: 0 is a context longer than any request."""
+    """The installed vLLM's own scheduler (extra `native`). Arguments as vLLM's options; `max_model_len` 0: any length."""
 
     requires = "vllm"  # the module without which no instance can be made
 
