@@ -99,10 +99,11 @@ def _vllm() -> SimpleNamespace:
         raise VllmMissingError(
             f"scheduler vllm-native: the installed vLLM does not load: {what}. {INSTALL}."
         ) from error
+    init_none_hash(_hash)  # the root of all hash chains: one of a process, and drawn anew by every call
     return SimpleNamespace(
         version=vllm.__version__, CacheConfig=CacheConfig, DeviceConfig=DeviceConfig,
         ModelConfig=ModelConfig, ParallelConfig=ParallelConfig, SchedulerConfig=SchedulerConfig, VllmConfig=VllmConfig,
-        SamplingParams=SamplingParams, get_request_block_hasher=get_request_block_hasher, init_none_hash=init_none_hash,
+        SamplingParams=SamplingParams, get_request_block_hasher=get_request_block_hasher,
         AsyncScheduler=AsyncScheduler, Scheduler=Scheduler, FullAttentionSpec=FullAttentionSpec,
         KVCacheConfig=KVCacheConfig, KVCacheGroupSpec=KVCacheGroupSpec, ModelRunnerOutput=ModelRunnerOutput,
         Request=Request, StructuredOutputManager=StructuredOutputManager,
@@ -164,7 +165,6 @@ class InstalledVllm:
                 block_size=options.block_size, num_kv_heads=1, head_size=1, dtype=config.model_config.dtype
             )
             groups = [v.KVCacheGroupSpec(["layer"], spec)]
-            v.init_none_hash(_hash)
             self._hasher = v.get_request_block_hasher(options.block_size, _hash)
             self.scheduler = (v.AsyncScheduler if options.async_scheduling else v.Scheduler)(
                 vllm_config=config,

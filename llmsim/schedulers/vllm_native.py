@@ -101,7 +101,7 @@ class MirroredKV(KVCache):
 
 
 class VllmNative:
-    """The installed vLLM's own scheduler (extra `native`). Arguments as vLLM's options; `max_model_len` 0: any length."""
+    """The scheduler of the installed vLLM (extra `native`). Arguments as vLLM's; `max_model_len` 0: any length."""
 
     requires = "vllm"  # the module without which no instance can be made
 
