@@ -284,7 +284,7 @@ class Fleet:
             self._send(request)
 
     def _send(self, request: Request) -> None:
-        now_s, answers = self.env.now, self._answers
+        now_s, answers = request.arrival_s, self._answers  # env.now may be a rounding before it
         while answers and answers[0][0] <= now_s:
             self.replicas[heappop(answers)[1]].outstanding -= 1
         replica = self._routed(request, now_s)
