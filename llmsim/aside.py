@@ -55,6 +55,7 @@ class Aside:
     _now_s: float
     _granted: dict[Request, None] | None
     _late: dict[Request, None]
+    _rejoined: dict[Request, int]
     _publishing: dict[Request, None]
 
     def __init__(self, swap: Swap | None) -> None:
@@ -183,6 +184,7 @@ class Aside:
         if request.decoded:
             self.batch.add(request)
             self._late[request] = None
+            self._rejoined[request] = self.batch.iteration
         else:
             self.prefilling[request] = None
 

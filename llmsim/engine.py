@@ -57,6 +57,8 @@ class Engine(Aside):
         self._publishing: dict[Request, None] = {}  # running requests whose answer others may share
         self._hits_grow = False  # one of these is generating what the policy has looked for: its answer cannot last
         self._fruitless = 0  # preemptions since the last token
+        self._rejoined: dict[Request, int] = {}  # sat an iteration out: the batch iteration at which they came back
+        self._firsts: list[Request] = []  # whose prompt the iteration before completed
         self._late: dict[Request, None] = {}  # decode again after an iteration without them
         super().__init__(swap)
         queue = getattr(scheduler, "queue", None)
@@ -143,6 +145,8 @@ class Engine(Aside):
             if blocks > kv.free_blocks:
                 return False
             kv.take(blocks)
+            if self._publishing:  # of equal blocks the one stored first is found
+                self._publish(request)
         else:
             if request.swapped_tokens:
                 raise self._error(f"asked to prefill request {request.id}, whose KV is in host memory: swap_in() it")
@@ -202,9 +206,8 @@ class Engine(Aside):
         if self._publishing:  # before its own blocks: of equal ones the first stored is found
             self._publish()
         batch = self.batch
-        in_flight = 1 if self.asynchronous else 0  # content is registered when its token is known
         if request in batch:
-            stayed = batch.iteration - request.joined
+            decodes = batch.iteration - request.joined
             batch.remove(request)
             tokens = request.computed_tokens
             if self._granted is not None and request in self._granted:  # it was to make a token in this very iteration
@@ -212,7 +215,8 @@ class Engine(Aside):
                 self.decoding -= 1
                 self._blocks_taken -= tokens % self.kv.block_tokens == 0
                 tokens += 1
-            known = tokens - in_flight if stayed or tokens > request.computed_tokens else tokens
+                decodes += 1
+            known = tokens - self._in_flight(request, decodes)
             self._cut(request)
         else:
             tokens = known = request.computed_tokens
@@ -220,7 +224,8 @@ class Engine(Aside):
                 del self.paused[request]
                 known -= self._left_now.get(request, False)
             elif request not in self.prefilling:  # its last token is in flight
-                known -= in_flight
+                if request not in self._firsts:  # a prompt is known as a whole
+                    known -= self._in_flight(request, batch.iteration - self._rejoined.get(request, -1))
             elif isnan(request.last_token_s):
                 request.last_token_s = self._now_s
             self.chunks = [chunk for chunk in self.chunks if chunk[0] is not request]
@@ -228,7 +233,17 @@ class Engine(Aside):
         self._late.pop(request, None)
         self.prefilling.pop(request, None)
         self._publishing.pop(request, None)
+        self._rejoined.pop(request, None)
         return tokens, known
+
+    def _in_flight(self, request: Request, decodes: int) -> int:
+        """Of a request's tokens, those whose content is not registered yet, after `decodes` decodes in a row.
+
+        Asynchronous: content is registered when its token is known on the host, one iteration later, unless the
+        request sat an iteration out: then the token that it goes on with has come back meanwhile.
+        """
+        first = 2 if request in self._rejoined else 1
+        return 1 if self.asynchronous and decodes >= first else 0
 
     def _send_back(self, request: Request) -> None:
         request.computed_tokens = 0
@@ -244,27 +259,33 @@ class Engine(Aside):
         self.preempted_now.append(request)
         self.waiting.put_back(request)
 
-    def _publish(self) -> None:
+    def _publish(self, before: Request | None = None) -> None:
         """Register what running requests with a known answer have generated, as far as vLLM would know it by now.
 
-        Of equal blocks the one stored first is found: who is ahead stored it before those who follow.
+        Of equal blocks the one stored first is found: who is ahead stored it before those who follow, and of those
+        who are level the one admitted first. vLLM registers blocks in the order in which it schedules, so `before` a
+        running request's chunk only those admitted before it have registered this iteration's.
         """
-        batch, late = self.batch, self._late
+        batch = self.batch
         progress: list[tuple[int, int, Request]] = []
-        for request in self._publishing:
+        behind = False
+        for request in self.running:
+            behind = behind or request is before
+            if request not in self._publishing:
+                continue
             lag = 1 if self.asynchronous else 0  # its last token is in flight
             tokens = request.computed_tokens
             if request in batch:
-                tokens = batch.computed(request)
-                if self.decoding and (self._granted is None or request in self._granted):
-                    tokens += 1
-                if request.joined == batch.iteration and request in late:  # paused in the iteration before
-                    lag = 0
+                decodes = batch.iteration - request.joined
+                if self.decoding and not behind and (self._granted is None or request in self._granted):
+                    decodes += 1
+                tokens += decodes
+                lag = self._in_flight(request, decodes)
             elif request in self.paused:
                 lag = int(self._left_now.get(request, False))
             progress.append((lag - tokens, len(progress), request))
-        for behind, _, request in sorted(progress):
-            self.kv.store(request, -behind)
+        for minus_tokens, _, request in sorted(progress):
+            self.kv.store(request, -minus_tokens)
 
     # ----------------------------------------------------------------------------------------- one iteration, no clock
 
@@ -285,6 +306,7 @@ class Engine(Aside):
             for request in self.paused_now:
                 self.batch.add(request)
                 self._late[request] = None
+                self._rejoined[request] = self.batch.iteration
             self.paused_now = []
         if self._special:
             self._clear()
@@ -318,7 +340,8 @@ class Engine(Aside):
             self._fruitless = 0
         else:
             ended = []
-        for request in self.completed_prompts():
+        self._firsts = self.completed_prompts()
+        for request in self._firsts:
             request.generated_tokens += 1
             self._fruitless = 0
             del self.prefilling[request]
@@ -333,10 +356,15 @@ class Engine(Aside):
     def free(self, ended: list[Request], now_s: float | None = None) -> None:
         """The host has taken the last token of these: their blocks and slots are free."""
         kv, on_ended = self.kv, self._on_ended
+        if len(ended) > 1 and any(request.held is not None for request in ended):
+            place = {request: at for at, request in enumerate(self.running)}  # vLLM's order, and so that of eviction
+            ended = sorted(ended, key=lambda request: place.get(request, 0))
         for request in ended:
             if request in self.running:
                 del self.running[request]
                 self._publishing.pop(request, None)
+                if self._rejoined:
+                    self._rejoined.pop(request, None)
                 tokens = request.computed_tokens
                 kv.release(request, kv.blocks_for(tokens), tokens)
             else:  # preempted while its last token was in flight

@@ -40,7 +40,7 @@ def replay_case(path: str | Path) -> str | None:
     replayed = Replay(case, str(path))
     made = replayed.run()
     for number, (ours, theirs) in enumerate(zip(made, case["steps"], strict=False)):
-        difference = _first_difference(ours, theirs)
+        difference = first_difference(ours, theirs)
         if difference is not None:
             return f"step {number} (turn {theirs.get('iter')}): {difference}"
     if len(made) != len(case["steps"]):
@@ -102,7 +102,8 @@ def load_case(path: str | Path) -> dict[str, Any]:
     return case
 
 
-def _first_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
+def first_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
+    """The first field in which two steps differ, with both values; None if they are equal."""
     if ours["iter"] != theirs.get("iter"):
         return f"iter: {ours['iter']}, recorded {theirs.get('iter')}"
     for field in COMPARED:

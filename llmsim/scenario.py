@@ -50,7 +50,8 @@ PREEMPTIONS = ("recompute", "swap", "pause")
 SCHEDULING_POLICIES = ("fcfs", "priority")
 # fields that make vLLM's cache another one, and what leaves it as it is
 KV_CACHE_KINDS = {"eviction": "lru", "kv_allocation": "paged", "kv_tiers": "none", "kv_compression": "none"}
-# argument of the policy "vllm": the field it comes from
+VLLM_SCHEDULERS = ("vllm", "vllm-native")  # our own, and the installed vLLM's
+# argument of these policies: the field it comes from
 VLLM_OPTIONS = {
     "policy": "scheduling_policy",
     "long_prefill_token_threshold": "long_prefill_token_threshold",
@@ -351,12 +352,12 @@ def _check_radix_tree(s: Scenario) -> None:
 
 def _check_policy(s: Scenario) -> None:
     """vLLM's policy takes its options from fields of their own, and no other policy knows them."""
-    if s.scheduler == "vllm":
+    if s.scheduler in VLLM_SCHEDULERS:
         for name, field_name in VLLM_OPTIONS.items():
             if name in s.scheduler_args:
                 raise ValueError(
-                    f"scheduler_args {name}={s.scheduler_args[name]!r}: the scheduler vllm takes it from the field "
-                    f"{field_name}: give {field_name} instead"
+                    f"scheduler_args {name}={s.scheduler_args[name]!r}: the scheduler {s.scheduler} takes it from the "
+                    f"field {field_name}: give {field_name} instead"
                 )
         return
     for field_name in VLLM_OPTIONS.values():

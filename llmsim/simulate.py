@@ -33,7 +33,7 @@ from llmsim.replica import Limits, Replica, Swap
 from llmsim.request import Request
 from llmsim.routers import load_router
 from llmsim.rowlog import drained
-from llmsim.scenario import Scenario
+from llmsim.scenario import VLLM_SCHEDULERS, Scenario
 from llmsim.schedulers import load_scheduler
 from llmsim.trace_order import likely_times_s
 
@@ -122,7 +122,7 @@ def admission_of(scenario: Scenario) -> Any:
 def scheduler_of(scenario: Scenario) -> Any:
     """A fresh instance of the scenario's scheduling policy."""
     arguments: dict[str, Any] = {}
-    if scenario.scheduler == "vllm":
+    if scenario.scheduler in VLLM_SCHEDULERS:
         arguments = {
             "policy": scenario.scheduling_policy,
             "long_prefill_token_threshold": scenario.long_prefill_token_threshold,
@@ -131,6 +131,8 @@ def scheduler_of(scenario: Scenario) -> Any:
             "enable_chunked_prefill": scenario.enable_chunked_prefill,
             "preemption": scenario.preemption,
         }
+    if scenario.scheduler == "vllm-native":
+        arguments["max_model_len"] = scenario.max_model_len or 0
     return load_scheduler(scenario.scheduler, arguments | scenario.scheduler_args)
 
 
@@ -306,7 +308,7 @@ class Fleet:
             self._send(request)
 
     def _send(self, request: Request) -> None:
-        now_s, answers = self.env.now, self._answers
+        now_s, answers = request.arrival_s, self._answers  # env.now may be a rounding before it
         while answers and answers[0][0] <= now_s:
             self.replicas[heappop(answers)[1]].outstanding -= 1
         replica = self._routed(request, now_s)

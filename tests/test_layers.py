@@ -31,6 +31,7 @@ ROOMS = {  # modules that share a room may import each other, as may the files o
 }
 FORBIDDEN = {"torch", "streamlit"}
 ALTAIR_ROOMS = {"charts"}
+VLLM_ROOMS = {"schedulers"}
 SIMPY_ROOMS = {"replica", "simulate"}
 
 
@@ -69,10 +70,10 @@ def complaints(module, source):
         there = room(rest.partition(".")[0])
         if dotted.startswith("."):
             found.append(f"{module} imports {dotted}: write the full name")
-        rooms = {"simpy": SIMPY_ROOMS, "altair": ALTAIR_ROOMS}.get(top, {here})
+        rooms = {"simpy": SIMPY_ROOMS, "altair": ALTAIR_ROOMS, "vllm": VLLM_ROOMS}.get(top, {here})
         if top in FORBIDDEN or here not in rooms:
             found.append(f"{module} imports {top}")
-        elif top in ("pandas", "altair") and at_once:
+        elif top in ("pandas", "altair", "vllm") and at_once:
             found.append(f"{module} imports {top} on import: import it in the function that needs it")
         if top == "llmsim" and there in FLOORS and there != here and FLOORS[there] >= FLOORS[here]:
             found.append(f"{here} (floor {FLOORS[here]}) imports {there} (floor {FLOORS[there]})")
@@ -103,6 +104,10 @@ def test_the_rule_sees_what_it_forbids():
     assert complaints("charts", "import altair") == [
         "charts imports altair on import: import it in the function that needs it"
     ]
+    assert complaints("schedulers", "import vllm.config") == [
+        "schedulers imports vllm on import: import it in the function that needs it"
+    ]
+    assert complaints("engine", "def f():\n    import vllm") == ["engine imports vllm"]
     assert complaints("attic", "") == ["attic has no floor: give it one in tests/test_layers.py"]
 
 

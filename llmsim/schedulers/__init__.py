@@ -61,6 +61,7 @@ BUILTIN = {
     "slo-chunk": "llmsim.schedulers.slo_chunk:SloChunk",
     "mlfq": "llmsim.schedulers.mlfq:SkipJoinMlfq",
     "vtc": "llmsim.schedulers.vtc:VirtualTokenCounter",
+    "vllm-native": "llmsim.schedulers.vllm_native:VllmNative",
 }
 
 
