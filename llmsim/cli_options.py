@@ -15,8 +15,11 @@ from typing import Any
 import click
 
 from llmsim.scenario import (
+    ACTIVATION_DTYPES,
+    ATTENTION_KERNELS,
     CUDAGRAPHS,
     DTYPES,
+    KERNEL_FUSIONS,
     KV_CACHE_DTYPES,
     QUANTIZATIONS,
     SCHEDULING_POLICIES,
@@ -151,6 +154,15 @@ SCENARIO_FLAGS: list[Callable[[Any], Any]] = [
     click.option("--host-scale", type=float, help="2: a host half as fast as the measured one. [1]"),
     click.option("--concurrency", type=INT, help="Closed loop: this many requests under way, arrival times ignored."),
     click.option("--seed", type=INT, help="Of every random draw. [0]"),
+    click.option(
+        "--attention-kernel", type=_choice(ATTENTION_KERNELS), help="What if: flash, or math (unfused). [flash]"
+    ),
+    click.option(
+        "--kernel-fusion", type=_choice(KERNEL_FUSIONS), help="What if: " + _words(KERNEL_FUSIONS, "compiled")
+    ),
+    click.option(
+        "--activation-dtype", type=_choice(ACTIVATION_DTYPES), help="What if: " + _words(ACTIVATION_DTYPES, "auto")
+    ),
 ]
 
 

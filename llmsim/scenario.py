@@ -29,7 +29,10 @@ DTYPES = ("auto", "bfloat16", "float16", "half", "float32", "float")  # auto: bf
 KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32", "fp8", "fp8_e4m3", "fp8_e5m2")
 # of the weights; activations of the 4-bit formats stay in `dtype`
 QUANTIZATIONS = ("fp8", "int8", "int4", "mxfp4", "awq", "awq_marlin", "gptq", "gptq_marlin")
-CUDAGRAPHS = ("full_and_piecewise", "piecewise", "none")
+CUDAGRAPHS = ("full_and_piecewise", "full_decode_only", "piecewise", "none")
+ATTENTION_KERNELS = ("flash", "math")
+KERNEL_FUSIONS = ("compiled", "custom", "none")
+ACTIVATION_DTYPES = ("auto", "bfloat16")
 SCHEDULING_POLICIES = ("fcfs", "priority")
 # argument of the policy "vllm": the field it comes from
 VLLM_OPTIONS = {
@@ -74,6 +77,10 @@ class Scenario:
     host_scale: float = 1.0  # 2: a host that needs twice the time for everything it does
     concurrency: int | None = None  # closed loop: at most this many requests under way; None: sent when the trace says
     seed: int = 0
+    # What if the engine lacked one of its optimisations (llmsim.cost.variant)? No engine's flags; the defaults are vLLM's.
+    attention_kernel: str = "flash"  # math: scores in memory, every step of attention a kernel of its own
+    kernel_fusion: str = "compiled"  # custom: torch.compile off, hand-written kernels; none: each operation a kernel
+    activation_dtype: str = "auto"  # of the linear layers' inputs: as fast as the weights allow, or bfloat16
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -194,6 +201,9 @@ _ONE_OF = {
     "dtype": DTYPES,
     "kv_cache_dtype": KV_CACHE_DTYPES,
     "quantization": QUANTIZATIONS,
+    "attention_kernel": ATTENTION_KERNELS,
+    "kernel_fusion": KERNEL_FUSIONS,
+    "activation_dtype": ACTIVATION_DTYPES,
 }
 
 
@@ -230,6 +240,11 @@ def _check_together(s: Scenario) -> None:
         raise ValueError(_below_seqs(tokens, seqs))
     if context is not None:
         _check_context(s, context)
+    if s.kernel_fusion != "compiled" and "piecewise" in s.cudagraph:
+        raise ValueError(
+            f"cudagraph={s.cudagraph} needs kernel_fusion=compiled, since piecewise graphs are cut out of compiled code: "
+            f"with kernel_fusion={s.kernel_fusion} give cudagraph full_decode_only or none"
+        )
     _check_policy(s)
 
 

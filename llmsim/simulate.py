@@ -87,6 +87,9 @@ def cost_of(scenario: Scenario) -> CostModel:
         kv_dtype=s.kv_dtype,
         graphs=Graphs.of_engine(s.max_num_seqs, s.max_num_batched_tokens, s.cudagraph),
         host_scale=s.host_scale,
+        attention_kernel=s.attention_kernel,
+        kernel_fusion=s.kernel_fusion,
+        activation_dtype=s.activation_dtype,
     )
     return load_cost(s.cost, find_model(s.model), find_gpu(s.gpu), settings)
 
