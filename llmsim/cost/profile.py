@@ -494,6 +494,13 @@ class ProfileCost:
         self.pair_s = coefficients.pair_s
         self.label = self._describe(model, settings)
 
+    @property
+    def origin(self) -> str:
+        """What its seconds rest on, in two words."""
+        if not self.scaled:
+            return "recorded engine"
+        return "timed kernels" if self._forward is not None else "data-sheet shapes"
+
     def _describe(self, model: Model, settings: CostSettings) -> str:
         profile = self.profile
         shown = measured_error(profile)

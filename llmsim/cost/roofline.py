@@ -91,7 +91,7 @@ def ridge(compute_s: float, memory_s: float) -> float:
 class RooflineCost:
     """`dtype` is the format of the weights; matmuls run in it where the GPU can, else in bfloat16."""
 
-    kind = "roofline"
+    kind = origin = "roofline"
 
     def __init__(
         self,

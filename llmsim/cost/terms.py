@@ -47,6 +47,10 @@ class Parts(NamedTuple):
 class Termed(CostModel, Protocol):
     """A cost model that can name its terms."""
 
+    @property
+    def origin(self) -> str:
+        """What its seconds rest on, in two words."""
+
     def parts(self, tokens: int, requests: int, seqs: int) -> Parts: ...
 
     def prompts_s(self, chunks: Any, tokens: Any, context_tokens: Any, pairs: Any) -> Any:
@@ -67,51 +71,25 @@ def termed(cost: CostModel) -> Termed:
     return cast(Termed, cost)
 
 
-def busy_terms_s(model: CostModel, iterations: Columns) -> dict[str, float]:
-    """GPU seconds of an iteration log by term."""
+def row_terms_s(model: CostModel, iterations: Columns) -> dict[str, Floats]:
+    """GPU seconds of each row of an iteration log by term."""
     cost = termed(model)
     n = iterations["iterations"].astype(float)
     busy_s = n * iterations["gpu_first_s"] + iterations["gpu_growth_s"] * (n * (n - 1) / 2)
-    chunks = iterations["prefill_requests"] > 0
+    prompts = iterations["prefill_requests"]
     seqs, rows = iterations["seqs"], iterations["seqs"] + iterations["prefill_tokens"]
-    verified = iterations["verified_tokens"] if "verified_tokens" in iterations else np.zeros_like(seqs)
-    requests = seqs + iterations["prefill_requests"]
-    keys, places = np.unique(
-        np.stack([rows + verified, requests + verified, seqs, chunks.astype(rows.dtype)]), axis=1, return_inverse=True
-    )
-    fixed = np.array([cost.parts(*(int(value) for value in key[:3])) for key in keys.T]).reshape(-1, len(Parts._fields))
-    columns = fixed[places.ravel()] * n[:, None]
-    sums = dict(zip(TERMS, columns.sum(axis=0).tolist(), strict=False))
-    decodes_s = np.where(chunks, _decode_context_s(cost, seqs, iterations["kv_tokens"]), 0.0)
-    prompts_s = np.where(
-        chunks,
-        cost.prompts_s(
-            iterations["prefill_requests"],
-            iterations["prefill_tokens"],
-            iterations["prefill_context"],
-            iterations["prefill_pairs"],
-        ),
-        0.0,
-    )
-    context_s = _run_context_s(cost, iterations, n) * ~chunks
-    sums["attention"] += float((decodes_s + prompts_s + context_s).sum())
-    sums["clocks"] = float(busy_s.sum()) - sum(sums.values())
-    return sums
-
-
-def _decode_context_s(cost: CostModel, seqs: NDArray[Any], kv_tokens: NDArray[Any]) -> Floats:
-    """Attention to the context of decodes, one iteration."""
+    keys, places = np.unique(np.stack([rows, seqs + prompts, seqs]), axis=1, return_inverse=True)
+    fixed = np.array([cost.parts(*(int(value) for value in key)) for key in keys.T]).reshape(-1, len(Parts._fields))
+    terms: dict[str, Floats] = dict(zip(TERMS, (fixed[places.ravel()] * n[:, None]).T, strict=False))
+    cached = n * iterations["kv_tokens"] + seqs * (n * (n - 1) / 2)
     values, places = np.unique(seqs, return_inverse=True)
     slopes = np.array([_token_s(cost, int(value)) if value else 0.0 for value in values])
-    seconds: Floats = slopes[places] * kv_tokens
-    return seconds
-
-
-def _run_context_s(cost: CostModel, iterations: Columns, n: Floats) -> Floats:
-    """The same over runs of iterations, whose contexts grow by a token each."""
-    seqs = iterations["seqs"]
-    cached = n * iterations["kv_tokens"] + seqs * (n * (n - 1) / 2)
-    return _decode_context_s(cost, seqs, cached)
+    prompts_s = cost.prompts_s(
+        prompts, iterations["prefill_tokens"], iterations["prefill_context"], iterations["prefill_pairs"]
+    )
+    terms["attention"] = terms["attention"] + slopes[places.ravel()] * cached + np.where(prompts > 0, prompts_s, 0.0)
+    terms["clocks"] = busy_s - sum(terms.values())
+    return terms
 
 
 def _token_s(cost: CostModel, seqs: int) -> float:

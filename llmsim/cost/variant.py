@@ -60,6 +60,9 @@ class VariantCost:
         if self._unfused:
             self._more_launches(MATH_OPERATIONS * known.operation_launch_s * settings.host_scale, eager_only=False)
         self.label = f"{inner.label}; {_described(settings, source)}"
+        self.origin = self._inner.origin
+        if settings.attention_kernel == "math" or self._plain:
+            self.origin += ", plain kernels " + ("timed" if source.startswith("timed on this GPU") else "scaled")
         profile = getattr(inner, "profile", None)
         if profile is not None:
             self.profile = profile
