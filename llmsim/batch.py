@@ -76,8 +76,8 @@ class RunningBatch:
         """Tokens of a member whose KV exists once the iterations so far have run."""
         return request.computed_tokens + self.iteration - request.joined
 
-    def needs_block(self, request: Request) -> bool:
-        """Whether the member's next token goes into a new KV block."""
+    def needs_block(self, request: Request) -> int:
+        """New KV blocks for the member's next token: 1 or 0."""
         return self.computed(request) % self.block_tokens == 0
 
     def steps_to_finish(self) -> int:

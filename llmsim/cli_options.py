@@ -156,6 +156,12 @@ SCENARIO_FLAGS: list[Callable[[Any], Any]] = [
     click.option("--concurrency", type=INT, help="Closed loop: this many requests under way, arrival times ignored."),
     click.option("--seed", type=INT, help="Of every random draw. [0]"),
     click.option(
+        "--speculative-config",
+        "speculative_config",
+        metavar="JSON",
+        help="Speculative decoding, with its acceptance: docs/policies/speculation.md. [off]",
+    ),
+    click.option(
         "--attention-kernel", type=_choice(ATTENTION_KERNELS), help="What if: flash, or math (unfused). [flash]"
     ),
     click.option(
@@ -288,11 +294,23 @@ def scenario_fields(flags: dict[str, Any]) -> dict[str, Any]:
         if given["cudagraph"] not in (None, "none"):
             raise ValueError(f"--enforce-eager contradicts --cudagraph {given['cudagraph']}: give one of them")
         given["cudagraph"] = "none"
+    if given["speculative_config"] is not None:
+        given["speculative_config"] = _table("--speculative-config", given["speculative_config"])
     values |= {name: value for name, value in given.items() if value is not None}
     in_file = values.get("scheduler_args", {})
     if pairs and isinstance(in_file, dict):  # anything else is for Scenario to refuse
         values["scheduler_args"] = in_file | dict(_argument(pair) for pair in pairs)
     return values
+
+
+def _table(flag: str, text: str) -> dict[str, Any]:
+    try:
+        table = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{flag} {text}: not JSON ({error})") from None
+    if not isinstance(table, dict):
+        raise ValueError(f'{flag} {text}: write a table, e.g. {{"method": "eagle", "num_speculative_tokens": 3}}')
+    return table
 
 
 def _argument(pair: str) -> tuple[str, Any]:

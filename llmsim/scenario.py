@@ -20,6 +20,7 @@ from difflib import get_close_matches
 from math import isfinite
 from typing import Any
 
+from llmsim.cost.speculative import Speculation, speculation_of
 from llmsim.hardware import Gpu, Model, dtype_name, find_gpu, find_model
 from llmsim.scenario_file import toml_line
 
@@ -81,6 +82,7 @@ class Scenario:
     # What if the engine lacked one of its optimisations (llmsim.cost.variant)? No engine's flags; the defaults are vLLM's.
     attention_kernel: str = "flash"  # math: scores in memory, every step of attention a kernel of its own
     kernel_fusion: str = "compiled"  # custom: torch.compile off, hand-written kernels; none: each operation a kernel
+    speculative_config: dict[str, Any] = field(default_factory=dict, hash=False)  # llmsim.cost.speculative; {}: off
     activation_dtype: str = "auto"  # of the linear layers' inputs: as fast as the weights allow, or bfloat16
 
     def __post_init__(self) -> None:
@@ -102,7 +104,13 @@ class Scenario:
             dtype=self._compute_dtype,
             kv_cache_dtype=self.kv_dtype,
             quantization=self.quantization or model.quantization,
+            # vLLM looks n-grams up between two steps, so it schedules synchronously with them
+            async_scheduling=self.async_scheduling and not (self.speculation and self.speculation.on_host),
         )
+
+    @property
+    def speculation(self) -> Speculation | None:
+        return speculation_of(self.speculative_config)
 
     @property
     def kv_dtype(self) -> str:
@@ -248,6 +256,7 @@ def _check_together(s: Scenario) -> None:
             f"cudagraph={s.cudagraph} needs kernel_fusion=compiled, since piecewise graphs are cut out of compiled code: "
             f"with kernel_fusion={s.kernel_fusion} give cudagraph full_decode_only or none"
         )
+    speculation_of(s.speculative_config)
     _check_policy(s)
 
 
@@ -297,3 +306,6 @@ def _check_facts(s: Scenario, model: Model) -> None:
             f"max_model_len={s.max_model_len} is above the {model.max_context_tokens} tokens of {model.name}: lower it"
         )
     model.check_tensor_parallel(s.tensor_parallel)
+    speculation = s.speculation
+    if speculation is not None and speculation.model is not None:
+        find_model(speculation.model).check_tensor_parallel(s.tensor_parallel)

@@ -12,6 +12,7 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from heapq import heappop, heappush
 from itertools import islice
 from math import isnan, nan
@@ -86,13 +87,29 @@ def cost_of(scenario: Scenario) -> CostModel:
         tensor_parallel=s.tensor_parallel,
         dtype=s.weight_dtype,
         kv_dtype=s.kv_dtype,
-        graphs=Graphs.of_engine(s.max_num_seqs, s.max_num_batched_tokens, s.cudagraph),
+        graphs=Graphs.of_engine(s.max_num_seqs * _rows(s), s.max_num_batched_tokens, s.cudagraph),
         host_scale=s.host_scale,
         attention_kernel=s.attention_kernel,
         kernel_fusion=s.kernel_fusion,
         activation_dtype=s.activation_dtype,
+        speculation=s.speculation,
     )
     return load_cost(s.cost, find_model(s.model), find_gpu(s.gpu), settings)
+
+
+def _rows(scenario: Scenario) -> int:
+    """Of a decode: its token, and the drafts that are verified with it."""
+    speculation = scenario.speculation
+    return 1 if speculation is None else 1 + speculation.drafts
+
+
+def replica_class(scenario: Scenario) -> Callable[..., Replica]:
+    """What the fleet is made of."""
+    if scenario.speculation is None:
+        return Replica
+    from llmsim.replica_speculative import SpeculatingReplica
+
+    return partial(SpeculatingReplica, seed=scenario.seed)
 
 
 def swap_of(scenario: Scenario) -> Swap | None:
@@ -159,9 +176,10 @@ class Fleet:
         self._ints = {name: array("q", [0]) * n for name in INT_COLUMNS}
         limits = Limits(s.max_num_seqs, s.max_num_batched_tokens)
         self.replicas: list[Replica] = []
+        make = replica_class(s)
         for index in range(s.replicas):
             self.replicas.append(
-                Replica(
+                make(
                     self.env,
                     scheduler_of(s),
                     self.cost,

@@ -173,6 +173,12 @@ class StepClock:
             self._grow(2 * rows)
         return self._linear_s[rows]
 
+    def rows_s(self, tokens: int, requests: int) -> float:
+        """Linear layers, what lies between them, and the head."""
+        if requests >= len(self._head_s):
+            self._widen(2 * requests)
+        return self.linear_s(self._padded(tokens)) + self._head_s[requests]
+
     def decode(self, seqs: int) -> tuple[float, float]:
         """Seconds of an iteration of `seqs` decodes without context, and per cached token."""
         if seqs >= len(self._head_s):

@@ -9,12 +9,16 @@ NAME or PATH      a shipped profile, or a profile file (JSON)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
+from typing import TYPE_CHECKING
 
 from llmsim.cost import CostModel, worker_host
 from llmsim.cost.graphs import Graphs
-from llmsim.hardware import Gpu, Model
+from llmsim.hardware import Gpu, Model, find_model
+
+if TYPE_CHECKING:
+    from llmsim.cost.speculative import Speculation
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class CostSettings:
     attention_kernel: str = "flash"
     kernel_fusion: str = "compiled"
     activation_dtype: str = "auto"
+    speculation: Speculation | None = None
 
     def __post_init__(self) -> None:
         if not (isfinite(self.host_scale) and self.host_scale >= 0):
@@ -46,6 +51,21 @@ class CostSettings:
 
 
 def load_cost(spec: str, model: Model, gpu: Gpu, settings: CostSettings) -> CostModel:
+    cost = _without_drafts(spec, model, gpu, settings)
+    own = settings.speculation
+    if own is None:
+        return cost
+    from llmsim.cost.speculative import SpeculativeCost
+
+    draft = None
+    if own.model is not None:
+        small = find_model(own.model)
+        plain = replace(settings, dtype="bfloat16", speculation=None)
+        draft = _without_drafts("roofline" if spec == "roofline" else "auto", small, gpu, plain)
+    return SpeculativeCost(cost, model, own, settings.graphs, draft)
+
+
+def _without_drafts(spec: str, model: Model, gpu: Gpu, settings: CostSettings) -> CostModel:
     cost = _load(spec, model, gpu, settings)
     if not settings.varied:
         return cost

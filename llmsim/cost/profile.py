@@ -541,6 +541,9 @@ class ProfileCost:
         head_s = float(self._basis.head_s(sampled)[0])
         return Parts(part["linear"], part["between"], head_s, base_s, part["communication"])
 
+    def rows_s(self, tokens: int, requests: int) -> float:
+        return self.clock.rows_s(tokens, requests)
+
     def prompts_s(self, chunks: Any, tokens: Any, context_tokens: Any, pairs: Any) -> Any:
         basis, own = self._basis, self._coefficients
         mean = np.maximum(tokens / np.maximum(chunks, 1), 1)

@@ -185,6 +185,9 @@ class RooflineCost:
         head_s = self._lm_head_s(requests)
         return Parts(layers_s - reduce_s - between_s, between_s, head_s, attention_s, reduce_s)
 
+    def rows_s(self, tokens: int, requests: int) -> float:
+        return self._linear_s(tokens, requests)
+
     def prompts_s(self, chunks: Any, tokens: Any, context_tokens: Any, pairs: Any) -> Any:
         """Sliding windows as if all chunks of an iteration were alike."""
         model = self._model

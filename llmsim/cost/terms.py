@@ -53,6 +53,9 @@ class Termed(CostModel, Protocol):
 
     def parts(self, tokens: int, requests: int, seqs: int) -> Parts: ...
 
+    def rows_s(self, tokens: int, requests: int) -> float:
+        """An iteration without attention and clocks, from tables: for the loop."""
+
     def prompts_s(self, chunks: Any, tokens: Any, context_tokens: Any, pairs: Any) -> Any:
         """Attention of chunks (sums over those of an iteration: numbers, or columns of them)."""
 

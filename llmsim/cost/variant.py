@@ -107,6 +107,10 @@ class VariantCost:
             parts = parts._replace(between_s=parts.between_s + self._extra_s.of(self._padded(tokens)))
         return parts
 
+    def rows_s(self, tokens: int, requests: int) -> float:
+        extra_s = self._extra_s.of(self._padded(tokens)) if self._extra_s is not None else 0.0
+        return self._inner.rows_s(tokens, requests) + extra_s
+
     def clocked_s(self, seconds: float, seqs: int) -> float:
         return self._inner.clocked_s(seconds, seqs)
 

@@ -1,0 +1,276 @@
+"""Speculative decoding: what it is set to, and what its iterations cost.
+
+Before each iteration a drafter proposes k tokens for every decoding request; the model computes 1 + k rows of it at once and keeps
+the longest run of drafts that it would have made itself, and one token of its own. With p_i the chance that the i-th draft is
+accepted if those before it were,
+
+    tokens of a verification   1 + sum over i of p_1 ... p_i;  with all p = a: (1 - a^(k+1)) / (1 - a)
+                               (Leviathan et al. 2023, arXiv 2211.17192, equation 1)
+
+`speculative_config` is vLLM's, with what a simulation must be told besides:
+
+    method                   "ngram": the drafts are looked up in the prompt, by the host; "draft_model": a small model makes
+                             them one after another; "eagle", "mtp": a layer on the model's hidden states does
+    num_speculative_tokens   k
+    model                    the draft model
+    acceptance               a, or p_1, p_2, ... p_k: a property of model, drafter and text, so there is no default
+    proposal_rate            share of verifications for which the drafter has a proposal (ngram: a match). [1]
+    draft_layers             layers of the target that a drafting head is as heavy as. [1.2: one, and the projection of its inputs]
+    draft_host_s             host seconds of a request's drafts (ngram [20e-6, not measured]), of a step of others [0.2e-3]
+
+GPU seconds of an iteration of s decodes with D drafts in all (D = s k where nothing is cut), kv cached tokens:
+
+    verify    T(s, kv) + rows(s + D) - rows(s), rows being linear layers, what lies between, and the LM head for each row; attention
+              reads the cache once for all rows of a request, or takes a pair each if that is longer
+    draft     draft_model: k decodes of the draft model, the first of them with 1 + k rows a request, and its prompts
+              eagle, mtp: the same of `draft_layers` layers and the LM head
+
+Graphs: 1 + k rows a request are vLLM's uniform decode, a full graph up to the largest capture size (`llmsim.cost.graphs`, with
+max_num_seqs (1 + k) rows); a batch in which some have fewer drafts is as one with prompts. Left out: rejection sampling,
+drafts of draft models in eager launches, trees of drafts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import isfinite
+from typing import Any
+
+from llmsim.cost import CostModel, Ramp
+from llmsim.cost.graphs import Graphs
+from llmsim.cost.terms import Parts, termed
+from llmsim.hardware import Model
+
+METHODS = ("ngram", "draft_model", "eagle", "mtp")
+MOST_DRAFTS = 64
+HEAD_LAYERS = 1.2
+NGRAM_HOST_S = 20e-6
+DRAFT_LAUNCH_S = 0.2e-3
+_KEYS = (
+    "method", "num_speculative_tokens", "model", "acceptance", "proposal_rate", "draft_layers", "draft_host_s",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Speculation:
+    method: str
+    drafts: int  # k
+    acceptance: tuple[float, ...]  # of each position, if those before were accepted
+    model: str | None = None
+    proposal_rate: float = 1.0
+    draft_layers: float = HEAD_LAYERS
+    draft_host_s: float = 0.0
+
+    @property
+    def survival(self) -> tuple[float, ...]:
+        """Chance that the first i drafts are all accepted, i = 1 ... k."""
+        chances, chance = [], 1.0
+        for accepted in self.acceptance:
+            chance *= accepted
+            chances.append(chance)
+        return tuple(chances)
+
+    @property
+    def tokens_per_step(self) -> float:
+        return 1.0 + self.proposal_rate * sum(self.survival)
+
+    @property
+    def lookahead(self) -> int:
+        """Slots beyond its drafts that a request's blocks are taken for: the drafter writes its own KV ahead."""
+        return 0 if self.method == "ngram" else self.drafts
+
+    @property
+    def on_host(self) -> bool:
+        return self.method == "ngram"
+
+
+def speculation_of(config: dict[str, Any]) -> Speculation | None:
+    """None for an empty table; ValueError names the key that is wrong."""
+    if not config:
+        return None
+    for key in config:
+        if key not in _KEYS:
+            raise ValueError(f"speculative_config {key}: no such key. Known: {', '.join(_KEYS)}")
+    method, drafts, model = config.get("method"), config.get("num_speculative_tokens"), config.get("model")
+    if method not in METHODS:
+        raise ValueError(f"speculative_config method={method!r} is not one of {', '.join(METHODS)}")
+    if isinstance(drafts, bool) or not isinstance(drafts, int) or not 1 <= drafts <= MOST_DRAFTS:
+        raise ValueError(
+            f"speculative_config num_speculative_tokens={drafts!r}: give a whole number from 1 to {MOST_DRAFTS}"
+        )
+    if (model is None) == (method == "draft_model") or not isinstance(model, str | None):
+        raise ValueError(
+            f"speculative_config model={model!r}: "
+            + ("name the draft model (llmsim list models)" if method == "draft_model" else f"{method} has none; leave it out")
+        )
+    host_s = {"ngram": NGRAM_HOST_S}.get(method, DRAFT_LAUNCH_S)
+    return Speculation(
+        method,
+        drafts,
+        _acceptance(config.get("acceptance"), drafts),
+        model,
+        _number(config, "proposal_rate", 1.0, 0.0, 1.0),
+        _number(config, "draft_layers", HEAD_LAYERS, 0.0, 1000.0),
+        _number(config, "draft_host_s", host_s, 0.0, 1.0),
+    )
+
+
+def _acceptance(given: Any, drafts: int) -> tuple[float, ...]:
+    chances = list(given) if isinstance(given, list | tuple) else [given] * drafts
+    numbers = all(isinstance(p, int | float) and not isinstance(p, bool) and 0.0 <= p <= 1.0 for p in chances)
+    if not numbers or len(chances) != drafts:
+        raise ValueError(
+            f"speculative_config acceptance={given!r}: give the chance that a draft is accepted, from 0 to 1, or a list of "
+            f"{drafts}, one for each position; it depends on model, drafter and text, so there is no default"
+        )
+    return tuple(float(p) for p in chances)
+
+
+def _number(config: dict[str, Any], key: str, default: float, least: float, most: float) -> float:
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value) or not least <= value <= most:
+        raise ValueError(f"speculative_config {key}={value!r}: give a number from {least:g} to {most:g}")
+    return float(value)
+
+
+class SpeculativeCost:
+    """Stands before the cost model of the engine without drafts. `drafts`: of the iteration to be priced, all requests'
+    together; None: as many as they have on average."""
+
+    def __init__(
+        self, inner: CostModel, model: Model, speculation: Speculation, graphs: Graphs, draft: CostModel | None
+    ) -> None:
+        self._inner, self.speculation = termed(inner), speculation
+        self._draft = None if draft is None else termed(draft)
+        self._graphs = graphs
+        self.kind, self.origin = inner.kind, self._inner.origin
+        self.pair_s = self._inner.pair_s
+        self.tokens_per_step = speculation.tokens_per_step
+        self.drafts: int | None = None
+        self._share = speculation.draft_layers / model.layers
+        self._head_share = model.lm_head_params / (model.lm_head_params + model.linear_params)
+        self._parts: dict[tuple[int, int], tuple[float, float]] = {}
+        self._slopes: dict[int, tuple[float, float, float]] = {}
+        profile = getattr(inner, "profile", None)
+        if profile is not None:
+            self.profile = profile
+        host = inner.host
+        if speculation.on_host:
+            host = replace(host, update_per_output_s=host.update_per_output_s + speculation.draft_host_s)
+        else:
+            more_s = speculation.drafts * speculation.draft_host_s
+            full_s, piecewise_s, eager_s = host.launch_s
+            host = replace(host, launch_s=(full_s + more_s, piecewise_s + more_s, eager_s + more_s))
+        self.host = host
+        self.label = (
+            f"{inner.label}; speculating by {speculation.method}"
+            + (f" {speculation.model}" if speculation.model else "")
+            + f", {speculation.drafts} drafts, {self.tokens_per_step:.2f} tokens a verification (acceptance as given)"
+        )
+
+    def _drafted(self, seqs: int) -> int:
+        own = self.speculation
+        return round(seqs * own.drafts * own.proposal_rate) if self.drafts is None else self.drafts
+
+    def mode(self, tokens: int, chunks: int) -> int:
+        drafts = self._drafted(tokens)
+        uniform = not chunks and drafts == tokens * self.speculation.drafts
+        return self._graphs.mode(tokens + drafts, 0 if uniform else max(chunks, 1))
+
+    # ---- verification -----------------------------------------------------------------------------------------
+
+    def _slope(self, seqs: int) -> tuple[float, float, float]:
+        """Of `seqs` decodes: seconds without context; per cached token; the same in the draft model."""
+        if seqs not in self._slopes:
+            far, draft_s = seqs * 4096, 0.0
+            near_s = self._inner.decode_ramp(seqs, 0).first_s
+            token_s = (self._inner.decode_ramp(seqs, far).first_s - near_s) / far
+            if self._draft is not None:
+                draft_s = (self._draft.decode_ramp(seqs, far).first_s - self._draft.decode_ramp(seqs, 0).first_s) / far
+            elif not self.speculation.on_host:
+                draft_s = self._share * token_s
+            self._slopes[seqs] = near_s, token_s, draft_s
+        return self._slopes[seqs]
+
+    def _more_attention_s(self, seqs: int, drafts: int, kv_tokens: int) -> float:
+        """What (query, key) pairs take beyond reading the cache once."""
+        if not seqs:
+            return 0.0
+        token_s = self._slope(seqs)[1]
+        return max(self.pair_s * (1.0 + drafts / seqs) - token_s, 0.0) * kv_tokens
+
+    def decode_ramp(self, seqs: int, kv_tokens: int) -> Ramp:
+        drafts = self._drafted(seqs)
+        near_s, token_s, _ = self._slope(seqs)
+        seconds = near_s + token_s * kv_tokens + self._more_attention_s(seqs, drafts, kv_tokens)
+        seconds += self._inner.rows_s(seqs + drafts, seqs + drafts) - self._inner.rows_s(seqs, seqs)
+        return Ramp(seconds + self._draft_s(seqs, kv_tokens), 0.0)
+
+    def mixed_s(self, chunks: Sequence[tuple[int, int]], seqs: int, kv_tokens: int) -> float:
+        drafts = self._drafted(seqs)
+        seconds = self._inner.mixed_s(chunks, seqs, kv_tokens)
+        if drafts:
+            tokens, requests = seqs + sum(new for new, _ in chunks), seqs + len(chunks)
+            seconds += self._inner.rows_s(tokens + drafts, requests + drafts) - self._inner.rows_s(tokens, requests)
+            seconds += self._more_attention_s(seqs, drafts, kv_tokens)
+        if self.speculation.on_host:
+            return seconds
+        held = kv_tokens + sum(new + done for new, done in chunks)
+        seconds += self._draft_s(seqs + len(chunks), held)
+        if self._draft is not None:
+            return seconds + self._draft.mixed_s(chunks, 0, 0)
+        return seconds + self._share * self._inner.mixed_s(chunks, 0, 0)
+
+    # ---- drafts -----------------------------------------------------------------------------------------------
+
+    def _draft_s(self, requests: int, kv_tokens: int) -> float:
+        """k drafts of each, one after the other; the first step also passes what the verification before accepted."""
+        own = self.speculation
+        if own.on_host or not requests:
+            return 0.0
+        first_rows = (1 + own.drafts) * requests
+        attention_s = own.drafts * self._slope(requests)[2] * kv_tokens
+        if self._draft is not None:
+            step_s = self._draft.decode_ramp(requests, 0).first_s
+            more_s = self._draft.rows_s(first_rows, requests) - self._draft.rows_s(requests, requests)
+            return own.drafts * step_s + more_s + attention_s
+        return self._head_step_s(first_rows, requests) + (own.drafts - 1) * self._head_step_s(requests, requests) + (
+            attention_s
+        )
+
+    def _head_step_s(self, rows: int, requests: int) -> float:
+        """One pass of a drafting head without context."""
+        key = rows, requests
+        if key not in self._parts:
+            parts = self._inner.parts(rows, requests, requests)
+            body_s = parts.linear_s + parts.between_s + parts.communication_s
+            head_s = parts.head_s
+            if not head_s:  # a profile without kernels has it within the linear layers
+                head_s = self._head_share * parts.linear_s
+                body_s -= head_s
+            self._parts[key] = self._share * (body_s + parts.attention_s), head_s
+        body_s, head_s = self._parts[key]
+        return body_s + head_s
+
+    # ---- terms ------------------------------------------------------------------------------------------------
+
+    def rows_s(self, tokens: int, requests: int) -> float:
+        return self._inner.rows_s(tokens, requests)
+
+    def parts(self, tokens: int, requests: int, seqs: int) -> Parts:
+        drafts = self._drafted(seqs)
+        parts = self._inner.parts(tokens + drafts, requests + drafts, seqs)
+        return parts._replace(draft_s=self._draft_s(requests, 0))
+
+    def prompts_s(self, chunks: Any, tokens: Any, context_tokens: Any, pairs: Any) -> Any:
+        return self._inner.prompts_s(chunks, tokens, context_tokens, pairs)
+
+    def clocked_s(self, seconds: float, seqs: int) -> float:
+        return self._inner.clocked_s(seconds, seqs)
+
+    def outside_measured(self, iterations: dict[str, Any]) -> Any:
+        """All that speculate: no engine was recorded with drafts."""
+        return (iterations["seqs"] > 0) | self._inner.outside_measured(iterations)
+
+
