@@ -56,9 +56,9 @@ class Calendar:
         wider[:, (now + np.arange(columns)) % (2 * columns)] = self._ring[:, order]
         self._ring = wider
 
-    def read(self, iteration: int) -> tuple[int, int, int]:
-        tokens, blocks, drafts = self._ring[:, iteration % self._ring.shape[1]].tolist()
-        return tokens, blocks, drafts
+    def read(self, iteration: int) -> list[int]:
+        column: list[int] = self._ring[:, iteration % self._ring.shape[1]].tolist()
+        return column
 
     def clear(self, iteration: int) -> None:
         self._ring[:, iteration % self._ring.shape[1]] = 0
@@ -87,7 +87,7 @@ class _Member:
 class SpeculatingBatch(RunningBatch):
     __slots__ = (
         "_blocks", "_calendar", "_drawn", "_plans", "_seed", "_speculation", "_steps_taken", "_survival", "_total_blocks",
-        "last_tokens",
+        "_now",
     )  # fmt: skip
 
     def __init__(self, block_tokens: int, speculation: Speculation, seed: int, total_blocks: int) -> None:
@@ -99,7 +99,7 @@ class SpeculatingBatch(RunningBatch):
         self._drawn: dict[Request, Whole] = {}  # accepted drafts of each verification, -1: nothing proposed
         self._steps_taken: dict[Request, int] = {}  # verifications that are over
         self._blocks: dict[Request, int] = {}  # held, while it is out of the batch
-        self.last_tokens = 0  # of the iteration before
+        self._now: list[int] | None = None  # the calendar's column of the next iteration, once it was read
 
     # ---- joining and leaving ----------------------------------------------------------------------------------
 
@@ -113,6 +113,7 @@ class SpeculatingBatch(RunningBatch):
         request.joined, request.ticket = now, ticket
         member = self._plans[request] = _Member(now, self._plan(request, 0, request.generated_tokens, held), held)
         self._calendar.add(now, member.plan, now)
+        self._now = None
         heappush(self._heap, (now + member.plan.shape[1], ticket, request))
         self._members[request] = None
         self.kv_tokens += request.computed_tokens
@@ -123,7 +124,7 @@ class SpeculatingBatch(RunningBatch):
         generator = np.random.default_rng((self._seed, request.id))
         own = self._speculation
         count = request.output_tokens
-        accepted: Whole = (generator.random(count)[:, None] < self._survival[None, :]).sum(axis=1)
+        accepted: Whole = np.searchsorted(-self._survival, -generator.random(count))  # chances above what was drawn
         if own.proposal_rate < 1.0:
             accepted[generator.random(count) >= own.proposal_rate] = -1
         return accepted
@@ -160,6 +161,7 @@ class SpeculatingBatch(RunningBatch):
         member = self._plans.pop(request)
         if steps < member.plan.shape[1]:
             self._calendar.add(self.iteration, member.plan[:, steps:], self.iteration, -1)
+            self._now = None
         tokens = member.tokens_by(self.iteration)
         self._steps_taken[request] += steps
         self._blocks[request] = member.blocks_before + int(member.plan[BLOCKS, :steps].sum())
@@ -192,11 +194,19 @@ class SpeculatingBatch(RunningBatch):
         return int(member.plan[BLOCKS, self.iteration - member.first])
 
     def blocks_needed(self, steps: int) -> int:
+        if steps == 1:
+            return self._next()[BLOCKS]
         return sum(self._calendar.read(self.iteration + step)[BLOCKS] for step in range(steps))
+
+    def _next(self) -> list[int]:
+        now = self._now
+        if now is None:
+            now = self._now = self._calendar.read(self.iteration)
+        return now
 
     def coming(self) -> tuple[int, int]:
         """Tokens that the next iteration makes, drafts that it verifies."""
-        tokens, _, drafts = self._calendar.read(self.iteration)
+        tokens, _, drafts = self._next()
         return tokens, drafts
 
     def truncate(self, most: int) -> None:
@@ -221,6 +231,7 @@ class SpeculatingBatch(RunningBatch):
         anew = self._plan(request, steps, request.generated_tokens + member.tokens_by(now), held, drafts)
         self._calendar.add(now, rest, now, -1)
         self._calendar.add(now, anew, now)
+        self._now = None
         member.extend(past, anew)
         ticket = self._tickets = self._tickets + 1
         request.ticket = ticket
@@ -229,11 +240,11 @@ class SpeculatingBatch(RunningBatch):
     def advance(self, steps: int) -> list[Request]:
         """One iteration: what it costs differs from one to the next."""
         assert steps == 1, "a speculating batch takes its iterations one at a time"
-        tokens, _, _ = self._calendar.read(self.iteration)
+        tokens = self._next()[TOKENS]
+        self._now = None
         self._calendar.clear(self.iteration)
         now = self.iteration = self.iteration + 1
         self.kv_tokens += tokens
-        self.last_tokens = tokens
         heap, done = self._heap, []
         while heap and heap[0][0] <= now:
             _, ticket, request = heappop(heap)

@@ -24,6 +24,7 @@ import simpy
 from llmsim.cost import CostModel, LaunchNoise
 from llmsim.cost.graphs import Graphs
 from llmsim.cost.load import CostSettings, load_cost
+from llmsim.cost.speculative import drafter_bytes
 from llmsim.hardware import find_gpu, find_model
 from llmsim.kvcache import KVCache
 from llmsim.memory import block_copy_s, host_blocks, kv_blocks
@@ -37,6 +38,7 @@ from llmsim.scenario import Scenario
 from llmsim.schedulers import load_scheduler
 
 if TYPE_CHECKING:
+    from llmsim.cost.speculative import Speculation
     from llmsim.trace import Trace
 
 FLOAT_COLUMNS = ("arrival_s", "scheduled_s", "first_token_s", "finish_s", "preempted_s", "preempted_before_first_s")
@@ -64,7 +66,7 @@ def blocks_of(scenario: Scenario) -> int:
     """KV blocks of one replica, as the engine would report them (the null block included)."""
     s = scenario.resolved()
     assert s.max_num_batched_tokens is not None and s.max_num_seqs is not None and s.max_model_len is not None
-    return kv_blocks(
+    blocks = kv_blocks(
         find_model(s.model),
         find_gpu(s.gpu),
         tensor_parallel=s.tensor_parallel,
@@ -77,6 +79,23 @@ def blocks_of(scenario: Scenario) -> int:
         max_model_len=s.max_model_len,
         override=s.num_gpu_blocks_override,
     )
+    if s.speculation is None or s.num_gpu_blocks_override is not None:
+        return blocks
+    return _beside_drafter(s, s.speculation, blocks)
+
+
+def _beside_drafter(s: Scenario, speculation: Speculation, blocks: int) -> int:
+    """Blocks that are left beside the drafter's weights, when each block holds its KV too."""
+    model, tp = find_model(s.model), s.tensor_parallel
+    block_bytes = s.block_size * model.kv_bytes_per_token(s.kv_dtype, tp)
+    weight_bytes, kv_bytes = drafter_bytes(model, speculation, s.kv_dtype, tp)
+    left = int((blocks * block_bytes - weight_bytes) // (block_bytes + s.block_size * kv_bytes))
+    if left < 2:
+        raise ValueError(
+            f"speculative_config method={speculation.method}: the drafter's {weight_bytes / 2**30:.1f} GiB leave no room for "
+            f"KV cache on {s.gpu}. Take a smaller draft model, or raise gpu_memory_utilization"
+        )
+    return left
 
 
 def cost_of(scenario: Scenario) -> CostModel:

@@ -544,6 +544,9 @@ class ProfileCost:
     def rows_s(self, tokens: int, requests: int) -> float:
         return self.clock.rows_s(tokens, requests)
 
+    def head_s(self, requests: int) -> float:
+        return self.clock.head_s(requests)
+
     def prompts_s(self, chunks: Any, tokens: Any, context_tokens: Any, pairs: Any) -> Any:
         basis, own = self._basis, self._coefficients
         mean = np.maximum(tokens / np.maximum(chunks, 1), 1)

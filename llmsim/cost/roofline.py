@@ -188,6 +188,9 @@ class RooflineCost:
     def rows_s(self, tokens: int, requests: int) -> float:
         return self._linear_s(tokens, requests)
 
+    def head_s(self, requests: int) -> float:
+        return self._lm_head_s(requests)
+
     def prompts_s(self, chunks: Any, tokens: Any, context_tokens: Any, pairs: Any) -> Any:
         """Sliding windows as if all chunks of an iteration were alike."""
         model = self._model

@@ -40,7 +40,7 @@ from typing import Any
 from llmsim.cost import CostModel, Ramp
 from llmsim.cost.graphs import Graphs
 from llmsim.cost.terms import Parts, termed
-from llmsim.hardware import Model
+from llmsim.hardware import Model, find_model
 
 METHODS = ("ngram", "draft_model", "eagle", "mtp")
 MOST_DRAFTS = 64
@@ -116,6 +116,18 @@ def speculation_of(config: dict[str, Any]) -> Speculation | None:
     )
 
 
+def drafter_bytes(model: Model, own: Speculation, kv_dtype: str, tensor_parallel: int) -> tuple[float, float]:
+    """On one rank: its weights in 2-byte numbers, and its KV cache for each token. A head shares the model's embeddings."""
+    if own.on_host:
+        return 0.0, 0.0
+    if own.model is not None:
+        small = find_model(own.model)
+        return small.weight_bytes("bfloat16", tensor_parallel), small.kv_bytes_per_token(kv_dtype, tensor_parallel)
+    layers = own.draft_layers
+    weights = 2.0 * model.dense_linear_params(tensor_parallel) / model.layers * layers
+    return weights, model.kv_layer_bytes(kv_dtype, tensor_parallel)
+
+
 def _acceptance(given: Any, drafts: int) -> tuple[float, ...]:
     chances = list(given) if isinstance(given, list | tuple) else [given] * drafts
     numbers = all(isinstance(p, int | float) and not isinstance(p, bool) and 0.0 <= p <= 1.0 for p in chances)
@@ -150,8 +162,9 @@ class SpeculativeCost:
         self.drafts: int | None = None
         self._share = speculation.draft_layers / model.layers
         self._head_share = model.lm_head_params / (model.lm_head_params + model.linear_params)
-        self._parts: dict[tuple[int, int], tuple[float, float]] = {}
         self._slopes: dict[int, tuple[float, float, float]] = {}
+        self._decodes: dict[tuple[int, int], float] = {}
+        self._drafting: dict[int, float] = {}
         profile = getattr(inner, "profile", None)
         if profile is not None:
             self.profile = profile
@@ -202,10 +215,13 @@ class SpeculativeCost:
 
     def decode_ramp(self, seqs: int, kv_tokens: int) -> Ramp:
         drafts = self._drafted(seqs)
-        near_s, token_s, _ = self._slope(seqs)
-        seconds = near_s + token_s * kv_tokens + self._more_attention_s(seqs, drafts, kv_tokens)
-        seconds += self._inner.rows_s(seqs + drafts, seqs + drafts) - self._inner.rows_s(seqs, seqs)
-        return Ramp(seconds + self._draft_s(seqs, kv_tokens), 0.0)
+        near_s, token_s, draft_s = self._slope(seqs)
+        fixed_s = self._decodes.get((seqs, drafts))
+        if fixed_s is None:
+            more_s = self._inner.rows_s(seqs + drafts, seqs + drafts) - self._inner.rows_s(seqs, seqs)
+            fixed_s = self._decodes[seqs, drafts] = near_s + more_s + self._draft_s(seqs, 0)
+        token_s = max(token_s, self.pair_s * (1.0 + drafts / seqs)) + self.speculation.drafts * draft_s
+        return Ramp(fixed_s + token_s * kv_tokens, 0.0)
 
     def mixed_s(self, chunks: Sequence[tuple[int, int]], seqs: int, kv_tokens: int) -> float:
         drafts = self._drafted(seqs)
@@ -229,34 +245,35 @@ class SpeculativeCost:
         own = self.speculation
         if own.on_host or not requests:
             return 0.0
-        first_rows = (1 + own.drafts) * requests
-        attention_s = own.drafts * self._slope(requests)[2] * kv_tokens
-        if self._draft is not None:
-            step_s = self._draft.decode_ramp(requests, 0).first_s
-            more_s = self._draft.rows_s(first_rows, requests) - self._draft.rows_s(requests, requests)
-            return own.drafts * step_s + more_s + attention_s
-        return self._head_step_s(first_rows, requests) + (own.drafts - 1) * self._head_step_s(requests, requests) + (
-            attention_s
-        )
+        fixed_s = self._drafting.get(requests)
+        if fixed_s is None:
+            first_rows = (1 + own.drafts) * requests
+            if self._draft is not None:
+                more_s = self._draft.rows_s(first_rows, requests) - self._draft.rows_s(requests, requests)
+                fixed_s = own.drafts * self._draft.decode_ramp(requests, 0).first_s + more_s
+            else:
+                fixed_s = self._head_step_s(first_rows, requests)
+                fixed_s += (own.drafts - 1) * self._head_step_s(requests, requests)
+            self._drafting[requests] = fixed_s
+        return fixed_s + own.drafts * self._slope(requests)[2] * kv_tokens
 
     def _head_step_s(self, rows: int, requests: int) -> float:
         """One pass of a drafting head without context."""
-        key = rows, requests
-        if key not in self._parts:
-            parts = self._inner.parts(rows, requests, requests)
-            body_s = parts.linear_s + parts.between_s + parts.communication_s
-            head_s = parts.head_s
-            if not head_s:  # a profile without kernels has it within the linear layers
-                head_s = self._head_share * parts.linear_s
-                body_s -= head_s
-            self._parts[key] = self._share * (body_s + parts.attention_s), head_s
-        body_s, head_s = self._parts[key]
-        return body_s + head_s
+        body_s, head_s = self._inner.rows_s(rows, requests), self._inner.head_s(requests)
+        body_s -= head_s
+        if not head_s:  # a profile without kernels has it within the linear layers
+            head_s = self._head_share * body_s
+            body_s -= head_s
+        attention_s = self._slope(requests)[0] - self._inner.rows_s(requests, requests)
+        return self._share * (body_s + attention_s) + head_s
 
     # ---- terms ------------------------------------------------------------------------------------------------
 
     def rows_s(self, tokens: int, requests: int) -> float:
         return self._inner.rows_s(tokens, requests)
+
+    def head_s(self, requests: int) -> float:
+        return self._inner.head_s(requests)
 
     def parts(self, tokens: int, requests: int, seqs: int) -> Parts:
         drafts = self._drafted(seqs)

@@ -56,6 +56,9 @@ class Termed(CostModel, Protocol):
     def rows_s(self, tokens: int, requests: int) -> float:
         """An iteration without attention and clocks, from tables: for the loop."""
 
+    def head_s(self, requests: int) -> float:
+        """LM head and sampling of so many rows; 0 where that is a part of the linear layers."""
+
     def prompts_s(self, chunks: Any, tokens: Any, context_tokens: Any, pairs: Any) -> Any:
         """Attention of chunks (sums over those of an iteration: numbers, or columns of them)."""
 

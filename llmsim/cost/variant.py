@@ -111,6 +111,9 @@ class VariantCost:
         extra_s = self._extra_s.of(self._padded(tokens)) if self._extra_s is not None else 0.0
         return self._inner.rows_s(tokens, requests) + extra_s
 
+    def head_s(self, requests: int) -> float:
+        return self._inner.head_s(requests)
+
     def clocked_s(self, seconds: float, seqs: int) -> float:
         return self._inner.clocked_s(seconds, seqs)
 
