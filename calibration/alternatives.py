@@ -1,9 +1,9 @@
 """Measurements of what engines do not run as a file of alternatives (`llmsim.cost.alternatives`).
 
-    unfused attention   "sdpa_math" rows: decodes by relative least squares over contexts for each number of requests,
-                        prompts by non-negative relative least squares over all; held out one point at a time
-    plain operations    "torch" rows in a CUDA graph, a curve over bytes; beside them "vllm" rows of the same operators
-    launch              "eager" launches of whole forward passes over the operations they hold
+unfused attention   "sdpa_math" rows: decodes by relative least squares over contexts for each number of requests,
+                    prompts by non-negative relative least squares over all; held out one point at a time
+plain operations    "torch" rows in a CUDA graph, a curve over bytes; beside them "vllm" rows of the same operators
+launch              "eager" launches of whole forward passes over the operations they hold
 """
 
 from __future__ import annotations
@@ -47,9 +47,7 @@ def alternatives_command(files: tuple[Path, ...], gpu: str, out: Path) -> None:
     click.echo(f"{out}: {found.id}")
 
 
-def fit_alternatives(
-    rows: Sequence[Row], gpu: str, source: str, files: dict[str, str], judge: Judge
-) -> Alternatives:
+def fit_alternatives(rows: Sequence[Row], gpu: str, source: str, files: dict[str, str], judge: Judge) -> Alternatives:
     curves: dict[str, dict[str, object]] = {"torch": {}, "vllm": {}}
     for variant, by_op in curves.items():
         for op in OPERATORS:
@@ -79,15 +77,19 @@ def fit_attention(rows: Sequence[Row], judge: Judge) -> UnfusedAttention:
     shapes = {(row.q_heads, row.head_dim) for row in math}
     if len(shapes) != 1 or len(prompts) < 4 or not decodes:
         raise ValueError(
-            f"measurements: unfused attention of {len(prompts)} prompts and {len(decodes)} decodes of {len(shapes)} head"
-            " shapes, where at least 4, 2 and exactly 1 are needed. Measure attention (--ops attention)"
+            f"measurements: unfused attention of {len(prompts)} prompts and {len(decodes)} decodes of {len(shapes)} "
+            "head shapes, where at least 4, 2 and exactly 1 are needed. Measure attention (--ops attention)"
         )
     new = np.array([row.new_tokens for row in prompts], float)
     cached = np.array([row.context_tokens or 0 for row in prompts], float)
     matrix = np.column_stack([np.ones(len(new)), new + cached, new * (new + cached)])
     target = np.array([row.median_s for row in prompts])
     judge_held_out(
-        judge, "unfused prompts", matrix, target, [f"new={n:.0f} cached={c:.0f}" for n, c in zip(new, cached, strict=True)]
+        judge,
+        "unfused prompts",
+        matrix,
+        target,
+        [f"new={n:.0f} cached={c:.0f}" for n, c in zip(new, cached, strict=True)],
     )
     call_s, span_s, score_s = (_rounded(value) for value in relative_fit(matrix, target))
     seqs, base, token = [], [], []

@@ -1,23 +1,26 @@
 """The decoding requests of a speculating replica: each makes 1 to 1 + k tokens an iteration.
 
-How many drafts of each verification are accepted is drawn when a request first decodes, from a generator seeded by (seed, request
-id): what happens to it does not depend on what runs beside it. So its iterations to come are known, as `llmsim.batch` has it:
-the last one sits in the same heap, and a *calendar* holds for each iteration to come the sums over members of
+How many drafts of each verification are accepted is drawn when a request first decodes, from a generator seeded by
+(seed, request id): what happens to it does not depend on what runs beside it. So its iterations to come are known, as
+`llmsim.batch` has it: the last one sits in the same heap, and a *calendar* holds for each iteration to come the sums
+over members of
 
     tokens    made, and so added to the cache
     blocks    of KV cache newly taken
     drafts    to be verified
 
-A request's blocks cover its tokens, 1 + d scheduled ones and `lookahead` slots (vLLM's allocate_slots); rejected drafts give none
-back. Joining and leaving cost a few vector operations, an iteration costs the same however large the batch.
+A request's blocks cover its tokens, 1 + d scheduled ones and `lookahead` slots (vLLM's allocate_slots); rejected
+drafts give none back. Joining and leaving cost a few vector operations, an iteration costs the same however large the
+batch.
 
-`truncate` cuts drafts that a token budget has no room for, newest requests first; what they accept is cut with them, and their
-calendar is written anew.
+`truncate` cuts drafts that a token budget has no room for, newest requests first; what they accept is cut with them,
+and their calendar is written anew.
 """
 
 from __future__ import annotations
 
 from heapq import heappop, heappush
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -86,8 +89,8 @@ class _Member:
 
 class SpeculatingBatch(RunningBatch):
     __slots__ = (
-        "_blocks", "_calendar", "_drawn", "_plans", "_seed", "_speculation", "_steps_taken", "_survival", "_total_blocks",
-        "_now",
+        "_blocks", "_calendar", "_drawn", "_now", "_plans", "_seed", "_speculation", "_steps_taken", "_survival",
+        "_total_blocks",
     )  # fmt: skip
 
     def __init__(self, block_tokens: int, speculation: Speculation, seed: int, total_blocks: int) -> None:
@@ -129,9 +132,7 @@ class SpeculatingBatch(RunningBatch):
             accepted[generator.random(count) >= own.proposal_rate] = -1
         return accepted
 
-    def _plan(
-        self, request: Request, steps: int, generated: int, held: int, first_drafts: int | None = None
-    ) -> Whole:
+    def _plan(self, request: Request, steps: int, generated: int, held: int, first_drafts: int | None = None) -> Whole:
         """Tokens, blocks and drafts of its iterations from now on, `steps` into its stay, `held` blocks being its own.
 
         `first_drafts`: at most so many in the first of them.
@@ -252,4 +253,3 @@ class SpeculatingBatch(RunningBatch):
                 self._leave(request, now - request.joined)
                 done.append(request)
         return done
-

@@ -91,15 +91,25 @@ def _progress(done: int, total: int) -> None:
         print(f"\r\x1b[K{done} of {total} runs" if done < total else "\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
-HEAD = ("gain", "optimisation", "", "TTFT", "TPOT", "tokens/s", "$/1M", "cost from")
+ORIGINS = {
+    "recorded": "steps of the recorded engine",
+    "kernels": "composed of kernels timed on the GPU, scaled from the recorded engine",
+    "shapes": "scaled from the recorded engine by data-sheet shapes",
+    "roofline": "data sheet only",
+    "plain": "with unfused kernels timed on the GPU",
+    "scaled": "on another GPU, scaled by bandwidth",
+    "drafts": "with drafts, whose acceptance is assumed",
+}
+HEAD = ("gain", "optimisation", "", "TTFT", "TPOT", "tokens/s", "$/1M", "cost")
 
 
 def report(outcome: Outcome) -> Iterator[str]:
     base, s = outcome.baseline, outcome.scenario
     gpus = f"{s.replicas * s.tensor_parallel} x {s.gpu}"
     yield from _wrapped(
-        f"Baseline: {s.model} on {gpus}, {outcome.trace}, {base.completed:,} requests: TTFT {1e3 * base.ttft_s:,.1f} ms, TPOT "
-        f"{1e3 * base.tpot_s:.2f} ms, {base.tokens_per_s:,.0f} tokens/s, ${base.usd_per_1m_tokens:.3f} per million output tokens"
+        f"Baseline: {s.model} on {gpus}, {outcome.trace}, {base.completed:,} requests: TTFT {1e3 * base.ttft_s:,.1f} "
+        f"ms, TPOT {1e3 * base.tpot_s:.2f} ms, {base.tokens_per_s:,.0f} tokens/s, ${base.usd_per_1m_tokens:.3f} per "
+        "million output tokens"
     )
     parts = sorted(base.terms_s.items(), key=lambda item: -item[1])
     shown = ", ".join(f"{name} {1e3 * s_:.2f}" for name, s_ in parts if abs(s_) >= 0.005 * base.gap_s)
@@ -109,13 +119,19 @@ def report(outcome: Outcome) -> Iterator[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
     reasons = ["why", *(effect.reason for effect in outcome.effects)]
     for row, why in zip(rows, reasons, strict=True):
-        cells = [cell.rjust(w) if 2 < i < 7 or i == 0 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+        cells = [
+            cell.rjust(w) if 2 < i < 7 or i == 0 else cell.ljust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
         yield "  ".join([*cells, why]).rstrip()
     yield ""
     yield from _wrapped(
-        "What each buys: the run with it over the run without it. on: the baseline has it, and the other run goes without; +: "
-        "the other run adds it. gain: geometric mean of the four."
+        "What each buys: the run with it over the run without. on: the baseline has it, and the other run goes "
+        "without; +: the other run adds it. gain: geometric mean of the four."
     )
+    origins = " + ".join(effect.changed.cost_origin for effect in outcome.effects)
+    told = [f"{word}: {meaning}" for word, meaning in ORIGINS.items() if word in origins]
+    yield from _wrapped(f"Cost of the other run: {'; '.join(told)}")
     for name, why in outcome.left_out.items():
         yield from _wrapped(f"Not run: {name}: {why}")
     yield from _wrapped(f"Price: {outcome.price}")

@@ -1,9 +1,9 @@
 """What a GPU costs per hour: `llmsim/prices.toml`, or a file of the user's in the same form.
 
-    [h100-sxm]
-    usd_per_gpu_hour = 3.99
-    source = "where it says so"
-    date = 2026-09-20
+[h100-sxm]
+usd_per_gpu_hour = 3.99
+source = "where it says so"
+date = 2026-09-20
 """
 
 from __future__ import annotations

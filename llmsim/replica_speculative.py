@@ -2,8 +2,9 @@
 
 What differs (ENGINES: vLLM 0.25.1, v1/core/sched/scheduler.py):
 
-* a decoding request is scheduled for 1 + d tokens. All count towards max_num_batched_tokens, so a policy sees the limit less the
-  drafts of its decodes; where even these do not fit, the newest requests' drafts are cut (vLLM would not schedule those at all);
+* a decoding request is scheduled for 1 + d tokens. All count towards max_num_batched_tokens, so a policy sees the
+  limit less the drafts of its decodes; where even these do not fit, the newest requests' drafts are cut (vLLM would
+  not schedule those at all);
 * prompt chunks have no drafts;
 * it takes KV blocks for its drafts and the drafter's lookahead slots, and keeps them until it ends or is preempted;
 * the tokens of one verification come at once: one gap, then gaps of 0;
@@ -32,7 +33,9 @@ class SpeculatingReplica(Replica):
     def __init__(self, *args: Any, seed: int, **settings: Any) -> None:
         super().__init__(*args, **settings)
         if not isinstance(self.cost, SpeculativeCost):
-            raise ValueError(f"cost={self.cost.kind}: a speculating replica needs the cost of drafts (llmsim.cost.speculative)")
+            raise ValueError(
+                f"cost={self.cost.kind}: a speculating replica needs the cost of drafts (llmsim.cost.speculative)"
+            )
         self._batch = SpeculatingBatch(self.kv.block_tokens, self.cost.speculation, seed, self.kv.total_blocks)
         self.batch = self._batch
         self.iterations = RowLog(SPECULATING_COLUMNS)
@@ -57,7 +60,8 @@ class SpeculatingReplica(Replica):
         if more > 0:
             if more + 1 > self.kv.free_blocks:
                 raise self._error(
-                    f"asked to decode request {request.id}, which needs {more + 1} KV blocks of the {self.kv.free_blocks} free"
+                    f"asked to decode request {request.id}, which needs {more + 1} KV blocks of the "
+                    f"{self.kv.free_blocks} free"
                 )
             self.kv.take(more)
         super().decode_one(request)

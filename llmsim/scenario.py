@@ -79,7 +79,7 @@ class Scenario:
     concurrency: int | None = None  # closed loop: at most this many requests under way; None: sent when the trace says
     seed: int = 0
     swap_space_gib: float = 0.0  # host memory per GPU for the KV of requests that a policy swaps out; 0: none
-    # What if the engine lacked one of its optimisations (llmsim.cost.variant)? No engine's flags; the defaults are vLLM's.
+    # What if the engine lacked one of its optimisations (llmsim.cost.variant)? The defaults are what vLLM does.
     attention_kernel: str = "flash"  # math: scores in memory, every step of attention a kernel of its own
     kernel_fusion: str = "compiled"  # custom: torch.compile off, hand-written kernels; none: each operation a kernel
     speculative_config: dict[str, Any] = field(default_factory=dict, hash=False)  # llmsim.cost.speculative; {}: off
@@ -253,8 +253,8 @@ def _check_together(s: Scenario) -> None:
         _check_context(s, context)
     if s.kernel_fusion != "compiled" and "piecewise" in s.cudagraph:
         raise ValueError(
-            f"cudagraph={s.cudagraph} needs kernel_fusion=compiled, since piecewise graphs are cut out of compiled code: "
-            f"with kernel_fusion={s.kernel_fusion} give cudagraph full_decode_only or none"
+            f"cudagraph={s.cudagraph} needs kernel_fusion=compiled, since piecewise graphs are cut out of compiled "
+            f"code: with kernel_fusion={s.kernel_fusion} give cudagraph full_decode_only or none"
         )
     speculation_of(s.speculative_config)
     _check_policy(s)

@@ -92,8 +92,8 @@ def _beside_drafter(s: Scenario, speculation: Speculation, blocks: int) -> int:
     left = int((blocks * block_bytes - weight_bytes) // (block_bytes + s.block_size * kv_bytes))
     if left < 2:
         raise ValueError(
-            f"speculative_config method={speculation.method}: the drafter's {weight_bytes / 2**30:.1f} GiB leave no room for "
-            f"KV cache on {s.gpu}. Take a smaller draft model, or raise gpu_memory_utilization"
+            f"speculative_config method={speculation.method}: the drafter's {weight_bytes / 2**30:.1f} GiB leave no "
+            f"room for KV cache on {s.gpu}. Take a smaller draft model, or raise gpu_memory_utilization"
         )
     return left
 

@@ -1,7 +1,7 @@
 """At which batch size speculation stops paying: steps with and without drafts, side by side, from the cost model.
 
-    without   wall seconds of a decode step of b requests with c cached tokens each: max(T, host) with asynchronous scheduling,
-              as in `llmsim.macrostep`
+    without   wall seconds of a decode step of b requests with c cached tokens each: max(T, host) with asynchronous
+              scheduling, as in `llmsim.macrostep`
     with      the same of a verification and its drafts; it makes E tokens a request (`Speculation.tokens_per_step`)
     speedup   E * without / with: how much sooner the next token comes, at the same batch
     best      the largest speedup over 0 ... k drafts (0: 1), and how many make it: what a server that adapts would do
@@ -73,9 +73,7 @@ def table(scenario: Scenario, context_tokens: int, batches: Sequence[int] = ()) 
         by_drafts = [1.0, *(speedup(batch, drafts) for drafts in range(1, own.drafts + 1))]
         best = max(range(own.drafts + 1), key=lambda drafts: by_drafts[drafts])
         with_s = step_s(costs[-1], batch, context_tokens, s.async_scheduling)
-        rows.append(
-            Row(batch, plain_s(batch), with_s, own.tokens_per_step, by_drafts[-1], best, by_drafts[best])
-        )
+        rows.append(Row(batch, plain_s(batch), with_s, own.tokens_per_step, by_drafts[-1], best, by_drafts[best]))
     paying = [batch for batch in range(1, s.max_num_seqs + 1) if speedup(batch, own.drafts) > 1.0]
     return Table(s, own, context_tokens, tuple(rows), max(paying, default=None), costs[-1].label)
 

@@ -1,17 +1,19 @@
 """What each optimisation buys on a trace: the baseline, and one run for every single change of `llmsim.whatif_changes`.
 
-An optimisation that the baseline has is taken away, one that it lacks is added; "without" and "with" are the two runs, one of
-which is the baseline. All runs replay the same requests.
+An optimisation that the baseline has is taken away, one that it lacks is added; "without" and "with" are the two
+runs, one of which is the baseline. All runs replay the same requests.
 
-    ttft, tpot    means over requests;  throughput  output tokens per second;  cost  US dollars per million output tokens,
-                  price per GPU and hour * GPUs * duration
-    gain          geometric mean of the four improvements (without over with; throughput the other way round): above 1 the
-                  optimisation helps. At a rate that the baseline keeps up with, throughput and cost stay as they are
+    ttft, tpot    means over requests;  throughput  output tokens per second;  cost  US dollars per million output
+                  tokens, price per GPU and hour * GPUs * duration
+    gain          geometric mean of the four improvements (without over with; throughput the other way round): above 1
+                  the optimisation helps. At a rate that the baseline keeps up with, throughput and cost stay as they
+                  are
 
 Why: `llmsim.whatif_reason` prices the baseline's steps by both cost models and names the term that changes most; where
-scheduling changes instead, it is the prompt tokens computed, preemptions or the decodes in a step. The wait for the first
-schedule is named beside it where it is most of what TTFT changed by.
-The mean gap between two tokens of the baseline is split by term too, each iteration counting once for every decode in it:
+scheduling changes instead, it is the prompt tokens computed, preemptions or the decodes in a step. The wait for the
+first schedule is named beside it where it is most of what TTFT changed by.
+The mean gap between two tokens of the baseline is split by term too, each iteration counting once for every decode in
+it:
 
     gap = the GPU's terms + preempted + launches and host (what is left: the GPU waited)
 """
@@ -239,7 +241,7 @@ def _gap_terms(result: Result, done: dict[str, Any]) -> tuple[float, dict[str, f
         return float("nan"), {}
     gap_s = float((done["finish_s"] - done["first_token_s"]).sum()) / gaps
     rows = result.iterations
-    tokens = rows.get("emitted_tokens", rows["seqs"] * rows["iterations"])
+    tokens = rows.get("decoded_tokens", rows["seqs"] * rows["iterations"])
     weight = np.divide(rows["seqs"], tokens.sum())
     terms_s = {name: float((seconds * weight).sum()) for name, seconds in row_terms_s(result.cost, rows).items()}
     preempted_s = float((done["preempted_s"] - done["preempted_before_first_s"]).sum()) / gaps
@@ -264,22 +266,14 @@ def _effect(change: Change, fields: dict[str, Any], setting: Setting, baseline: 
     without, with_ = (other, baseline) if on else (baseline, other)
     ratios = {name: getattr(with_[0], name) / getattr(without[0], name) for name in METRICS}
     better = [ratio if name == "tokens_per_s" else 1.0 / ratio for name, ratio in ratios.items() if ratio == ratio]
-    return Effect(
-        change.name,
-        change.about,
-        on,
-        fields,
-        without[0],
-        with_[0],
-        exp(sum(log(value) for value in better) / len(better)),
-        ratios,
-        reason(without, with_),
-    )
+    gain = exp(sum(log(value) for value in better) / len(better))
+    why = reason(without, with_, gain >= 1.0)
+    return Effect(change.name, change.about, on, fields, without[0], with_[0], gain, ratios, why)
 
 
-def reason(without: Priced, with_: Priced) -> str:
+def reason(without: Priced, with_: Priced, helps: bool) -> str:
     before, after = without[0], with_[0]
-    said = [cause(without[1], with_[1]) or _scheduling(before, after)]
+    said = [cause(without[1], with_[1], helps) or _scheduling(before, after)]
     ttft_s, queue_s = after.ttft_s - before.ttft_s, after.queue_s - before.queue_s
     if abs(ttft_s) > 0.01 * before.ttft_s and queue_s * ttft_s > 0 and abs(queue_s) >= WAIT_SHARE * abs(ttft_s):
         said.append(f"queue {_time(before.queue_s)} → {_time(after.queue_s)}")

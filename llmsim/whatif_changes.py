@@ -1,8 +1,8 @@
 """The optimisations that `llmsim whatif` tries, one line each.
 
-A `Change` is one setting. Where the scenario has the optimisation already, the change takes it away, and what it buys is
-the difference between the run without it and the run with it; where it does not, the change adds it. `fields` is told about the
-scenario and returns the fields to replace, or in a few words why the change does not apply.
+A `Change` is one setting. Where the scenario has the optimisation already, the change takes it away, and what it buys
+is the difference between the run without it and the run with it; where it does not, the change adds it. `fields` is
+told about the scenario and returns the fields to replace, or in a few words why the change does not apply.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from llmsim.hardware import Gpu, Model, find_gpu, find_model
-from llmsim.scenario import Scenario
+from llmsim.hardware import Gpu, Model, find_gpu, find_model, model_names
+from llmsim.scenario import KV_CACHE_DTYPES, Scenario
 
 Answer = dict[str, Any] | str
 
@@ -178,6 +178,37 @@ def _budget(factor: float) -> Callable[[Setting], Answer]:
     return fields
 
 
+def _speculation(method: str, drafts: int, acceptance: float) -> Callable[[Setting], Answer]:
+    """Acceptance is a property of model, drafter and text: these are assumptions, within what papers report."""
+
+    def fields(setting: Setting) -> Answer:
+        if setting.scenario.speculative_config:
+            return {"speculative_config": {}}
+        config: dict[str, Any] = {"method": method, "num_speculative_tokens": drafts, "acceptance": acceptance}
+        if method == "draft_model":
+            small = _smallest_relative(setting)
+            if small is None:
+                return f"no model of a quarter of the size of {setting.model.name} is known that it shares words with"
+            config["model"] = small
+        return {"speculative_config": config}
+
+    return fields
+
+
+def _smallest_relative(setting: Setting) -> str | None:
+    """The smallest model of the same family, if it is at most a quarter of the size."""
+    family = setting.model.name.partition("-")[0]
+    models = [find_model(name) for name in model_names() if name.partition("-")[0] == family]
+    small = min(models, key=lambda model: model.params, default=None)
+    if small is None or 4 * small.params > setting.model.params:
+        return None
+    return small.name if setting.scenario.tensor_parallel in small.tensor_parallel_sizes() else None
+
+
+def _speculates(method: str) -> Callable[[Setting], bool]:
+    return lambda setting: setting.scenario.speculative_config.get("method") == method
+
+
 CHANGES: tuple[Change, ...] = (
     Change("flash-attention", "FlashAttention", _attention, _has("attention_kernel", "flash")),
     Change("operator-fusion", "operator fusion", _no_compiler("none"), lambda f: f.scenario.kernel_fusion != "none"),
@@ -199,12 +230,27 @@ CHANGES: tuple[Change, ...] = (
     Change("weights-int4", "weights in int4", _weights("int4")),
     Change("kv-bf16", "KV cache in bfloat16", _kv("bfloat16")),
     Change("kv-fp8", "KV cache in fp8", _kv("fp8")),
+    *(
+        Change(f"kv-{dtype}", f"KV cache in {dtype}", _kv(dtype))
+        for dtype in ("int8", "int4")
+        if dtype in KV_CACHE_DTYPES
+    ),
     Change("tp-double", "twice the tensor-parallel size", _tensor_parallel(True)),
     Change("tp-half", "half the tensor-parallel size", _tensor_parallel(False)),
     Change("seqs-double", "twice max_num_seqs", _seqs(2)),
     Change("seqs-quarter", "a quarter of max_num_seqs", _seqs(0.25)),
     Change("budget-double", "twice the token budget", _budget(2)),
     Change("budget-quarter", "a quarter of the token budget", _budget(0.25)),
+    Change(
+        "speculation-ngram", "n-gram speculation, 3 drafts at 0.4", _speculation("ngram", 3, 0.4), _speculates("ngram")
+    ),
+    Change("speculation-eagle", "EAGLE head, 3 drafts at 0.7", _speculation("eagle", 3, 0.7), _speculates("eagle")),
+    Change(
+        "speculation-model",
+        "draft model, 4 drafts at 0.75",
+        _speculation("draft_model", 4, 0.75),
+        _speculates("draft_model"),
+    ),
 )
 
 

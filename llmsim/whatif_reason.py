@@ -1,15 +1,15 @@
 """Why a change helps: which term of the cost it changes, on the very same steps.
 
-A change feeds back: faster steps make smaller batches, fewer prompts beside them, shorter queues. So the cause is looked for in
-the baseline's own iterations. Each is priced by both cost models, counting once for every decode in it (so that the sum is what a
-client waits between two tokens):
+A change feeds back: faster steps make smaller batches, fewer prompts beside them, shorter queues. So the cause is
+looked for in the baseline's own iterations. Each is priced by both cost models, counting once for every decode in it
+and divided by the tokens that a decode makes of it (1, without drafts): the sum is what a client waits for a token,
 
     GPU     the terms of `llmsim.cost.terms`
     host    what the host's clock adds to the GPU's, H = schedule + launch + update of the mode the step would have:
             asynchronous max(0, H - T); synchronous schedule + max(lead + T, launch + tail) + update + return - T
 
-If nothing of that changes, the change is one of scheduling; then it is the runs that are compared: prompt tokens computed,
-preemptions, decodes in a step.
+If nothing of that changes, the change is one of scheduling; then it is the runs that are compared: prompt tokens
+computed, preemptions, decodes in a step.
 """
 
 from __future__ import annotations
@@ -24,7 +24,12 @@ from llmsim.cost.terms import row_terms_s
 from llmsim.scenario import Scenario
 
 HOST = "launches and host"
-WORDS = {"linear": "linear layers", "between": "kernels between them", "head": "LM head and sampling"}
+WORDS = {
+    "linear": "linear layers",
+    "between": "kernels between them",
+    "head": "LM head and sampling",
+    "draft": "drafts",
+}
 LEAST_SHARE = 0.005  # of the mean gap: a term that changes by less is no reason
 SECOND_SHARE = 0.4  # of the first term's change: from there on a second one is named too
 
@@ -33,11 +38,11 @@ Floats = NDArray[np.float64]
 
 
 def step_terms_s(rows: Columns, cost: CostModel, scenario: Scenario) -> dict[str, float]:
-    """Seconds of a mean decode's step by term, if these iterations ran by this cost model; clocks left out."""
+    """Seconds of a token by term, if these iterations ran by this cost model; clocks left out."""
     by_row = row_terms_s(cost, rows)
     del by_row["clocks"]
     n = rows["iterations"]
-    weight = rows["seqs"] / (rows["seqs"] * n).sum()
+    weight = rows["seqs"] / (rows["seqs"] * n).sum() / getattr(cost, "tokens_per_step", 1.0)
     gpu_s = sum(by_row.values()) / n
     by_row[HOST] = n * exposed_s(rows, gpu_s, cost, scenario.async_scheduling)
     return {name: float((seconds * weight).sum()) for name, seconds in by_row.items()}
@@ -66,14 +71,16 @@ def exposed_s(rows: Columns, gpu_s: Floats, cost: CostModel, asynchronous: bool)
     return synchronous
 
 
-def cause(without_s: dict[str, float], with_s: dict[str, float]) -> str | None:
-    """The terms that changed most between two prices of the same steps, in the direction of their sum: one or two."""
-    change_s = {name: with_s[name] - before_s for name, before_s in without_s.items()}
-    sign = 1 if sum(change_s.values()) <= 0 else -1
-    first, second = sorted(change_s, key=lambda name: sign * change_s[name])[:2]
+def cause(without_s: dict[str, float], with_s: dict[str, float], helps: bool) -> str | None:
+    """The terms that shrank most between two prices of the same steps, or if it does not help grew most: one or two."""
+    sign = 1 if helps else -1
+    change_s = {name: sign * (with_s[name] - before_s) for name, before_s in without_s.items()}
+    first, second = sorted(change_s, key=lambda name: change_s[name])[:2]
     least_s = LEAST_SHARE * sum(without_s.values())
-    named = [first] if -sign * change_s[first] >= least_s else []
-    if named and -sign * change_s[second] >= max(least_s, SECOND_SHARE * abs(change_s[first])):
+    if -change_s[first] < least_s:
+        return None
+    named = [first]
+    if -change_s[second] >= max(least_s, -SECOND_SHARE * change_s[first]):
         named.append(second)
     said = [f"{WORDS.get(name, name)} {1e3 * without_s[name]:.2f} → {1e3 * with_s[name]:.2f}" for name in named]
-    return f"{', '.join(said)} ms of a step" if said else None
+    return f"{', '.join(said)} ms a token"

@@ -1,4 +1,6 @@
-"""Speculative decoding: rules checked by hand, acceptance against the formula, KV conserved, and where it stops paying."""
+"""Speculative decoding: rules checked by hand, acceptance against the formula, KV conserved, and where it stops
+paying.
+"""
 
 import json
 from dataclasses import replace

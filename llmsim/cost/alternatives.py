@@ -6,14 +6,14 @@
                         Scores are a whole rectangle, nothing above the diagonal is skipped, and each key and value is
                         copied out to the query heads that share it: other heads cost in proportion to q * d,
                         latencies (call, base) apart
-    plain operations    seconds over bytes, as the fused kernels they stand for (llmsim.cost.kernels.Curve): what PyTorch
-                        does for a norm, RoPE, SiLU * up and the KV write, one kernel for each operation; and the fused
-                        kernels timed in the same session, so that the difference is of one machine
+    plain operations    seconds over bytes, as the fused kernels they stand for (llmsim.cost.kernels.Curve): what
+                        PyTorch does for a norm, RoPE, SiLU * up and the KV write, one kernel for each operation; and
+                        the fused kernels timed in the same session, so that the difference is of one machine
     launch              host seconds of one more operation
 
-The files are `llmsim/data/GPU.alternatives.json`, made by `python -m calibration alternatives` from measurements; `id` is
-a hash of the content. A GPU without one takes that of `SCALED_FROM`, its times beyond the latency scaled by the ratio
-of data-sheet bandwidths: all of these kernels move bytes.
+The files are `llmsim/data/GPU.alternatives.json`, made by `python -m calibration alternatives` from measurements;
+`id` is a hash of the content. A GPU without one takes that of `SCALED_FROM`, its times beyond the latency scaled by
+the ratio of data-sheet bandwidths: all of these kernels move bytes.
 """
 
 from __future__ import annotations

@@ -326,11 +326,8 @@ class Shape:
         alone = replace(self, tensor_parallel=1)  # without all-reduces
         between_s = self.layers * clock.layer_overhead_s
         linear_s = alone.form_s(clock, tokens) - between_s
-        return {
-            "linear": linear_s,
-            "between": between_s,
-            "communication": self.form_s(clock, tokens) - linear_s - between_s,
-        }
+        reduce_s = 0.0 if self.tensor_parallel == 1 else self.form_s(clock, tokens) - linear_s - between_s
+        return {"linear": linear_s, "between": between_s, "communication": reduce_s}
 
 
 def model_shape(
@@ -496,10 +493,10 @@ class ProfileCost:
 
     @property
     def origin(self) -> str:
-        """What its seconds rest on, in two words."""
+        """What its seconds rest on, in a word."""
         if not self.scaled:
-            return "recorded engine"
-        return "timed kernels" if self._forward is not None else "data-sheet shapes"
+            return "recorded"
+        return "kernels" if self._forward is not None else "shapes"
 
     def _describe(self, model: Model, settings: CostSettings) -> str:
         profile = self.profile

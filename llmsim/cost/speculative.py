@@ -1,33 +1,36 @@
 """Speculative decoding: what it is set to, and what its iterations cost.
 
-Before each iteration a drafter proposes k tokens for every decoding request; the model computes 1 + k rows of it at once and keeps
-the longest run of drafts that it would have made itself, and one token of its own. With p_i the chance that the i-th draft is
-accepted if those before it were,
+Before each iteration a drafter proposes k tokens for every decoding request; the model computes 1 + k rows of it at
+once and keeps the longest run of drafts that it would have made itself, and one token of its own. With p_i the chance
+that the i-th draft is accepted if those before it were,
 
     tokens of a verification   1 + sum over i of p_1 ... p_i;  with all p = a: (1 - a^(k+1)) / (1 - a)
                                (Leviathan et al. 2023, arXiv 2211.17192, equation 1)
 
 `speculative_config` is vLLM's, with what a simulation must be told besides:
 
-    method                   "ngram": the drafts are looked up in the prompt, by the host; "draft_model": a small model makes
-                             them one after another; "eagle", "mtp": a layer on the model's hidden states does
+    method                   "ngram": the drafts are looked up in the prompt, by the host; "draft_model": a small
+                             model makes them one after another; "eagle", "mtp": a layer on the model's hidden states
+                             does
     num_speculative_tokens   k
     model                    the draft model
     acceptance               a, or p_1, p_2, ... p_k: a property of model, drafter and text, so there is no default
     proposal_rate            share of verifications for which the drafter has a proposal (ngram: a match). [1]
-    draft_layers             layers of the target that a drafting head is as heavy as. [1.2: one, and the projection of its inputs]
-    draft_host_s             host seconds of a request's drafts (ngram [20e-6, not measured]), of a step of others [0.2e-3]
+    draft_layers             layers of the target that a drafting head is as heavy as. [1.2: one, and the projection
+                             of its inputs]
+    draft_host_s             host seconds of a request's drafts (ngram [20e-6, not measured]), of a step of others
+                             [0.2e-3]
 
 GPU seconds of an iteration of s decodes with D drafts in all (D = s k where nothing is cut), kv cached tokens:
 
-    verify    T(s, kv) + rows(s + D) - rows(s), rows being linear layers, what lies between, and the LM head for each row; attention
-              reads the cache once for all rows of a request, or takes a pair each if that is longer
+    verify    T(s, kv) + rows(s + D) - rows(s), rows being linear layers, what lies between, and the LM head for each
+              row; attention reads the cache once for all rows of a request, or takes a pair each if that is longer
     draft     draft_model: k decodes of the draft model, the first of them with 1 + k rows a request, and its prompts
               eagle, mtp: the same of `draft_layers` layers and the LM head
 
-Graphs: 1 + k rows a request are vLLM's uniform decode, a full graph up to the largest capture size (`llmsim.cost.graphs`, with
-max_num_seqs (1 + k) rows); a batch in which some have fewer drafts is as one with prompts. Left out: rejection sampling,
-drafts of draft models in eager launches, trees of drafts.
+Graphs: 1 + k rows a request are vLLM's uniform decode, a full graph up to the largest capture size
+(`llmsim.cost.graphs`, with max_num_seqs (1 + k) rows); a batch in which some have fewer drafts is as one with
+prompts. Left out: rejection sampling, drafts of draft models in eager launches, trees of drafts.
 """
 
 from __future__ import annotations
@@ -102,7 +105,11 @@ def speculation_of(config: dict[str, Any]) -> Speculation | None:
     if (model is None) == (method == "draft_model") or not isinstance(model, str | None):
         raise ValueError(
             f"speculative_config model={model!r}: "
-            + ("name the draft model (llmsim list models)" if method == "draft_model" else f"{method} has none; leave it out")
+            + (
+                "name the draft model (llmsim list models)"
+                if method == "draft_model"
+                else f"{method} has none; leave it out"
+            )
         )
     host_s = {"ngram": NGRAM_HOST_S}.get(method, DRAFT_LAUNCH_S)
     return Speculation(
@@ -117,7 +124,9 @@ def speculation_of(config: dict[str, Any]) -> Speculation | None:
 
 
 def drafter_bytes(model: Model, own: Speculation, kv_dtype: str, tensor_parallel: int) -> tuple[float, float]:
-    """On one rank: its weights in 2-byte numbers, and its KV cache for each token. A head shares the model's embeddings."""
+    """On one rank: its weights in 2-byte numbers, and its KV cache for each token. A head shares the model's
+    embeddings.
+    """
     if own.on_host:
         return 0.0, 0.0
     if own.model is not None:
@@ -133,15 +142,20 @@ def _acceptance(given: Any, drafts: int) -> tuple[float, ...]:
     numbers = all(isinstance(p, int | float) and not isinstance(p, bool) and 0.0 <= p <= 1.0 for p in chances)
     if not numbers or len(chances) != drafts:
         raise ValueError(
-            f"speculative_config acceptance={given!r}: give the chance that a draft is accepted, from 0 to 1, or a list of "
-            f"{drafts}, one for each position; it depends on model, drafter and text, so there is no default"
+            f"speculative_config acceptance={given!r}: give the chance that a draft is accepted, from 0 to 1, or a "
+            f"list of {drafts}, one for each position; it depends on model, drafter and text, so there is no default"
         )
     return tuple(float(p) for p in chances)
 
 
 def _number(config: dict[str, Any], key: str, default: float, least: float, most: float) -> float:
     value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value) or not least <= value <= most:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not isfinite(value)
+        or not least <= value <= most
+    ):
         raise ValueError(f"speculative_config {key}={value!r}: give a number from {least:g} to {most:g}")
     return float(value)
 
@@ -156,7 +170,7 @@ class SpeculativeCost:
         self._inner, self.speculation = termed(inner), speculation
         self._draft = None if draft is None else termed(draft)
         self._graphs = graphs
-        self.kind, self.origin = inner.kind, self._inner.origin
+        self.kind, self.origin = inner.kind, f"{self._inner.origin} + drafts"
         self.pair_s = self._inner.pair_s
         self.tokens_per_step = speculation.tokens_per_step
         self.drafts: int | None = None
@@ -289,5 +303,3 @@ class SpeculativeCost:
     def outside_measured(self, iterations: dict[str, Any]) -> Any:
         """All that speculate: no engine was recorded with drafts."""
         return (iterations["seqs"] > 0) | self._inner.outside_measured(iterations)
-
-

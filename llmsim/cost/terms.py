@@ -8,9 +8,9 @@
     draft           a speculating engine's drafts
     clocks          what lower clocks and stalls add to the rest
 
-A cost model that knows its terms has `parts(tokens, requests, seqs)`, an iteration of so many rows, sampled requests and
-decodes as if none had context, and `prompts_s(...)`, the attention of prompt chunks. Rows of a profile share its L (which was
-fitted as a whole) in proportion to what its kernels, or its form of data-sheet shapes, take by themselves.
+A cost model that knows its terms has `parts(tokens, requests, seqs)`, an iteration of so many rows, sampled requests
+and decodes as if none had context, and `prompts_s(...)`, the attention of prompt chunks. Rows of a profile share its
+L (which was fitted as a whole) in proportion to what its kernels, or its form of data-sheet shapes, take by themselves.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Termed(CostModel, Protocol):
 
     @property
     def origin(self) -> str:
-        """What its seconds rest on, in two words."""
+        """What its seconds rest on, in a word."""
 
     def parts(self, tokens: int, requests: int, seqs: int) -> Parts: ...
 

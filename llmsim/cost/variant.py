@@ -2,11 +2,13 @@
 
 It stands before the cost model of the engine as it is and exchanges terms (`llmsim.cost.terms`):
 
-    attention_kernel="math"   attention is computed step by step, with the scores in memory: decodes and prompts take what
-                              `llmsim.cost.alternatives` says of unfused attention, instead of theirs. One call a chunk
+    attention_kernel="math"   attention is computed step by step, with the scores in memory: decodes and prompts take
+                              what `llmsim.cost.alternatives` says of unfused attention, instead of theirs. One call a
+                              chunk
     kernel_fusion="custom"    torch.compile is off. The kernels are the hand-written fused ones that calibration timed;
-                              what the compiler gains beyond them was not measured and counts as nothing. Piecewise graphs are
-                              cut out of compiled code: without it iterations with prompts are launched eagerly
+                              what the compiler gains beyond them was not measured and counts as nothing. Piecewise
+                              graphs are cut out of compiled code: without it iterations with prompts are launched
+                              eagerly
     kernel_fusion="none"      and every operation between the matrix products is a kernel of its own: the difference of
                               the plain and the fused kernels' times is added, layer by layer
 
@@ -62,7 +64,7 @@ class VariantCost:
         self.label = f"{inner.label}; {_described(settings, source)}"
         self.origin = self._inner.origin
         if settings.attention_kernel == "math" or self._plain:
-            self.origin += ", plain kernels " + ("timed" if source.startswith("timed on this GPU") else "scaled")
+            self.origin += " + plain" if source.startswith("timed on this GPU") else " + plain, scaled"
         profile = getattr(inner, "profile", None)
         if profile is not None:
             self.profile = profile
