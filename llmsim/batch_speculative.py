@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmsim.batch import RunningBatch
-from llmsim.cost.speculative import Speculation
+from llmsim.drafting import Speculation
 from llmsim.request import Request
 
 Whole = NDArray[np.int64]

@@ -286,6 +286,4 @@ def speedup(rows: list[dict[str, Any]], *, title: str) -> alt.LayerChart:
     y = alt.Y("times:Q", title="Tokens per second over those without drafts")
     lines = alt.Chart(frame).mark_line(point=True).encode(x, y, alt.Color("with:N", legend=alt.Legend(title=None)))
     even = alt.Chart(pd.DataFrame({"times": [1.0]})).mark_rule(color=ROOF, strokeDash=[4, 4]).encode(y="times:Q")
-    layers = [even, lines]
-    chart: alt.LayerChart = alt.layer(*layers).properties(width=WIDTH, height=HEIGHT, title=title)
-    return chart
+    return alt.LayerChart(layer=[even, lines]).properties(width=WIDTH, height=HEIGHT, title=title)

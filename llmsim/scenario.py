@@ -20,7 +20,7 @@ from difflib import get_close_matches
 from math import isfinite
 from typing import Any
 
-from llmsim.cost.speculative import Speculation, speculation_of
+from llmsim.drafting import Speculation, speculation_of
 from llmsim.hardware import Gpu, Model, dtype_name, find_gpu, find_model
 from llmsim.scenario_file import toml_line
 
@@ -82,7 +82,7 @@ class Scenario:
     # What if the engine lacked one of its optimisations (llmsim.cost.variant)? The defaults are what vLLM does.
     attention_kernel: str = "flash"  # math: scores in memory, every step of attention a kernel of its own
     kernel_fusion: str = "compiled"  # custom: torch.compile off, hand-written kernels; none: each operation a kernel
-    speculative_config: dict[str, Any] = field(default_factory=dict, hash=False)  # llmsim.cost.speculative; {}: off
+    speculative_config: dict[str, Any] = field(default_factory=dict, hash=False)  # llmsim.drafting; {}: off
     activation_dtype: str = "auto"  # of the linear layers' inputs: as fast as the weights allow, or bfloat16
 
     def __post_init__(self) -> None:

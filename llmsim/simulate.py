@@ -38,7 +38,7 @@ from llmsim.scenario import Scenario
 from llmsim.schedulers import load_scheduler
 
 if TYPE_CHECKING:
-    from llmsim.cost.speculative import Speculation
+    from llmsim.drafting import Speculation
     from llmsim.trace import Trace
 
 FLOAT_COLUMNS = ("arrival_s", "scheduled_s", "first_token_s", "finish_s", "preempted_s", "preempted_before_first_s")

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from llmsim.cost import CostModel
-from llmsim.cost.speculative import Speculation
+from llmsim.drafting import Speculation
 from llmsim.scenario import Scenario
 from llmsim.simulate import cost_of
 

@@ -12,7 +12,7 @@ import pytest
 from llmsim.batch_speculative import SpeculatingBatch
 from llmsim.cli import main
 from llmsim.cost import EAGER, FULL, PIECEWISE
-from llmsim.cost.speculative import speculation_of
+from llmsim.drafting import speculation_of
 from llmsim.metrics import latencies_s
 from llmsim.request import Request
 from llmsim.scenario import Scenario

@@ -71,9 +71,9 @@ def test_unfused_attention_is_within_a_tenth_of_every_long_prompt_and_decode_tha
 def test_fused_kernels_are_the_faster_ones():
     """Beyond 200 KB; below both are the latency of one or two launches in a graph."""
     known = find_alternatives(find_gpu("h200-sxm"))[0]
-    for op, plain in known.plain.items():
+    for op in ("add_rms_norm", "rms_norm", "rope", "silu_mul"):  # a KV write fuses nothing
         sizes = np.geomspace(2e5, 5e8, 40)
-        assert (plain.at(sizes) > known.fused[op].at(sizes)).all(), op
+        assert (known.plain[op].at(sizes) > known.fused[op].at(sizes)).all(), op
 
 
 def test_a_gpu_without_a_file_takes_the_others_scaled_by_bandwidth():

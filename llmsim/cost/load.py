@@ -18,7 +18,7 @@ from llmsim.cost.graphs import Graphs
 from llmsim.hardware import Gpu, Model, find_model
 
 if TYPE_CHECKING:
-    from llmsim.cost.speculative import Speculation
+    from llmsim.drafting import Speculation
 
 
 @dataclass(frozen=True)
