@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from typing import Any
 
 import click
@@ -20,6 +21,7 @@ from llmsim.scenario import (
     CUDAGRAPHS,
     DTYPES,
     KERNEL_FUSIONS,
+    KV_ALLOCATIONS,
     KV_CACHE_DTYPES,
     QUANTIZATIONS,
     SCHEDULING_POLICIES,
@@ -70,16 +72,13 @@ def _models() -> list[str]:
     return list(model_names())
 
 
-def _schedulers() -> list[str]:
-    from llmsim.schedulers import BUILTIN
+def builtins_of(module: str) -> Callable[[], list[str]]:
+    """The built-in plug-ins of a module with a table `BUILTIN`, for the shell to complete."""
 
-    return list(BUILTIN)
+    def names() -> list[str]:
+        return list(import_module(module).BUILTIN)
 
-
-def _routers() -> list[str]:
-    from llmsim.routers import BUILTIN
-
-    return list(BUILTIN)
+    return names
 
 
 def cost_specs() -> list[str]:
@@ -103,6 +102,19 @@ def _switch(field: str, flag: str, text: str) -> Callable[[Any], Any]:
     return click.option(f"--{flag}/--no-{flag}", field, default=None, help=text)
 
 
+def plugin_flags(kind: str, module: str, text: str) -> list[Callable[[Any], Any]]:
+    """`--KIND NAME` and `--KIND-arg NAME=VALUE`, for the fields KIND and KIND_args of Scenario.
+
+    `module` holds the built-ins in its table `BUILTIN`; a class of the user's own file is written file.py:Class.
+    """
+    return [
+        click.option(f"--{kind}", type=Known(builtins_of(module)), metavar="NAME", help=text),
+        click.option(
+            f"--{kind}-arg", f"{kind}_args", multiple=True, metavar="NAME=VALUE", help=f"For the {kind}. Repeatable."
+        ),
+    ]
+
+
 # Flags in the order of `--help`. Each is a field of Scenario, except the few that end up in one (scenario_from).
 SCENARIO_FLAGS: list[Callable[[Any], Any]] = [
     click.option(
@@ -120,13 +132,8 @@ SCENARIO_FLAGS: list[Callable[[Any], Any]] = [
         help="GPUs of one replica. [1]",
     ),
     click.option("--replicas", type=INT, help="Copies of the engine behind the router. [1]"),
-    click.option("--router", type=Known(_routers), metavar="NAME", help="Which replica takes a request. [round_robin]"),
-    click.option(
-        "--scheduler", type=Known(_schedulers), metavar="NAME", help="Policy, or your own file.py:Class. [vllm]"
-    ),
-    click.option(
-        "--scheduler-arg", "scheduler_args", multiple=True, metavar="NAME=VALUE", help="For the policy. Repeatable."
-    ),
+    *plugin_flags("router", "llmsim.routers", "Which replica takes a request, or your file.py:Class. [round_robin]"),
+    *plugin_flags("scheduler", "llmsim.schedulers", "Policy, or your own file.py:Class. [vllm]"),
     click.option("--scheduling-policy", type=_choice(SCHEDULING_POLICIES), help="fcfs or priority. [fcfs]"),
     click.option("--max-num-seqs", type=INT, help="Requests running at once. [vLLM's for this GPU]"),
     click.option("--max-num-batched-tokens", type=INT, help="Tokens of one iteration. [vLLM's for this GPU]"),
@@ -136,10 +143,15 @@ SCENARIO_FLAGS: list[Callable[[Any], Any]] = [
     click.option("--block-size", type=INT, help="Tokens of a KV block. [16]"),
     click.option("--gpu-memory-utilization", type=float, help="Share of the GPU's memory the engine takes. [0.92]"),
     _switch("enable_prefix_caching", "enable-prefix-caching", "Reuse KV blocks of shared prefixes. [on]"),
+    *plugin_flags("eviction", "llmsim.eviction", "Which cached content is lost, or your own file.py:Class. [lru]"),
     _switch("enable_chunked_prefill", "enable-chunked-prefill", "Split prompts over iterations. [on]"),
     click.option("--kv-cache-dtype", type=_choice(KV_CACHE_DTYPES), help=_words(KV_CACHE_DTYPES, "auto: as --dtype")),
     click.option("--dtype", type=_choice(DTYPES), help=_words(DTYPES, "bfloat16")),
     click.option("--quantization", "-q", type=_choice(QUANTIZATIONS), help=_words(QUANTIZATIONS, "as published")),
+    click.option(
+        "--kv-allocation", type=_choice(KV_ALLOCATIONS), help="Blocks on demand, or reserve max, pow2, oracle. [paged]"
+    ),
+    click.option("--kv-compression", metavar="SPEC", help="Drop tokens: window:W, sinks:S+W, budget:B. [none]"),
     click.option("--num-gpu-blocks-override", type=INT, help="KV blocks of a replica. [what fits the GPU]"),
     click.option("--long-prefill-token-threshold", type=INT, help="Cap of one prompt's chunk. [0: none]"),
     click.option("--watermark", type=float, help="Fraction of KV blocks kept free at admission. [0]"),
@@ -172,6 +184,8 @@ SCENARIO_FLAGS: list[Callable[[Any], Any]] = [
     ),
 ]
 
+
+PLUGIN_ARGUMENTS = [name for name in Scenario.__dataclass_fields__ if name.endswith("_args")]
 
 # Parameters of load_trace, under its own names; `context_tokens` and `seed` come from the scenario.
 TRACE_FLAGS: list[Callable[[Any], Any]] = [
@@ -288,7 +302,7 @@ def scenario_fields(flags: dict[str, Any]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     if path is not None:
         values |= read_scenario(path)
-    pairs = flags.pop("scheduler_args")
+    pairs = {name: flags.pop(name) for name in PLUGIN_ARGUMENTS}
     given = {name: flags.pop(name) for name in list(flags) if name in Scenario.__dataclass_fields__}
     if eager:
         if given["cudagraph"] not in (None, "none"):
@@ -297,9 +311,10 @@ def scenario_fields(flags: dict[str, Any]) -> dict[str, Any]:
     if given["speculative_config"] is not None:
         given["speculative_config"] = _table("--speculative-config", given["speculative_config"])
     values |= {name: value for name, value in given.items() if value is not None}
-    in_file = values.get("scheduler_args", {})
-    if pairs and isinstance(in_file, dict):  # anything else is for Scenario to refuse
-        values["scheduler_args"] = in_file | dict(_argument(pair) for pair in pairs)
+    for name, words in pairs.items():
+        in_file = values.get(name, {})
+        if words and isinstance(in_file, dict):  # anything else is for Scenario to refuse
+            values[name] = in_file | dict(_argument(name, word) for word in words)
     return values
 
 
@@ -313,14 +328,20 @@ def _table(flag: str, text: str) -> dict[str, Any]:
     return table
 
 
-def _argument(pair: str) -> tuple[str, Any]:
-    name, sign, text = pair.partition("=")
+def _argument(field: str, word: str) -> tuple[str, Any]:
+    name, sign, text = word.partition("=")
     if not sign or not name.isidentifier():
-        raise ValueError(f"--scheduler-arg {pair}: write NAME=VALUE, e.g. quantum_s=0.05")
+        flag = field.removesuffix("s").replace("_", "-")
+        raise ValueError(f"--{flag} {word}: write NAME=VALUE, e.g. quantum_s=0.05")
+    return name, value_of(text)
+
+
+def value_of(text: str) -> Any:
+    """A number, true, false, null or a list as JSON writes it; anything else is text."""
     try:
-        return name, json.loads(text)
+        return json.loads(text)
     except ValueError:
-        return name, text  # not a number, true, false or a list: text
+        return text
 
 
 class SectionedCommand(click.Command):

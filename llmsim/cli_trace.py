@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from llmsim.cli_options import CONTEXT, INT, json_option, tell, trace_arguments, trace_options
+from llmsim.cli_reuse import reuse
 
 WRITABLE = ("csv", "jsonl", "parquet", "mooncake")
 
@@ -43,6 +44,9 @@ def _load(path: str, flags: dict[str, Any]) -> Any:
 @click.group(context_settings=CONTEXT)
 def trace() -> None:
     """Look at traces, convert them, make them."""
+
+
+trace.add_command(reuse)
 
 
 @trace.command(context_settings=CONTEXT)

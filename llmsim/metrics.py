@@ -24,6 +24,7 @@ The others are llmsim's own:
                               queue = first scheduled - send; preempted = from each preemption to the next token;
                               prefill = first token - first scheduled - preempted before it; decode = the rest
     prefix_cache_hit_rate     prompt tokens found in the prefix cache at first admission / prompt tokens
+    caveats                   what the setting risks that times do not show (dropped context), in words
     stable, stability         whether the queue kept growing (see `llmsim.rates`), and that in words
     sim_wall_s, sim_speedup   seconds the simulation took; simulated seconds per second. The only keys that differ
                               between two runs of the same version, seed, trace and scenario
@@ -42,6 +43,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmsim.gaps import GapRuns
+from llmsim.kept import risk
 from llmsim.rates import peak_concurrency, stability, tokens_per_second
 from llmsim.utilisation import utilisation
 
@@ -133,6 +135,7 @@ class Result:
             self.iterations, self.scenario, self.cost, self.kv_blocks, duration_s,
             output_tokens=summary["total_output_tokens"], input_tokens=summary["total_input_tokens"],
         )  # fmt: skip
+        summary["caveats"] = [line for line in [risk(self.scenario.kv_compression)] if line is not None]
         summary |= {"sim_wall_s": self.wall_s, "sim_speedup": _ratio(duration_s, self.wall_s)}
         return {name: json_safe(value) for name, value in summary.items()}
 

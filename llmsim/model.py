@@ -30,6 +30,11 @@ ELEMENT_BYTES = {
     "int4": 0.5 + 2.5 / 128,
     "mxfp4": 0.5 + 1 / 32,
 }
+# Bits of a number of a quantised KV cache; each key and value vector of each head and token has a scale and a zero
+# point of 2 bytes each beside it (asymmetric, per head and token: LMDeploy, docs/en/quantization/kv_quant.md). fp8 has
+# one scale for a whole tensor (vLLM): no bytes a token.
+KV_BITS = {"int8": 8, "int4": 4}
+KV_SCALE_BYTES = 4
 _DTYPE_SPELLINGS = {
     "half": "float16",
     "fp16": "float16",
@@ -234,8 +239,12 @@ class Model:
         return round(self.layers * self.kv_layer_bytes(kv_dtype, tp))
 
     def kv_layer_bytes(self, kv_dtype: str, tp: int = 1) -> float:
-        size = 2.0 if kv_dtype == "auto" else ELEMENT_BYTES[dtype_name(kv_dtype)]
-        return self.kv_elements_per_token_layer(tp) * size
+        name = "bfloat16" if kv_dtype == "auto" else dtype_name(kv_dtype)
+        elements = self.kv_elements_per_token_layer(tp)
+        if name in KV_BITS:
+            vectors = 1 if self.mla else 2 * self._kv_heads_on_rank(tp)
+            return elements * KV_BITS[name] / 8 + vectors * KV_SCALE_BYTES
+        return elements * ELEMENT_BYTES[name]
 
     # ---- operations -------------------------------------------------------------------------------------------
 

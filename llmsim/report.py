@@ -110,6 +110,8 @@ def _trust(summary: dict[str, Any]) -> Iterator[str]:
     if share is not None:
         warning = ": treat with care" if share > EXTRAPOLATED_WARNING else ""
         yield f"Outside the measured range: {share * 100:.1f} % of GPU time{warning}"
+    for caveat in summary["caveats"]:
+        yield from wrap(f"Caveat: {caveat}", 2 * WIDTH)
     words = summary["stability"]
     yield from wrap(words[0].upper() + words[1:], 2 * WIDTH)
     simulated, wall_s = summary["duration"], summary["sim_wall_s"]

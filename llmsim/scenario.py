@@ -22,18 +22,20 @@ from typing import Any
 
 from llmsim.drafting import Speculation, speculation_of
 from llmsim.hardware import Gpu, Model, dtype_name, find_gpu, find_model
+from llmsim.kept import parse as parse_compression
 from llmsim.scenario_file import toml_line
 
 GIB = 2**30
 LARGE_GPU_BYTES = 70 * GIB  # vLLM's line between small and large default limits
 DTYPES = ("auto", "bfloat16", "float16", "half", "float32", "float")  # auto: bfloat16
-KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32", "fp8", "fp8_e4m3", "fp8_e5m2")
+KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32", "fp8", "fp8_e4m3", "fp8_e5m2", "int8", "int4")
 # of the weights; activations of the 4-bit formats stay in `dtype`
 QUANTIZATIONS = ("fp8", "int8", "int4", "mxfp4", "awq", "awq_marlin", "gptq", "gptq_marlin")
 CUDAGRAPHS = ("full_and_piecewise", "full_decode_only", "piecewise", "none")
 ATTENTION_KERNELS = ("flash", "math")
 KERNEL_FUSIONS = ("compiled", "custom", "none")
 ACTIVATION_DTYPES = ("auto", "bfloat16")
+KV_ALLOCATIONS = ("paged", "max", "pow2", "oracle")
 SCHEDULING_POLICIES = ("fcfs", "priority")
 # argument of the policy "vllm": the field it comes from
 VLLM_OPTIONS = {
@@ -53,7 +55,8 @@ class Scenario:
     gpu: str  # a name of `llmsim list gpus`
     tensor_parallel: int = 1  # GPUs of one replica
     replicas: int = 1
-    router: str = "round_robin"
+    router: str = "round_robin"  # a name of `llmsim list routers`, or path/to/file.py:ClassName
+    router_args: dict[str, Any] = field(default_factory=dict, hash=False)
     scheduler: str = "vllm"  # a name of `llmsim list schedulers`, or path/to/file.py:ClassName
     scheduler_args: dict[str, Any] = field(default_factory=dict, hash=False)
     scheduling_policy: str = "fcfs"
@@ -78,6 +81,10 @@ class Scenario:
     host_scale: float = 1.0  # 2: a host that needs twice the time for everything it does
     concurrency: int | None = None  # closed loop: at most this many requests under way; None: sent when the trace says
     seed: int = 0
+    eviction: str = "lru"  # which cached content is lost: a name of `llmsim list evictions`, or file.py:ClassName
+    eviction_args: dict[str, Any] = field(default_factory=dict, hash=False)
+    kv_allocation: str = "paged"  # or what a contiguous cache reserves for a request: max, pow2, oracle
+    kv_compression: str = "none"  # tokens that a request keeps: window:W, sinks:S+W, budget:B
     swap_space_gib: float = 0.0  # host memory per GPU for the KV of requests that a policy swaps out; 0: none
     # What if the engine lacked one of its optimisations (llmsim.cost.variant)? The defaults are what vLLM does.
     attention_kernel: str = "flash"  # math: scores in memory, every step of attention a kernel of its own
@@ -209,6 +216,7 @@ _ONE_OF = {
     "cudagraph": CUDAGRAPHS,
     "dtype": DTYPES,
     "kv_cache_dtype": KV_CACHE_DTYPES,
+    "kv_allocation": KV_ALLOCATIONS,
     "quantization": QUANTIZATIONS,
     "attention_kernel": ATTENTION_KERNELS,
     "kernel_fusion": KERNEL_FUSIONS,
@@ -256,8 +264,43 @@ def _check_together(s: Scenario) -> None:
             f"cudagraph={s.cudagraph} needs kernel_fusion=compiled, since piecewise graphs are cut out of compiled "
             f"code: with kernel_fusion={s.kernel_fusion} give cudagraph full_decode_only or none"
         )
-    speculation_of(s.speculative_config)
+    _check_speculation(s)
     _check_policy(s)
+    _check_kv_cache(s)
+
+
+def _check_speculation(s: Scenario) -> None:
+    """Drafts need blocks that a request keeps while it grows."""
+    if speculation_of(s.speculative_config) is None:
+        return
+    for name, plain in (("kv_allocation", "paged"), ("kv_compression", "none")):
+        if getattr(s, name) != plain:
+            raise ValueError(
+                f"speculative_config with {name}={getattr(s, name)!r} is not modelled: leave one of them out"
+            )
+
+
+def _check_kv_cache(s: Scenario) -> None:
+    """What only a prefix cache can do needs one, and what reads the future can only do so where it knows it."""
+    if s.eviction != "lru" and not s.enable_prefix_caching:
+        raise ValueError(f"eviction={s.eviction!r}: without prefix caching nothing is cached: leave it out")
+    if s.eviction == "lru" and s.eviction_args:
+        raise ValueError(
+            f"eviction_args {', '.join(s.eviction_args)}: the eviction lru has no arguments: leave them out"
+        )
+    for name, plain, what in (("kv_allocation", "paged", "contiguous"), ("kv_compression", "none", "dropped")):
+        value = getattr(s, name)
+        if value != plain and s.enable_prefix_caching:
+            raise ValueError(f"{name}={value!r}: {what} KV cannot be shared: give enable_prefix_caching=false as well")
+        if value != plain and s.swap_space_gib:
+            raise ValueError(f"{name}={value!r}: {what} KV is not swapped: leave swap_space_gib out")
+    if parse_compression(s.kv_compression) is not None and s.kv_allocation != "paged":
+        raise ValueError(f"kv_compression={s.kv_compression!r} needs blocks to drop: leave kv_allocation out")
+    if s.eviction == "belady" and s.replicas > 1:
+        raise ValueError(
+            f"eviction='belady' reads the future of one replica, and of {s.replicas} none knows which requests it will"
+            " get: give replicas=1"
+        )
 
 
 def _check_policy(s: Scenario) -> None:

@@ -5,6 +5,9 @@
     batch_size          requests of an iteration (decodes and prefills), over iterations
     kv_cache_usage_perc fraction of KV blocks in use (vLLM's gauge of that name: 1 is all of them), over time, an idle
                         replica counting as 0; block 0, vLLM's null block, is not counted as usable
+    kv_token_share      cached tokens that the iterations read or wrote / tokens that the KV memory holds, over time; a
+                        prefix that several requests share counts for each. Beside kv_cache_usage_perc it says how
+                        much of what is held is of use
     mfu, mbu            FLOPs of the work / (busy * peak FLOP/s); bytes it must move / (busy * peak bandwidth)
     phases              the same for iterations that hold prefill chunks ("prefill", the decodes beside them included)
                         and for pure decode ("decode"), each with its bottleneck: "host" when the GPU waited more than
@@ -51,8 +54,10 @@ def utilisation(
     gpus = scenario.replicas * scenario.tensor_parallel
     gpu_hours = gpus * duration_s / 3600.0
     dollars = gpu_hours * gpu.price_per_hour
+    replica_s = scenario.replicas * duration_s
     return {
-        "kv_cache_usage_perc": _kv_usage(iterations, active_s, kv_blocks, scenario.replicas * duration_s),
+        "kv_cache_usage_perc": _kv_usage(iterations, active_s, kv_blocks, replica_s),
+        "kv_token_share": _kv_tokens(iterations, active_s, max(kv_blocks - 1, 1) * scenario.block_size, replica_s),
         "batch_size": _batch_size(iterations),
         "iterations": int(iterations["iterations"].sum()),
         "gpu_busy_frac": _ratio(busy_s.sum(), scenario.replicas * duration_s),
@@ -119,6 +124,12 @@ def _kv_usage(iterations: Columns, active_s: Floats, kv_blocks: int, replica_s: 
         "mean": _ratio((blocks * active_s).sum(), usable * replica_s),
         "max": float(blocks.max()) / usable if blocks.size else None,
     }
+
+
+def _kv_tokens(iterations: Columns, active_s: Floats, usable_tokens: int, replica_s: float) -> float | None:
+    decodes = iterations["kv_tokens"] + iterations["seqs"] * (iterations["iterations"] - 1) / 2
+    tokens = decodes + iterations["prefill_context"] + iterations["prefill_tokens"]
+    return _ratio((tokens * active_s).sum(), usable_tokens * replica_s)
 
 
 def _batch_size(iterations: Columns) -> dict[str, float | None]:

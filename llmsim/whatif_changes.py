@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmsim.hardware import Gpu, Model, find_gpu, find_model, model_names
-from llmsim.scenario import KV_CACHE_DTYPES, Scenario
+from llmsim.scenario import Scenario
 
 Answer = dict[str, Any] | str
 
@@ -139,6 +139,34 @@ def _kv(dtype: str) -> Callable[[Setting], Answer]:
     return fields
 
 
+def _allocation(setting: Setting) -> Answer:
+    """Paged, or the classical cache that sets the longest context aside for every request; neither shares blocks then."""
+    s = setting.scenario
+    if s.kv_allocation != "paged":
+        return {"kv_allocation": "paged"}
+    if s.kv_compression != "none":
+        return f"kv_compression={s.kv_compression} needs blocks to drop"
+    return {"kv_allocation": "max", "enable_prefix_caching": False} | _no_speculation(s)
+
+
+def _compression(spec: str) -> Callable[[Setting], Answer]:
+    def fields(setting: Setting) -> Answer:
+        s = setting.scenario
+        if s.kv_compression != "none":
+            return {"kv_compression": "none"}
+        if s.kv_allocation != "paged":
+            return f"kv_allocation={s.kv_allocation} has no blocks to drop"
+        if s.scheduler != "vllm" and s.swap_space_gib:
+            return "dropped KV is not swapped"
+        return {"kv_compression": spec, "enable_prefix_caching": False} | _no_speculation(s)
+
+    return fields
+
+
+def _no_speculation(s: Scenario) -> dict[str, Any]:
+    return {"speculative_config": {}} if s.speculative_config else {}
+
+
 def _tensor_parallel(double: bool) -> Callable[[Setting], Answer]:
     def fields(setting: Setting) -> Answer:
         now = setting.scenario.tensor_parallel
@@ -230,10 +258,14 @@ CHANGES: tuple[Change, ...] = (
     Change("weights-int4", "weights in int4", _weights("int4")),
     Change("kv-bf16", "KV cache in bfloat16", _kv("bfloat16")),
     Change("kv-fp8", "KV cache in fp8", _kv("fp8")),
-    *(
-        Change(f"kv-{dtype}", f"KV cache in {dtype}", _kv(dtype))
-        for dtype in ("int8", "int4")
-        if dtype in KV_CACHE_DTYPES
+    Change("kv-int8", "KV cache in int8", _kv("int8")),
+    Change("kv-int4", "KV cache in int4", _kv("int4")),
+    Change("paged-kv", "paged KV cache", _allocation, _has("kv_allocation", "paged")),
+    Change(
+        "kv-sinks",
+        "KV cache of 4 sinks and 1,020 tokens",
+        _compression("sinks:4+1020"),
+        _has("kv_compression", "sinks:4+1020"),
     ),
     Change("tp-double", "twice the tensor-parallel size", _tensor_parallel(True)),
     Change("tp-half", "half the tensor-parallel size", _tensor_parallel(False)),

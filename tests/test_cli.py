@@ -369,6 +369,28 @@ def test_own_policy_and_its_arguments(trace: Path, capsys: pytest.CaptureFixture
     assert json.loads(Path("run/manifest.json").read_text())["scenario"]["scheduler_args"] == {"headroom": 0.02}
 
 
+OWN_ROUTER = """
+class Always:
+    def __init__(self, index):
+        self.index = index
+
+    def route(self, request, replicas, now_s):
+        return replicas[self.index]
+"""
+
+
+def test_own_router_and_its_arguments(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine.py").write_text(OWN_ROUTER)
+    flags = ["--replicas", "2", "--router", "mine.py:Always", "--router-arg", "index=1"]
+    printed(capsys, "replay", trace, *MACHINE, *flags, "--out", "run")
+    from llmsim.runs import read_run
+
+    assert set(read_run(Path("run")).requests["replica"]) == {1}
+    assert "write NAME=VALUE" in refused(capsys, "replay", trace, *MACHINE, "--router", "x", "--router-arg", "index")
+    line = refused(capsys, "replay", trace, *MACHINE, "--router", "round_robin", "--router-arg", "index=1")
+    assert "router round_robin: unknown argument 'index'" in line
+
+
 def test_progress_is_told_on_stderr_only_after_two_seconds(capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress()
     progress(1000, 5000, 12.0)

@@ -7,13 +7,15 @@ PACKAGE = Path(__file__).parent.parent / "llmsim"
 
 FLOORS = {  # imports must go down; imports for type checkers only are exempt, those inside functions are not
     **dict.fromkeys(("model", "model_config"), -1),  # the cellar
-    **dict.fromkeys(("request", "hardware", "plugins", "scenario_file", "vllm_flags", "drafting"), 0),
+    **dict.fromkeys(("request", "hardware", "plugins", "scenario_file", "vllm_flags", "kept", "drafting"), 0),
     **dict.fromkeys(("cost", "memory", "batch", "kvcache", "queue", "rowlog", "trace", "prices"), 1),
-    **dict.fromkeys(("schedulers", "routers", "engine", "macrostep", "metrics", "recording", "synth"), 2),
+    **dict.fromkeys(
+        ("schedulers", "routers", "engine", "macrostep", "metrics", "recording", "synth", "compression"), 2
+    ),
     **dict.fromkeys(("replica", "scenario"), 3),
     "simulate": 4,
     **dict.fromkeys(
-        ("plan", "sweep", "testing", "validate", "oracle", "report", "runs", "fromvllm", "phases", "charts"), 5
+        ("plan", "sweep", "testing", "validate", "oracle", "report", "runs", "fromvllm", "phases", "charts", "reuse"), 5
     ),
     **dict.fromkeys(("whatif", "speculation"), 5),
     "cli": 6,
@@ -21,6 +23,8 @@ FLOORS = {  # imports must go down; imports for type checkers only are exempt, t
 }
 ROOMS = {  # modules that share a room may import each other, as may the files of a package and `room_*` modules
     **dict.fromkeys(("readers",), "trace"),
+    **dict.fromkeys(("content", "contiguous", "evicting", "eviction"), "kvcache"),
+    **dict.fromkeys(("caches",), "simulate"),
     **dict.fromkeys(("gaps", "rates", "utilisation", "timeline"), "metrics"),
     **dict.fromkeys(("aside",), "engine"),
     **dict.fromkeys(("recorded", "benchmark_result"), "recording"),

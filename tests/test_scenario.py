@@ -105,7 +105,7 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"scheduling_policy": "sjf"}, ["scheduling_policy='sjf'", "fcfs, priority"]),
     ({"cudagraph": "full"}, ["cudagraph='full'", "full_and_piecewise"]),
     ({"dtype": "int8"}, ["dtype='int8'", "bfloat16"]),
-    ({"kv_cache_dtype": "int4"}, ["kv_cache_dtype='int4'", "fp8"]),
+    ({"kv_cache_dtype": "int2"}, ["kv_cache_dtype='int2'", "fp8"]),
     ({"quantization": "q4_k_m"}, ["quantization='q4_k_m'", "awq"]),
     ({"enable_prefix_caching": "no"}, ["enable_prefix_caching='no'", "true or false"]),
     ({"scheduler": " "}, ["scheduler is empty"]),

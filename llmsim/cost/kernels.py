@@ -33,7 +33,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from llmsim.model import ELEMENT_BYTES, Model
+from llmsim.model import ELEMENT_BYTES, KV_BITS, KV_SCALE_BYTES, Model
 
 Floats = NDArray[np.float64]
 
@@ -130,6 +130,10 @@ class Heads(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     head_dim: int
     kv_dtype: str
 
+    def timed_as(self, kv_dtype: str) -> Heads:
+        """The same with the KV that stands for an integer one: no kernel of those was timed."""
+        return Heads(self.q_heads, self.kv_heads, self.head_dim, kv_dtype) if self.kv_dtype in KV_BITS else self
+
     def far_from(self, other: Heads) -> float:
         """Distance of two shapes: width of the KV first, then queries per KV head, then the head size."""
         width = abs(log2(self.kv_heads * self.head_dim / (other.kv_heads * other.head_dim)))
@@ -197,8 +201,8 @@ class Forward:
         self._activation_bytes = model.plain_bytes(dtype)
         kv_heads = max(1, model.kv_heads // tensor_parallel)
         wanted = Heads(model.heads // tensor_parallel, kv_heads, model.head_dim, kv_name(kv_dtype))
-        self._decode = nearest(kernels.decodes, wanted)
-        self._prefill = nearest(kernels.prefills, wanted)
+        self._decode = nearest(kernels.decodes, wanted.timed_as("fp8"))  # reading is what takes the time: by the bytes
+        self._prefill = nearest(kernels.prefills, wanted.timed_as("bfloat16"))  # computed with once it is expanded
         self._heads = wanted
         self._kv_ratio = _kv_bytes(wanted) / _kv_bytes(self._decode.heads)
         measured = self._prefill.heads
@@ -301,7 +305,9 @@ class Forward:
     def extrapolated(self) -> list[str]:
         """What of this model was not measured itself but taken from its neighbours."""
         out = [f"linear {n}x{k}" for n, k in self.layer_linears if (n, k) not in self._linear.shapes]
-        if self._decode.heads != self._heads:
+        if self._heads.kv_dtype in KV_BITS:
+            out.append(f"attention over {self._heads.kv_dtype} KV, by its bytes; dequantising it was not timed")
+        elif self._decode.heads != self._heads:
             out.append(f"attention of {self._heads.q_heads}/{self._heads.kv_heads} heads of {self._heads.head_dim}")
         if self._tp > 1 and str(self._tp) not in self._kernels.all_reduce:
             out.append(f"all-reduce over {self._tp} GPUs")
@@ -312,6 +318,8 @@ Shape = TypeVar("Shape", DecodeTable, PrefillForm)
 
 
 def kv_name(kv_dtype: str) -> str:
+    if kv_dtype in KV_BITS:
+        return kv_dtype
     return "bfloat16" if kv_dtype in ("auto", "bfloat16", "float16") else "fp8"
 
 
@@ -322,4 +330,6 @@ def nearest(tables: Sequence[Shape], wanted: Heads) -> Shape:
 
 
 def _kv_bytes(heads: Heads) -> float:
+    if heads.kv_dtype in KV_BITS:
+        return heads.kv_heads * (heads.head_dim * KV_BITS[heads.kv_dtype] / 8 + KV_SCALE_BYTES)
     return heads.kv_heads * heads.head_dim * (1.0 if heads.kv_dtype == "fp8" else 2.0)

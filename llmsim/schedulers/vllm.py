@@ -150,7 +150,7 @@ class VllmScheduler:
                 tokens = budget
             spare = int(self.watermark * (kv.total_blocks + 1)) if running else 0  # + 1: vLLM counts its null block
             reserve = known if self.reserve_full_isl else found + tokens
-            blocks = -(-reserve // block_tokens) - hit.blocks + hit.idle_blocks
+            blocks = kv.blocks_for(reserve) - hit.blocks + hit.idle_blocks
             if blocks + spare > kv.free_blocks:
                 return
             replica.prefill(request, tokens, hit)

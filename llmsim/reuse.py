@@ -1,0 +1,107 @@
+"""How much of a trace's prompts a prefix cache of a given size would find, under every eviction policy.
+
+Requests come one at a time, in the order of the trace; each is looked up, computed and let go before the next. Every
+prefix id is a block, the last one of a prompt too, however few of its tokens it holds (an engine finds full blocks of
+its own size only, and always computes the last token: replay the trace for that).
+
+    hit ratio = blocks found / blocks of all prompts
+
+This is how the Mooncake paper counts (arXiv 2407.00079, Table 1). Answers that the trace names are cached as well.
+The caches are those of the replays. That the LRU curve is exact is checked against stack distances (Mattson et al.
+1970) in tests/test_reuse.py: with LRU a block is found if and only if fewer than C distinct blocks were used since.
+`ttl` reads the times of arrival; turns that wait for their parents are taken to come with the request before them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import isnan
+from typing import TYPE_CHECKING, Any
+
+from llmsim.evicting import EvictingKVCache
+from llmsim.eviction import DEFAULT, load_eviction
+from llmsim.kvcache import KVCache
+from llmsim.request import Request
+
+if TYPE_CHECKING:
+    from llmsim.trace import Trace
+
+UNLIMITED = 0  # as a number of blocks: all that the trace has
+
+
+@dataclass(frozen=True)
+class Point:
+    """One replay of the prompts' ids."""
+
+    eviction: str
+    cache_blocks: int  # UNLIMITED: room for everything
+    hit_blocks: int
+    prompt_blocks: int
+
+    @property
+    def hit_ratio(self) -> float:
+        return self.hit_blocks / self.prompt_blocks
+
+
+def curves(
+    trace: Trace, cache_blocks: Sequence[int], evictions: Sequence[str], arguments: dict[str, Any] | None = None
+) -> list[Point]:
+    """Every policy with every size of cache. Raises ValueError for a trace without ids, or a cache below a prompt."""
+    if trace.block_ids is None:
+        raise ValueError(f"{trace.name}: names no prefix blocks, so nothing is shared: use a trace with hash ids")
+    longest = max(len(request.prefix_ids) for request in _requests(trace))
+    for blocks in cache_blocks:
+        if blocks != UNLIMITED and blocks < longest:
+            raise ValueError(
+                f"cache_blocks={blocks} is below the longest sequence of {trace.name}, {longest} blocks of"
+                f" {trace.block_tokens} tokens: give {longest} or more"
+            )
+    return [_replayed(trace, name, blocks, arguments or {}) for name in evictions for blocks in cache_blocks]
+
+
+def distinct_blocks(trace: Trace) -> int:
+    """Blocks that an unlimited cache ends up with."""
+    cache = KVCache(1 << 60, 1, prefix_block_tokens=1)
+    _serve(trace, cache, [0.0])
+    return cache.idle_blocks
+
+
+def _replayed(trace: Trace, name: str, blocks: int, arguments: dict[str, Any]) -> Point:
+    now_s = [0.0]
+    total = blocks if blocks != UNLIMITED else 1 << 60
+    cache: KVCache
+    if name == DEFAULT:
+        cache = KVCache(total, 1, prefix_block_tokens=1)
+    else:
+        policy = load_eviction(name, arguments)
+        cache = EvictingKVCache(total, 1, eviction=policy, prefix_block_tokens=1, clock=lambda: now_s[0])
+        cache.foresee(_requests(trace))
+    found = _serve(trace, cache, now_s)
+    assert trace.block_ids is not None
+    return Point(name, blocks, found, sum(map(len, trace.block_ids)))
+
+
+def _serve(trace: Trace, cache: KVCache, now_s: list[float]) -> int:
+    found = 0
+    for request in _requests(trace):
+        now_s[0] = request.arrival_s
+        hit = cache.match(request, request.prompt_tokens)
+        found += hit.blocks
+        every = request.identity_tokens
+        cache.admit(request, hit, every)
+        cache.store(request, every)
+        cache.release(request, every, every)
+    return found
+
+
+def _requests(trace: Trace) -> Iterator[Request]:
+    """The trace with a token for every id; one token more is asked for, so that the last id can be found too."""
+    assert trace.block_ids is not None
+    answers = trace.output_block_ids
+    now_s = 0.0
+    for i, ids in enumerate(trace.block_ids):
+        arrival_s = float(trace.arrival_s[i])
+        now_s = now_s if isnan(arrival_s) else arrival_s
+        whole = ids + answers[i] if answers is not None else ids
+        yield Request(i, now_s, len(ids) + 1, 1, prefix_ids=whole, identity_tokens=len(whole))
