@@ -140,7 +140,7 @@ def _kv(dtype: str) -> Callable[[Setting], Answer]:
 
 
 def _allocation(setting: Setting) -> Answer:
-    """Paged, or the classical cache that sets the longest context aside for every request; neither shares blocks then."""
+    """Paged, or the classical cache that sets the longest context aside for every request and shares no blocks."""
     s = setting.scenario
     if s.kv_allocation != "paged":
         return {"kv_allocation": "paged"}

@@ -381,6 +381,12 @@ def test_a_wrong_table_is_refused_by_name(config, said):
     assert said in str(error.value)
 
 
+@pytest.mark.parametrize("fields", [{"kv_allocation": "max"}, {"kv_compression": "window:512"}])
+def test_drafts_need_blocks_that_only_grow(fields):
+    with pytest.raises(ValueError, match="is not modelled: leave one of them out"):
+        replace(BASE, speculative_config=EAGLE, enable_prefix_caching=False, **fields)
+
+
 def test_the_command_prints_the_crossover(capsys):
     arguments = ["speculation", "--model", "llama-3.1-8b", "--gpu", "h200-sxm", "--batch", "1,64"]
     assert main([*arguments, "--speculative-config", json.dumps(NGRAM)]) == 0

@@ -57,7 +57,8 @@ def test_a_change_taken_back_is_the_baseline_and_says_the_opposite(change):
     back = change.fields(other)
     assert isinstance(back, dict)
     again = replace(BASE, **answer, **{k: v for k, v in back.items() if k not in answer})
-    assert replace(again, **back).resolved() == BASE.resolved()
+    shared = {} if change.name == "prefix-caching" else {"enable_prefix_caching": True}  # paging is needed for it
+    assert replace(again, **back | shared).resolved() == BASE.resolved()
 
 
 @pytest.mark.parametrize(
