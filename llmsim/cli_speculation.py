@@ -69,8 +69,8 @@ def report(found: Table) -> Iterator[str]:
         )
     yield ""
     most = found.scenario.max_num_seqs
-    if found.pays_up_to is None:
-        yield "It pays at no batch size."
+    if not found.pays_up_to:
+        yield "It does not even pay for a single request."
     elif found.pays_up_to == most:
         yield f"It pays at every batch up to max_num_seqs={most}."
     else:

@@ -100,6 +100,7 @@ ORIGINS = {
     "scaled": "on another GPU, scaled by bandwidth",
     "drafts": "with drafts, whose acceptance is assumed",
 }
+LOSSY = {"quantization", "kv_cache_dtype", "kv_compression"}  # what answers depend on
 HEAD = ("gain", "optimisation", "", "TTFT", "TPOT", "tokens/s", "$/1M", "cost")
 
 
@@ -132,6 +133,9 @@ def report(outcome: Outcome) -> Iterator[str]:
     origins = " + ".join(effect.changed.cost_origin for effect in outcome.effects)
     told = [f"{word}: {meaning}" for word, meaning in ORIGINS.items() if word in origins]
     yield from _wrapped(f"Cost of the other run: {'; '.join(told)}")
+    changed = [effect.about for effect in outcome.effects if LOSSY & effect.fields.keys()]
+    if changed:
+        yield from _wrapped(f"Not modelled: what the model answers with {', '.join(changed)}")
     for name, why in outcome.left_out.items():
         yield from _wrapped(f"Not run: {name}: {why}")
     yield from _wrapped(f"Price: {outcome.price}")

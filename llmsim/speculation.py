@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 from llmsim.cost import CostModel
@@ -40,7 +41,7 @@ class Table:
     speculation: Speculation
     context_tokens: int
     rows: tuple[Row, ...]
-    pays_up_to: int | None  # the largest batch with a speedup above 1, of all up to max_num_seqs; None: it never pays
+    pays_up_to: int  # every batch up to this one has a speedup above 1; 0: not even a single request
     label: str
 
     def to_dict(self) -> dict[str, Any]:
@@ -74,8 +75,8 @@ def table(scenario: Scenario, context_tokens: int, batches: Sequence[int] = ()) 
         best = max(range(own.drafts + 1), key=lambda drafts: by_drafts[drafts])
         with_s = step_s(costs[-1], batch, context_tokens, s.async_scheduling)
         rows.append(Row(batch, plain_s(batch), with_s, own.tokens_per_step, by_drafts[-1], best, by_drafts[best]))
-    paying = [batch for batch in range(1, s.max_num_seqs + 1) if speedup(batch, own.drafts) > 1.0]
-    return Table(s, own, context_tokens, tuple(rows), max(paying, default=None), costs[-1].label)
+    paying = takewhile(lambda batch: speedup(batch, own.drafts) > 1.0, range(1, s.max_num_seqs + 1))
+    return Table(s, own, context_tokens, tuple(rows), max(paying, default=0), costs[-1].label)
 
 
 def _costs(scenario: Scenario, own: Speculation) -> list[Any]:

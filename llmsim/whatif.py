@@ -277,6 +277,8 @@ def reason(without: Priced, with_: Priced, helps: bool) -> str:
     ttft_s, queue_s = after.ttft_s - before.ttft_s, after.queue_s - before.queue_s
     if abs(ttft_s) > 0.01 * before.ttft_s and queue_s * ttft_s > 0 and abs(queue_s) >= WAIT_SHARE * abs(ttft_s):
         said.append(f"queue {_time(before.queue_s)} → {_time(after.queue_s)}")
+    if after.completed != before.completed:
+        said.append(f"requests that fit {before.completed:,} → {after.completed:,}")
     return "; ".join(part for part in said if part) or "nothing that shows"
 
 
