@@ -8,12 +8,13 @@ and divided by the tokens that a decode makes of it (1, without drafts): the sum
     host    what the host's clock adds to the GPU's, H = schedule + launch + update of the mode the step would have:
             asynchronous max(0, H - T); synchronous schedule + max(lead + T, launch + tail) + update + return - T
 
-If nothing of that changes, the change is one of scheduling; then it is the runs that are compared: prompt tokens
-computed, preemptions, decodes in a step.
+If nothing of that changes, the change is one of scheduling or memory; then it is the runs that are compared: prompt
+tokens computed, preemptions, cached tokens that a decode reads, decodes in a step.
 """
 
 from __future__ import annotations
 
+from math import log
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,8 @@ from numpy.typing import NDArray
 from llmsim.cost import CostModel
 from llmsim.cost.terms import row_terms_s
 from llmsim.scenario import Scenario
+from llmsim.whatif_run import HOST, Run
 
-HOST = "launches and host"
 WORDS = {
     "linear": "linear layers",
     "between": "kernels between them",
@@ -31,10 +32,13 @@ WORDS = {
     "draft": "drafts",
 }
 LEAST_SHARE = 0.005  # of the mean gap: a term that changes by less is no reason
+WAIT_SHARE = 0.5  # of a change of TTFT from which the queue is named
+SHOWS = 0.01  # a relative change from which scheduling is named
 SECOND_SHARE = 0.4  # of the first term's change: from there on a second one is named too
 
 Columns = dict[str, NDArray[Any]]
 Floats = NDArray[np.float64]
+Priced = tuple[Run, dict[str, float]]  # a run, and the baseline's steps by its cost model
 
 
 def step_terms_s(rows: Columns, cost: CostModel, scenario: Scenario) -> dict[str, float]:
@@ -84,3 +88,32 @@ def cause(without_s: dict[str, float], with_s: dict[str, float], helps: bool) ->
         named.append(second)
     said = [f"{WORDS.get(name, name)} {1e3 * without_s[name]:.2f} → {1e3 * with_s[name]:.2f}" for name in named]
     return f"{', '.join(said)} ms a token"
+
+
+def reason(without: Priced, with_: Priced, helps: bool) -> str:
+    before, after = without[0], with_[0]
+    said = [cause(without[1], with_[1], helps) or _scheduling(before, after)]
+    ttft_s, queue_s = after.ttft_s - before.ttft_s, after.queue_s - before.queue_s
+    if abs(ttft_s) > 0.01 * before.ttft_s and queue_s * ttft_s > 0 and abs(queue_s) >= WAIT_SHARE * abs(ttft_s):
+        said.append(f"queue {_time(before.queue_s)} → {_time(after.queue_s)}")
+    if after.completed != before.completed:
+        said.append(f"requests that fit {before.completed:,} → {after.completed:,}")
+    return "; ".join(part for part in said if part) or "nothing that shows"
+
+
+def _scheduling(before: Run, after: Run) -> str | None:
+    """What changed most between two runs whose steps cost the same."""
+    counts = {
+        "prompt tokens computed": (before.prompt_tokens, after.prompt_tokens, ",.0f"),
+        "preemptions": (before.preemptions, after.preemptions, ",.0f"),
+        "cached tokens of a decode": (before.context_tokens, after.context_tokens, ",.0f"),
+        "decodes in a step": (before.batch, after.batch, ".1f"),
+    }
+    change = {name: abs(log(max(now, 1.0) / max(then, 1.0))) for name, (then, now, _) in counts.items()}
+    name = max(change, key=lambda item: change[item])
+    then, now, form = counts[name]
+    return f"{name} {then:{form}} → {now:{form}}" if change[name] > SHOWS else None
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{1e3 * seconds:.1f} ms"

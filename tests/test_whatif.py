@@ -13,9 +13,10 @@ from llmsim.prices import find_price, read_prices
 from llmsim.scenario import Scenario
 from llmsim.simulate import cost_of, simulate
 from llmsim.trace import Trace
-from llmsim.whatif import measure, what_if
+from llmsim.whatif import what_if
 from llmsim.whatif_changes import CHANGES, Setting, chosen
 from llmsim.whatif_reason import cause, step_terms_s
+from llmsim.whatif_run import measure
 
 BASE = Scenario(model="llama-3.1-8b", gpu="h200-sxm", launch_jitter=False)
 PRICE = find_price("h200-sxm")
