@@ -40,19 +40,24 @@ class SpeculatingReplica(Replica):
         self.batch = self._batch
         self.iterations = RowLog(SPECULATING_COLUMNS)
         self._all = self.limits
+        self._drafts = 0  # that `limits` leaves room for
+        self._coming = (0, 0)  # tokens and drafts of the iteration at hand
         self._more_tokens = 0  # of the iteration in flight, beyond one for each decode
 
     def begin(self, now_s: float) -> bool:
-        for request in self.paused_now:
-            self.batch.add(request)
-            self._late[request] = None
-        self.paused_now = []
+        if self.paused_now:
+            for request in self.paused_now:
+                self.batch.add(request)
+                self._late[request] = None
+            self.paused_now = []
         batch, budget = self._batch, self._all.max_num_batched_tokens
         _, drafts = batch.coming()
         if batch.size + drafts > budget:
             batch.truncate(max(budget - batch.size, 0))
             _, drafts = batch.coming()
-        self.limits = self._all._replace(max_num_batched_tokens=budget - drafts)
+        if drafts != self._drafts:
+            self.limits = self._all._replace(max_num_batched_tokens=budget - drafts)
+            self._drafts = drafts
         return super().begin(now_s)
 
     def decode_one(self, request: Request) -> None:
@@ -82,11 +87,12 @@ class SpeculatingReplica(Replica):
         super().free(ended, now_s)
 
     def commit(self, steps: int) -> list[Request]:
-        self._more_tokens = self._batch.coming()[0] - self.decoding if self.decoding else 0
+        self._more_tokens = self._coming[0] - self.decoding
         return super().commit(steps)
 
     def _compose(self, t: float) -> Step:
-        self.cost.drafts = self._batch.coming()[1] if self.decoding else 0
+        self._coming = self._batch.coming() if self.decoding else (0, 0)
+        self.cost.drafts = self._coming[1]
         step = super()._compose(t)
         self.cost.drafts = None
         return step
@@ -108,7 +114,7 @@ class SpeculatingReplica(Replica):
         for tokens, computed in step.chunks:
             pairs += tokens * computed + tokens * (tokens + 1) // 2
             context += computed
-        made, drafts = self._batch.coming() if self.decoding else (0, 0)
+        made, drafts = self._coming
         log = self.iterations
         log.add(log.pack(
             step.schedule_s, steps, step.mode, step.seqs, step.kv_tokens, len(step.chunks), step.new_tokens, pairs,
