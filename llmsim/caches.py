@@ -12,6 +12,8 @@ from llmsim.eviction import DEFAULT, load_eviction
 from llmsim.hardware import find_model
 from llmsim.kept import parse
 from llmsim.kvcache import KVCache
+from llmsim.schedulers.tiered import Tiered
+from llmsim.tiers import TieredKV, parse_tiers
 
 if TYPE_CHECKING:
     from llmsim.replica import Replica
@@ -25,6 +27,14 @@ def cache_of(scenario: Scenario, blocks: int, id_tokens: int) -> KVCache:
     if s.kv_allocation != "paged":
         assert s.max_model_len is not None, "a resolved scenario"
         return ContiguousKV(blocks, s.block_size, kind=s.kv_allocation, max_model_len=s.max_model_len)
+    specs = parse_tiers(s.kv_tiers)
+    if specs:
+        model, tp = find_model(s.model), s.tensor_parallel
+        block_bytes = s.block_size * model.layers * tp * model.kv_layer_bytes(s.kv_dtype, tp)
+        return TieredKV(
+            blocks, s.block_size, prefix_block_tokens=id_tokens, specs=specs, block_bytes=block_bytes,
+            write=s.kv_tier_write,
+        )  # fmt: skip
     kept = parse(s.kv_compression)
     if kept is not None:
         return DroppingKV(blocks, s.block_size, kept)
@@ -47,6 +57,11 @@ def attention_tokens(model: str) -> float:
     return found.linear_flops_per_token / found.attention_flops_per_pair
 
 
+def policy_over(kv: KVCache, policy: Any, scenario: Scenario) -> Any:
+    """The scheduling policy as the cache needs it: over tiers, loads come before it."""
+    return Tiered(policy, kv, prefetch=scenario.kv_tier_prefetch) if isinstance(kv, TieredKV) else policy
+
+
 def connect(replica: Replica, requests: Iterable[Request]) -> None:
     """Give a replica what its cache needs of it: a batch and a cost that know what is dropped, or the replica's clock
     and, if its policy is clairvoyant, the requests to come."""
@@ -54,6 +69,8 @@ def connect(replica: Replica, requests: Iterable[Request]) -> None:
     if isinstance(kv, DroppingKV):
         replica.batch = batch = DroppingBatch(kv)
         replica.cost = DroppingCost(replica.cost, batch, kv)
+    if isinstance(kv, TieredKV):
+        kv.clock = lambda: replica.now_s
     if isinstance(kv, EvictingKVCache):
         kv.clock = lambda: replica.now_s
         kv.foresee(
@@ -61,3 +78,14 @@ def connect(replica: Replica, requests: Iterable[Request]) -> None:
             for request in requests
             if kv.blocks_for(request.prompt_tokens + request.output_tokens - 1) <= kv.total_blocks
         )
+
+
+def tier_rows(caches: Iterable[KVCache]) -> list[dict[str, Any]]:
+    """What each tier did, all replicas together."""
+    rows: dict[str, dict[str, Any]] = {}
+    for kv in caches:
+        for tier in kv.tiers if isinstance(kv, TieredKV) else ():
+            row = rows.setdefault(tier.spec.name, {"name": tier.spec.name, "loaded_tokens": 0, "written_tokens": 0})
+            row["loaded_tokens"] += tier.loaded_blocks * kv.block_tokens
+            row["written_tokens"] += tier.written_blocks * kv.block_tokens
+    return list(rows.values())

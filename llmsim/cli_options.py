@@ -23,6 +23,8 @@ from llmsim.scenario import (
     KERNEL_FUSIONS,
     KV_ALLOCATIONS,
     KV_CACHE_DTYPES,
+    KV_TIER_WRITES,
+    PREEMPTIONS,
     QUANTIZATIONS,
     SCHEDULING_POLICIES,
     Scenario,
@@ -151,6 +153,16 @@ SCENARIO_FLAGS: list[Callable[[Any], Any]] = [
     click.option(
         "--kv-allocation", type=_choice(KV_ALLOCATIONS), help="Blocks on demand, or reserve max, pow2, oracle. [paged]"
     ),
+    click.option(
+        "--kv-tier",
+        "kv_tiers",
+        multiple=True,
+        metavar="SPEC",
+        help="name:capacity:bandwidth:latency below the GPU, e.g. cpu:64GiB:50GB/s:10us. Repeatable, fastest first.",
+    ),
+    click.option("--kv-tier-write", type=_choice(KV_TIER_WRITES), help=_words(KV_TIER_WRITES, KV_TIER_WRITES[0])),
+    _switch("kv_tier_prefetch", "kv-tier-prefetch", "Move lower tiers' content up when a request arrives. [off]"),
+    click.option("--preemption", type=_choice(PREEMPTIONS), help=_words(PREEMPTIONS, "recompute")),
     click.option("--kv-compression", metavar="SPEC", help="Drop tokens: window:W, sinks:S+W, budget:B. [none]"),
     click.option("--num-gpu-blocks-override", type=INT, help="KV blocks of a replica. [what fits the GPU]"),
     click.option("--long-prefill-token-threshold", type=INT, help="Cap of one prompt's chunk. [0: none]"),
@@ -310,6 +322,7 @@ def scenario_fields(flags: dict[str, Any]) -> dict[str, Any]:
         given["cudagraph"] = "none"
     if given["speculative_config"] is not None:
         given["speculative_config"] = _table("--speculative-config", given["speculative_config"])
+    given["kv_tiers"] = ",".join(given["kv_tiers"]) or None
     values |= {name: value for name, value in given.items() if value is not None}
     for name, words in pairs.items():
         in_file = values.get(name, {})

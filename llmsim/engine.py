@@ -99,6 +99,10 @@ class Engine(Aside):
         self._granted[request] = None
         self.decoding += 1
 
+    def makes_token(self, request: Request) -> bool:
+        """Whether a decoding request was named by `decode_one` in this iteration."""
+        return self._granted is not None and request in self._granted
+
     def pause_others(self) -> None:
         """Decoding requests that `decode_one` did not name keep their blocks and sit this iteration out."""
         granted = self._granted or {}

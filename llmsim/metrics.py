@@ -24,6 +24,7 @@ The others are llmsim's own:
                               queue = first scheduled - send; preempted = from each preemption to the next token;
                               prefill = first token - first scheduled - preempted before it; decode = the rest
     prefix_cache_hit_rate     prompt tokens found in the prefix cache at first admission / prompt tokens
+    kv_tiers                  of each KV tier: tokens loaded from it and written to it; loaded / prompt tokens
     caveats                   what the setting risks that times do not show (dropped context), in words
     stable, stability         whether the queue kept growing (see `llmsim.rates`), and that in words
     sim_wall_s, sim_speedup   seconds the simulation took; simulated seconds per second. The only keys that differ
@@ -135,9 +136,14 @@ class Result:
             self.iterations, self.scenario, self.cost, self.kv_blocks, duration_s,
             output_tokens=summary["total_output_tokens"], input_tokens=summary["total_input_tokens"],
         )  # fmt: skip
+        summary["kv_tiers"] = [self._tier(row) for row in self.stats.get("kv_tiers", ())]
         summary["caveats"] = [line for line in [risk(self.scenario.kv_compression)] if line is not None]
         summary |= {"sim_wall_s": self.wall_s, "sim_speedup": _ratio(duration_s, self.wall_s)}
         return {name: json_safe(value) for name, value in summary.items()}
+
+    def _tier(self, row: dict[str, Any]) -> dict[str, Any]:
+        prompts = self.requests["prompt_tokens"][self.finished].sum()
+        return {**row, "hit_rate": _ratio(row["loaded_tokens"], prompts)}
 
     def requests_frame(self) -> pd.DataFrame:
         """The requests as a pandas DataFrame, with ttft_s, tpot_s and e2el_s (nan where they do not exist)."""

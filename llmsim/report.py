@@ -84,6 +84,8 @@ def _where(summary: dict[str, Any]) -> Iterator[str]:
         yield _line(f"SLO attainment ({targets}):", _number(summary["slo_attainment"], 1, 100) + " %")
     yield _line("Preemptions:", str(summary["num_preemptions"]))
     yield _line("Prefix cache hit rate (%):", _number(summary["prefix_cache_hit_rate"], 1, 100))
+    for tier in summary["kv_tiers"]:
+        yield _line(f"Loaded from {tier['name']} (% of prompt tokens):", _number(tier["hit_rate"], 1, 100))
     usage = summary["kv_cache_usage_perc"]
     yield _line("KV cache usage mean / max (%):", f"{_number(usage['mean'], 1, 100)} / {_number(usage['max'], 1, 100)}")
     yield _line("Mean batch (requests/iteration):", _number(summary["batch_size"]["mean"], 1))

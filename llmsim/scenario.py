@@ -24,6 +24,7 @@ from llmsim.drafting import Speculation, speculation_of
 from llmsim.hardware import Gpu, Model, dtype_name, find_gpu, find_model
 from llmsim.kept import parse as parse_compression
 from llmsim.scenario_file import toml_line
+from llmsim.tiers import parse_tiers
 
 GIB = 2**30
 LARGE_GPU_BYTES = 70 * GIB  # vLLM's line between small and large default limits
@@ -36,6 +37,8 @@ ATTENTION_KERNELS = ("flash", "math")
 KERNEL_FUSIONS = ("compiled", "custom", "none")
 ACTIVATION_DTYPES = ("auto", "bfloat16")
 KV_ALLOCATIONS = ("paged", "max", "pow2", "oracle")
+KV_TIER_WRITES = ("write_through", "on_eviction")
+PREEMPTIONS = ("recompute", "swap", "pause")
 SCHEDULING_POLICIES = ("fcfs", "priority")
 # argument of the policy "vllm": the field it comes from
 VLLM_OPTIONS = {
@@ -44,6 +47,7 @@ VLLM_OPTIONS = {
     "watermark": "watermark",
     "reserve_full_isl": "reserve_full_isl",
     "enable_chunked_prefill": "enable_chunked_prefill",
+    "preemption": "preemption",
 }
 
 
@@ -84,6 +88,10 @@ class Scenario:
     eviction: str = "lru"  # which cached content is lost: a name of `llmsim list evictions`, or file.py:ClassName
     eviction_args: dict[str, Any] = field(default_factory=dict, hash=False)
     kv_allocation: str = "paged"  # or what a contiguous cache reserves for a request: max, pow2, oracle
+    kv_tiers: str = "none"  # below the GPU, fastest first: name:capacity:bandwidth:latency, separated by commas
+    kv_tier_write: str = "write_through"  # or on_eviction
+    kv_tier_prefetch: bool = False  # lower tiers' content moves to the first when a request arrives
+    preemption: str = "recompute"  # of the scheduler vllm, when KV blocks run short: recompute, swap, pause
     kv_compression: str = "none"  # tokens that a request keeps: window:W, sinks:S+W, budget:B
     swap_space_gib: float = 0.0  # host memory per GPU for the KV of requests that a policy swaps out; 0: none
     # What if the engine lacked one of its optimisations (llmsim.cost.variant)? The defaults are what vLLM does.
@@ -217,6 +225,8 @@ _ONE_OF = {
     "dtype": DTYPES,
     "kv_cache_dtype": KV_CACHE_DTYPES,
     "kv_allocation": KV_ALLOCATIONS,
+    "preemption": PREEMPTIONS,
+    "kv_tier_write": KV_TIER_WRITES,
     "quantization": QUANTIZATIONS,
     "attention_kernel": ATTENTION_KERNELS,
     "kernel_fusion": KERNEL_FUSIONS,
@@ -296,6 +306,15 @@ def _check_kv_cache(s: Scenario) -> None:
             raise ValueError(f"{name}={value!r}: {what} KV is not swapped: leave swap_space_gib out")
     if parse_compression(s.kv_compression) is not None and s.kv_allocation != "paged":
         raise ValueError(f"kv_compression={s.kv_compression!r} needs blocks to drop: leave kv_allocation out")
+    tiers = parse_tiers(s.kv_tiers)
+    if tiers and not s.enable_prefix_caching:
+        raise ValueError(f"kv_tiers={s.kv_tiers!r}: without prefix caching nothing is found in a tier: leave one out")
+    if tiers and s.eviction != "lru":
+        raise ValueError(f"eviction={s.eviction!r} and kv_tiers: tiers are below vLLM's order only: leave one out")
+    if not tiers and (s.kv_tier_prefetch or s.kv_tier_write != "write_through"):
+        raise ValueError("kv_tier_prefetch and kv_tier_write say what happens in tiers: give kv_tiers")
+    if s.preemption == "swap" and not s.swap_space_gib:
+        raise ValueError("preemption='swap' needs host memory: give swap_space_gib, e.g. 16")
     if s.eviction == "belady" and s.replicas > 1:
         raise ValueError(
             f"eviction='belady' reads the future of one replica, and of {s.replicas} none knows which requests it will"

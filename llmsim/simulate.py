@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import simpy
 
-from llmsim.caches import cache_of, connect
+from llmsim.caches import cache_of, connect, policy_over, tier_rows
 from llmsim.cost import CostModel, LaunchNoise
 from llmsim.cost.graphs import Graphs
 from llmsim.cost.load import CostSettings, load_cost
@@ -152,6 +152,7 @@ def scheduler_of(scenario: Scenario) -> Any:
             "watermark": scenario.watermark,
             "reserve_full_isl": scenario.reserve_full_isl,
             "enable_chunked_prefill": scenario.enable_chunked_prefill,
+            "preemption": scenario.preemption,
         }
     return load_scheduler(scenario.scheduler, arguments | scenario.scheduler_args)
 
@@ -197,12 +198,13 @@ class Fleet:
         self.replicas: list[Replica] = []
         make = replica_class(s)
         for index in range(s.replicas):
+            kv = cache_of(s, self.blocks - 1, trace.block_tokens)  # block 0 is vLLM's null block
             self.replicas.append(
                 make(
                     self.env,
-                    scheduler_of(s),
+                    policy_over(kv, scheduler_of(s), s),
                     self.cost,
-                    cache_of(s, self.blocks - 1, trace.block_tokens),  # block 0 is vLLM's null block
+                    kv,
                     limits,
                     asynchronous=s.async_scheduling,
                     swap=swap_of(s),
@@ -398,6 +400,7 @@ class Fleet:
             "queried_tokens": sum(r.queried_tokens for r in self.replicas),
             "hit_tokens": sum(r.hit_tokens for r in self.replicas),
             "evicted_blocks": sum(r.kv.evicted_blocks for r in self.replicas),
+            "kv_tiers": tier_rows(r.kv for r in self.replicas),
             "rejected": int(np.isnan(requests["finish_s"]).sum()),
         }
         gaps = drained([r.gaps for r in self.replicas])

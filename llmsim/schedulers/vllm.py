@@ -12,6 +12,9 @@ it.
                      if anything runs
     preemption       by recompute; back to the front of the queue (priority: to its place)
 
+V1 recomputes what it preempts. Two other ways can be chosen (`preemption`, `llmsim.schedulers.setting_aside`): swap,
+as V0 had it, and pause.
+
 With asynchronous scheduling the same rules see the world one step late; the replica's loop takes care of that.
 Left out: LoRA limits, encoder budgets, connectors, structured output, speculation.
 """
@@ -21,6 +24,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from llmsim.schedulers import HOLD
+from llmsim.schedulers.setting_aside import setting_aside
 
 if TYPE_CHECKING:
     from llmsim.replica import Replica
@@ -28,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class VllmScheduler:
-    """`policy`: fcfs or priority; the other arguments are vLLM's options of the same names."""
+    """`policy`: fcfs or priority; `preemption`: recompute, swap or pause; the others are vLLM's own options."""
 
     def __init__(
         self,
@@ -37,6 +41,7 @@ class VllmScheduler:
         watermark: float = 0.0,
         reserve_full_isl: bool = True,
         enable_chunked_prefill: bool = True,
+        preemption: str = "recompute",
     ) -> None:
         if policy not in ("fcfs", "priority"):
             raise ValueError(f"scheduling_policy={policy!r} is unknown. Choose fcfs or priority.")
@@ -47,19 +52,24 @@ class VllmScheduler:
         self.chunked = enable_chunked_prefill
         if self.priority:
             self.order = self._urgency
+        self.aside = setting_aside(preemption)
 
     @staticmethod
     def _urgency(request: Request) -> tuple[Any, ...]:
         return request.priority, request.arrival_s, request.name, request.id
 
     def schedule(self, replica: Replica, now_s: float) -> bool | None:
-        batch = replica.batch
+        batch, aside = replica.batch, self.aside
+        if aside is not None:
+            aside.bring_back(replica)
         budget = replica.limits.max_num_batched_tokens
         size = batch.size
         if replica.prefilling or size > budget:
             budget = self._running(replica, budget)
         elif size:
             budget = budget - size if replica.decode_if_room() else self._one_by_one(replica, budget)
+        if aside is not None and aside.blocks_admission(replica):
+            return None if replica.preempted_now or replica.paused_now else HOLD
         if replica.preempted_now:
             return None
         if replica.waiting.size and budget > 0:
@@ -108,13 +118,16 @@ class VllmScheduler:
                 blocks = kv.blocks_for(request.computed_tokens + tokens) - kv.blocks_for(request.computed_tokens)
             else:  # its last token is in flight
                 continue
+            if blocks > kv.free_blocks and self.aside is not None and self.aside.sits_out(replica, request):
+                continue
             while blocks > kv.free_blocks and request in replica.running:
                 victim = self.victim(replica)
                 order.remove(victim)
                 if victim in granted:
                     budget += granted.pop(victim)
                     at -= 1  # only then: vLLM passes over a request if one that got nothing leaves ahead of it
-                replica.preempt(victim)
+                if self.aside is None or not self.aside.moved_out(replica, victim):
+                    replica.preempt(victim)
             if request not in replica.running:
                 break
             if request in batch:
