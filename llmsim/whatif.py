@@ -28,7 +28,7 @@ from llmsim.prices import Price
 from llmsim.scenario import Scenario
 from llmsim.simulate import cost_of, simulate
 from llmsim.trace import Trace
-from llmsim.whatif_changes import Change, Setting
+from llmsim.whatif_fields import Change, Setting
 from llmsim.whatif_reason import Priced, reason, step_terms_s
 from llmsim.whatif_run import Run, measure
 

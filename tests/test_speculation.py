@@ -16,6 +16,7 @@ from llmsim.drafting import speculation_of
 from llmsim.metrics import latencies_s
 from llmsim.request import Request
 from llmsim.scenario import Scenario
+from llmsim.schedulers import BUILTIN
 from llmsim.simulate import Fleet, blocks_of, cost_of, simulate
 from llmsim.speculation import table
 from llmsim.trace import Trace
@@ -256,6 +257,29 @@ def test_all_blocks_come_back_and_gaps_add_up(seed, caching):
     decoded_s = (result.requests["finish_s"] - result.requests["first_token_s"]).sum()
     assert (gaps["gap_s"] * gaps["count"] * gaps["weight"]).sum() == pytest.approx(decoded_s, rel=1e-9)
     assert len(fleet.replicas[0]._batch._drawn) == len(fleet.replicas[0]._batch._blocks) == 0
+
+
+@pytest.mark.parametrize("scheduler", sorted(set(BUILTIN) - {"vllm-native"}))
+def test_it_keeps_its_books_under_every_scheduler(scheduler):
+    """Padding, ghosts, pauses, swaps: whatever a policy does, answers are complete and blocks come back."""
+    random = np.random.default_rng(1)
+    n = 40
+    trace = trace_of(random.integers(20, 200, n), random.integers(1, 150, n), np.sort(random.uniform(0, 1, n)))
+    scenario = replace(
+        BASE,
+        scheduler=scheduler,
+        speculative_config=speculating(0.6, 3, "eagle"),
+        num_gpu_blocks_override=200,
+        max_num_seqs=16,
+        max_model_len=400,
+        swap_space_gib=1.0,
+    )
+    fleet = Fleet(trace, scenario)
+    result = fleet.run()
+    kv = fleet.replicas[0].kv
+    assert result.finished.all()
+    assert kv.free_blocks == kv.total_blocks
+    assert (result.gaps["count"] * result.gaps["weight"]).sum() == (trace.output_tokens - 1).sum()
 
 
 def test_a_drafter_takes_memory_from_the_cache():

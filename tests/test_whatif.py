@@ -14,7 +14,8 @@ from llmsim.scenario import Scenario
 from llmsim.simulate import cost_of, simulate
 from llmsim.trace import Trace
 from llmsim.whatif import what_if
-from llmsim.whatif_changes import CHANGES, Setting, chosen
+from llmsim.whatif_changes import CHANGES, chosen
+from llmsim.whatif_fields import Setting
 from llmsim.whatif_reason import cause, step_terms_s
 from llmsim.whatif_run import measure
 
