@@ -34,6 +34,7 @@ WORDS = {
 LEAST_SHARE = 0.005  # of the mean gap: a term that changes by less is no reason
 WAIT_SHARE = 0.5  # of a change of TTFT from which the queue is named
 SHOWS = 0.01  # a relative change from which scheduling is named
+FEW = 0.05  # preemptions of a request that explain nothing
 SECOND_SHARE = 0.4  # of the first term's change: from there on a second one is named too
 
 Columns = dict[str, NDArray[Any]]
@@ -109,7 +110,8 @@ def _scheduling(before: Run, after: Run) -> str | None:
         "cached tokens of a decode": (before.context_tokens, after.context_tokens, ",.0f"),
         "decodes in a step": (before.batch, after.batch, ".1f"),
     }
-    change = {name: abs(log(max(now, 1.0) / max(then, 1.0))) for name, (then, now, _) in counts.items()}
+    least = dict.fromkeys(counts, 1.0) | {"preemptions": FEW * before.completed}
+    change = {name: abs(log(max(b, least[name]) / max(a, least[name]))) for name, (a, b, _) in counts.items()}
     name = max(change, key=lambda item: change[item])
     then, now, form = counts[name]
     return f"{name} {then:{form}} → {now:{form}}" if change[name] > SHOWS else None
