@@ -24,7 +24,7 @@ from llmsim.replica import ITERATION_COLUMNS, Replica
 from llmsim.request import Request
 from llmsim.rowlog import RowLog
 
-SPECULATING_COLUMNS = {**ITERATION_COLUMNS, "drafts": "i4", "decoded_tokens": "i4"}
+SPECULATING_COLUMNS = {**ITERATION_COLUMNS, "drafts": "i4", "decoded_tokens": "i8"}
 
 
 class SpeculatingReplica(Replica):

@@ -283,6 +283,8 @@ def _check_speculation(s: Scenario) -> None:
     """Drafts need blocks that a request keeps while it grows."""
     if speculation_of(s.speculative_config) is None:
         return
+    if s.scheduler == "vllm-native":
+        raise ValueError("speculative_config: the scheduler vllm-native is asked without drafts: leave one of them out")
     for name, plain in (("kv_allocation", "paged"), ("kv_compression", "none")):
         if getattr(s, name) != plain:
             raise ValueError(

@@ -12,7 +12,9 @@ import pytest
 from llmsim.batch_speculative import SpeculatingBatch
 from llmsim.cli import main
 from llmsim.cost import EAGER, FULL, PIECEWISE
+from llmsim.cost.roofline import flops
 from llmsim.drafting import speculation_of
+from llmsim.hardware import find_model
 from llmsim.metrics import latencies_s
 from llmsim.request import Request
 from llmsim.scenario import Scenario
@@ -341,6 +343,17 @@ def test_verification_and_drafts_cost_what_the_docstring_says():
     assert cost.decode_ramp(8, 8000).first_s == pytest.approx(verify_s + draft_s, rel=1e-9)
 
 
+def test_work_is_counted_by_tokens_made_not_by_drafts():
+    """One request, everything accepted: a third of the steps make as many tokens, and as many FLOPs are of use."""
+    plain, drafted = (
+        simulate(trace_of([64], [301]), replace(BASE, speculative_config=config))
+        for config in ({}, speculating(1.0, 2))
+    )
+    work = [flops(find_model(BASE.model), result.iterations).sum() for result in (plain, drafted)]
+    assert drafted.iterations["iterations"].sum() == 1 + 100
+    assert work[1] == pytest.approx(work[0], rel=0.001)  # contexts are those of a verification's first token
+
+
 def test_nothing_changes_where_nobody_speculates():
     trace = trace_of([64] * 30, [90] * 30)
     assert type(Fleet(trace, BASE).replicas[0]).__name__ == "Replica"
@@ -434,9 +447,11 @@ def test_a_wrong_table_is_refused_by_name(config, said):
     assert said in str(error.value)
 
 
-@pytest.mark.parametrize("fields", [{"kv_allocation": "max"}, {"kv_compression": "window:512"}])
-def test_drafts_need_blocks_that_only_grow(fields):
-    with pytest.raises(ValueError, match="is not modelled: leave one of them out"):
+@pytest.mark.parametrize(
+    "fields", [{"kv_allocation": "max"}, {"kv_compression": "window:512"}, {"scheduler": "vllm-native"}]
+)
+def test_drafts_need_blocks_that_only_grow_and_a_scheduler_that_knows_of_them(fields):
+    with pytest.raises(ValueError, match="speculative_config.*leave one of them out"):
         replace(BASE, speculative_config=EAGLE, enable_prefix_caching=False, **fields)
 
 

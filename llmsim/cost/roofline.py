@@ -258,10 +258,14 @@ def windowed_pairs(new: int, done: int, window: int) -> float:
 def flops(model: Model, iterations: Columns, tensor_parallel: int = 1) -> Floats:
     """Useful operations of each row of an iteration log on one rank: no padding, every layer at full context up to a
     window, the mean context standing for all."""
-    n = iterations["iterations"]
-    tokens = n * iterations["seqs"] + iterations["prefill_tokens"]
-    heads = n * iterations["seqs"] + iterations["prefill_requests"]
+    decoded = iterations["iterations"] * iterations["seqs"]
     decode, prefill = _layer_pairs(model, iterations)
+    if "decoded_tokens" in iterations:  # of a speculating engine; rejected drafts are no use
+        made = iterations["decoded_tokens"]
+        decode = decode * (made / np.maximum(decoded, 1))
+        decoded = made
+    tokens = decoded + iterations["prefill_tokens"]
+    heads = decoded + iterations["prefill_requests"]
     linear = 2.0 * (model.linear_params * tokens + model.lm_head_params * heads)
     total: Floats = linear + model.decode_flops_per_pair * decode + model.layer_flops_per_pair * prefill
     return total / tensor_parallel
