@@ -451,7 +451,7 @@ def test_a_wrong_table_is_refused_by_name(config, said):
     "fields", [{"kv_allocation": "max"}, {"kv_compression": "window:512"}, {"scheduler": "vllm-native"}]
 )
 def test_drafts_need_blocks_that_only_grow_and_a_scheduler_that_knows_of_them(fields):
-    with pytest.raises(ValueError, match="speculative_config.*leave one of them out"):
+    with pytest.raises(ValueError, match=r"speculative_config.*leave one of them out"):
         replace(BASE, speculative_config=EAGLE, enable_prefix_caching=False, **fields)
 
 
