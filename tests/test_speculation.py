@@ -343,6 +343,23 @@ def test_verification_and_drafts_cost_what_the_docstring_says():
     assert cost.decode_ramp(8, 8000).first_s == pytest.approx(verify_s + draft_s, rel=1e-9)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_drafter_that_never_proposes_is_no_drafter(seed):
+    """The same schedule, preemptions and times as without, in a replica and a batch of its own. Without drafts a
+    speculating engine's decodes are not uniform, hence piecewise; n-grams are scheduled for synchronously."""
+    random = np.random.default_rng(seed)
+    n = 80
+    trace = trace_of(random.integers(20, 400, n), random.integers(1, 200, n), np.sort(random.uniform(0, 2, n)))
+    tight = replace(BASE, num_gpu_blocks_override=150, reserve_full_isl=False, async_scheduling=False)
+    config = speculating(0.5, 3, proposal_rate=0.0, draft_host_s=0.0)
+    plain = simulate(trace, replace(tight, cudagraph="piecewise"))
+    silent = simulate(trace, replace(tight, speculative_config=config))
+    assert plain.stats["preemptions"] == silent.stats["preemptions"] > 0
+    assert plain.requests["preemptions"].tolist() == silent.requests["preemptions"].tolist()
+    for name in ("scheduled_s", "first_token_s", "finish_s", "preempted_s"):
+        assert silent.requests[name] == pytest.approx(plain.requests[name], abs=1e-9), name
+
+
 def test_work_is_counted_by_tokens_made_not_by_drafts():
     """One request, everything accepted: a third of the steps make as many tokens, and as many FLOPs are of use."""
     plain, drafted = (
