@@ -33,6 +33,11 @@ def azure(speedup: float) -> tuple[Any, dict[str, Any]]:
     return load_trace(AZURE, time_scale=1.0 / speedup), {}
 
 
+def speculating() -> tuple[Any, dict[str, Any]]:
+    trace, _ = azure(2.5)
+    return trace, {"speculative_config": {"method": "eagle", "num_speculative_tokens": 3, "acceptance": 0.7}}
+
+
 def mooncake() -> tuple[Any, dict[str, Any]]:
     from llmsim.trace import load_trace
 
@@ -71,6 +76,7 @@ def _synthetic(requests: int, rate: float) -> Any:
 CASES: dict[str, tuple[str, Callable[[], tuple[Any, dict[str, Any]]], Path | None, int]] = {
     "azure-1x": ("Azure conversation trace, 1 replica", lambda: azure(1.0), AZURE, 5),
     "azure-2.5x": ("the same, 2.5 times as fast", lambda: azure(2.5), AZURE, 5),
+    "azure-2.5x-eagle": ("the same, speculating: three drafts of an EAGLE head", speculating, AZURE, 3),
     "mooncake": ("Mooncake conversation, first 2,000, prefix caching", mooncake, MOONCAKE, 5),
     "queue-50": ("about 50 waiting, KV cache full, 20,450 requests", lambda: queue(50), None, 3),
     "queue-50000": ("up to 50,000 waiting, the same, 70,400 requests", lambda: queue(50_000), None, 3),

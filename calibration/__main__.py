@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from calibration.alternatives import alternatives_command
 from calibration.check import check_profile, draw, report, with_errors
 from calibration.check_kernels_command import check_kernels_command
 from calibration.console import run
@@ -63,6 +64,7 @@ def check(
 
 
 main.add_command(import_)
+main.add_command(alternatives_command)
 main.add_command(measure)
 main.add_command(touch_up_command)
 main.add_command(spread_command)

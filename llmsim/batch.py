@@ -89,7 +89,7 @@ class RunningBatch:
         self.size -= 1
 
     @property
-    def squares(self) -> int:
+    def squares(self) -> float:
         """Sum of the squares of the contexts that the next iteration reads."""
         now = self.iteration
         return self._squares + now * (2 * self._offsets + now * self.size)
@@ -98,8 +98,8 @@ class RunningBatch:
         """Tokens of a member whose KV exists once the iterations so far have run."""
         return request.computed_tokens + self.iteration - request.joined
 
-    def needs_block(self, request: Request) -> bool:
-        """Whether the member's next token goes into a new KV block."""
+    def needs_block(self, request: Request) -> int:
+        """New KV blocks for the member's next token: 1 or 0."""
         return self.computed(request) % self.block_tokens == 0
 
     def steps_to_finish(self) -> int:

@@ -272,3 +272,18 @@ def _square(points: pd.DataFrame, colour: alt.Color) -> alt.LayerChart:
         .encode(x, y, colour, tooltip=[*tips, alt.Tooltip("error:Q", format="+.1%")])
     )
     return alt.LayerChart(layer=[*lines, dots], width=PANEL, height=PANEL)
+
+
+def speedup(rows: list[dict[str, Any]], *, title: str) -> alt.LayerChart:
+    """`rows`: batch, speedup, best_speedup; the line at 1 is where drafts stop paying."""
+    import altair as alt
+    import pandas as pd
+
+    shown = [(row["batch"], row["speedup"], "all drafts") for row in rows]
+    shown += [(row["batch"], row["best_speedup"], "best number of drafts") for row in rows]
+    frame = pd.DataFrame(shown, columns=["batch", "times", "with"])
+    x = alt.X("batch:Q", scale=alt.Scale(type="log", base=2), title="Requests in the batch")
+    y = alt.Y("times:Q", title="Tokens per second over those without drafts")
+    lines = alt.Chart(frame).mark_line(point=True).encode(x, y, alt.Color("with:N", legend=alt.Legend(title=None)))
+    even = alt.Chart(pd.DataFrame({"times": [1.0]})).mark_rule(color=ROOF, strokeDash=[4, 4]).encode(y="times:Q")
+    return alt.LayerChart(layer=[even, lines]).properties(width=WIDTH, height=HEIGHT, title=title)

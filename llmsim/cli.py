@@ -28,6 +28,8 @@ COMMANDS = {
     "replay": ("llmsim.cli_replay:replay", "Replay a trace on a model, a GPU and an engine configuration."),
     "demo": ("llmsim.cli_replay:demo", "Replay the bundled chat trace on an H100: a first look in seconds."),
     "phases": ("llmsim.cli_phases:phases", "Compare prefill and decode of a model on a GPU, with its roofline."),
+    "whatif": ("llmsim.cli_whatif:whatif", "What each optimisation buys on a trace, and why."),
+    "speculation": ("llmsim.cli_speculation:speculation", "At which batch size speculative decoding stops paying."),
     "list": ("llmsim.cli_list:list_", "What llmsim knows: GPUs, models, schedulers, routers, profiles."),
     "from-vllm": ("llmsim.cli_tools:from_vllm", "Translate a 'vllm serve' command line into a scenario."),
     "validate": ("llmsim.cli_tools:validate", "Check llmsim against recordings of a real engine."),

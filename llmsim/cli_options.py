@@ -16,8 +16,11 @@ from typing import Any
 import click
 
 from llmsim.scenario import (
+    ACTIVATION_DTYPES,
+    ATTENTION_KERNELS,
     CUDAGRAPHS,
     DTYPES,
+    KERNEL_FUSIONS,
     KV_ALLOCATIONS,
     KV_CACHE_DTYPES,
     KV_TIER_WRITES,
@@ -186,6 +189,21 @@ SCENARIO_FLAGS: list[Callable[[Any], Any]] = [
     click.option("--host-scale", type=float, help="2: a host half as fast as the measured one. [1]"),
     click.option("--concurrency", type=INT, help="Closed loop: this many requests under way, arrival times ignored."),
     click.option("--seed", type=INT, help="Of every random draw. [0]"),
+    click.option(
+        "--speculative-config",
+        "speculative_config",
+        metavar="JSON",
+        help="Speculative decoding, with its acceptance: docs/policies/speculation.md. [off]",
+    ),
+    click.option(
+        "--attention-kernel", type=_choice(ATTENTION_KERNELS), help="What if: flash, or math (unfused). [flash]"
+    ),
+    click.option(
+        "--kernel-fusion", type=_choice(KERNEL_FUSIONS), help="What if: " + _words(KERNEL_FUSIONS, "compiled")
+    ),
+    click.option(
+        "--activation-dtype", type=_choice(ACTIVATION_DTYPES), help="What if: " + _words(ACTIVATION_DTYPES, "auto")
+    ),
 ]
 
 
@@ -318,6 +336,8 @@ def scenario_fields(flags: dict[str, Any]) -> dict[str, Any]:
         if given["cudagraph"] not in (None, "none"):
             raise ValueError(f"--enforce-eager contradicts --cudagraph {given['cudagraph']}: give one of them")
         given["cudagraph"] = "none"
+    if given["speculative_config"] is not None:
+        given["speculative_config"] = _table("--speculative-config", given["speculative_config"])
     given["kv_tiers"] = ",".join(given["kv_tiers"]) or None
     values |= {name: value for name, value in given.items() if value is not None}
     _check_engine(values)
@@ -340,6 +360,16 @@ def _check_engine(values: dict[str, Any]) -> None:
                     f"{name}={values[name]}: the engine {engine.name} has none: leave it out, or give --scheduler"
                     f" {engine.name} with another engine"
                 )
+
+
+def _table(flag: str, text: str) -> dict[str, Any]:
+    try:
+        table = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{flag} {text}: not JSON ({error})") from None
+    if not isinstance(table, dict):
+        raise ValueError(f'{flag} {text}: write a table, e.g. {{"method": "eagle", "num_speculative_tokens": 3}}')
+    return table
 
 
 def _argument(field: str, word: str) -> tuple[str, Any]:

@@ -109,8 +109,8 @@ class DroppingBatch(RunningBatch):
             self.kv_tokens += request.computed_tokens + steps - self._kv.kept_tokens
         super()._leave(request, steps)
 
-    def needs_block(self, request: Request) -> bool:
-        return request not in self._full and super().needs_block(request)
+    def needs_block(self, request: Request) -> int:
+        return 0 if request in self._full else super().needs_block(request)
 
     def steps_to_finish(self) -> int:
         steps = super().steps_to_finish()
@@ -141,6 +141,8 @@ class DroppingBatch(RunningBatch):
 
 class DroppingCost:
     """A cost model for such a batch; everything else is that of `cost`."""
+
+    skew_share = 0.0  # full members read as much as each other
 
     def __init__(self, cost: CostModel, batch: DroppingBatch, kv: DroppingKV) -> None:
         self._cost, self._batch = cost, batch

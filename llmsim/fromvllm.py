@@ -35,7 +35,12 @@ from llmsim.vllm_flags import (
     VALUELESS,
 )
 
-CUDAGRAPH_MODES = {"NONE": "none", "PIECEWISE": "piecewise", "FULL_AND_PIECEWISE": "full_and_piecewise"}
+CUDAGRAPH_MODES = {
+    "NONE": "none",
+    "PIECEWISE": "piecewise",
+    "FULL_DECODE_ONLY": "full_decode_only",
+    "FULL_AND_PIECEWISE": "full_and_piecewise",
+}
 OPTIMIZATION_LEVELS = {"0": "none", "1": "piecewise", "2": "full_and_piecewise", "3": "full_and_piecewise"}
 KNOWN = sorted({*INTEGERS, *NUMBERS, *TEXTS, *SWITCHES, *CHANGES_NOTHING, *CHANGES_THE_SCHEDULE})
 

@@ -254,6 +254,8 @@ def compare(
             raise ValueError(f"{name}={tokens} is too small: give {least} or more")
     if scenario.replicas != 1:
         raise ValueError(f"replicas={scenario.replicas}: the phases are those of one replica. Leave replicas out")
+    if scenario.speculative_config:
+        raise ValueError("speculative_config: the phases are those of an engine without drafts. Leave it out")
     engine = Engine.of(scenario, cost)
     largest = _largest_batch(engine, prompt_tokens, output_tokens)
     _check_batches(batches, largest, prompt_tokens, output_tokens)

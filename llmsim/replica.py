@@ -312,7 +312,7 @@ class Replica(Engine):
                     step.chunks.append((tokens, computed))
         read_tokens: float = kv_tokens
         if self._skew_share and members > 1:
-            read_tokens += self._skew_share * sqrt(members * squares - member_tokens * member_tokens)
+            read_tokens += self._skew_share * sqrt(max(members * squares - member_tokens * member_tokens, 0))
         if step.chunks:
             mode = cost.mode(seqs + new_tokens, len(step.chunks))
             step.gpu = Ramp(cost.mixed_s(step.chunks, seqs, read_tokens), 0.0)

@@ -20,6 +20,7 @@ from difflib import get_close_matches
 from math import isfinite
 from typing import Any
 
+from llmsim.drafting import Speculation, speculation_of
 from llmsim.engines import (
     Own,
     OwnFloat,
@@ -43,7 +44,10 @@ DTYPES = ("auto", "bfloat16", "float16", "half", "float32", "float")  # auto: bf
 KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32", "fp8", "fp8_e4m3", "fp8_e5m2", "int8", "int4")
 # of the weights; activations of the 4-bit formats stay in `dtype`
 QUANTIZATIONS = ("fp8", "int8", "int4", "mxfp4", "awq", "awq_marlin", "gptq", "gptq_marlin")
-CUDAGRAPHS = ("full_and_piecewise", "piecewise", "none")
+CUDAGRAPHS = ("full_and_piecewise", "full_decode_only", "piecewise", "none")
+ATTENTION_KERNELS = ("flash", "math")
+KERNEL_FUSIONS = ("compiled", "custom", "none")
+ACTIVATION_DTYPES = ("auto", "bfloat16")
 KV_ALLOCATIONS = ("paged", "max", "pow2", "oracle")
 KV_TIER_WRITES = ("write_through", "on_eviction")
 PREEMPTIONS = ("recompute", "swap", "pause")
@@ -108,6 +112,11 @@ class Scenario:
     admission_args: dict[str, Any] = field(default_factory=dict, hash=False)
     swap_space_gib: float = 0.0  # host memory per GPU for the KV of requests that a policy swaps out; 0: none
     engine: str = "vllm"  # a name of `llmsim list engines`: scheduler, cache and defaults together
+    # What if the engine lacked one of its optimisations (llmsim.cost.variant)? The defaults are what vLLM does.
+    attention_kernel: str = "flash"  # math: scores in memory, every step of attention a kernel of its own
+    kernel_fusion: str = "compiled"  # custom: torch.compile off, hand-written kernels; none: each operation a kernel
+    speculative_config: dict[str, Any] = field(default_factory=dict, hash=False)  # llmsim.drafting; {}: off
+    activation_dtype: str = "auto"  # of the linear layers' inputs: as fast as the weights allow, or bfloat16
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -132,7 +141,13 @@ class Scenario:
             scheduler=str(self.scheduler),
             block_size=int(self.block_size),
             gpu_memory_utilization=float(self.gpu_memory_utilization),
+            # vLLM looks n-grams up between two steps, so it schedules synchronously with them
+            async_scheduling=self.async_scheduling and not (self.speculation and self.speculation.on_host),
         )
+
+    @property
+    def speculation(self) -> Speculation | None:
+        return speculation_of(self.speculative_config)
 
     @property
     def kv_dtype(self) -> str:
@@ -265,6 +280,9 @@ _ONE_OF = {
     "preemption": PREEMPTIONS,
     "kv_tier_write": KV_TIER_WRITES,
     "quantization": QUANTIZATIONS,
+    "attention_kernel": ATTENTION_KERNELS,
+    "kernel_fusion": KERNEL_FUSIONS,
+    "activation_dtype": ACTIVATION_DTYPES,
 }
 
 
@@ -303,8 +321,27 @@ def _check_together(s: Scenario) -> None:
         raise ValueError(_below_seqs(tokens, seqs))
     if context is not None:
         _check_context(s, context)
+    if s.kernel_fusion != "compiled" and "piecewise" in s.cudagraph:
+        raise ValueError(
+            f"cudagraph={s.cudagraph} needs kernel_fusion=compiled, since piecewise graphs are cut out of compiled "
+            f"code: with kernel_fusion={s.kernel_fusion} give cudagraph full_decode_only or none"
+        )
+    _check_speculation(s)
     _check_policy(s)
     _check_kv_cache(s)
+
+
+def _check_speculation(s: Scenario) -> None:
+    """Drafts need blocks that a request keeps while it grows."""
+    if speculation_of(s.speculative_config) is None:
+        return
+    if s.scheduler == "vllm-native":
+        raise ValueError("speculative_config: the scheduler vllm-native is asked without drafts: leave one of them out")
+    for name, plain in (("kv_allocation", "paged"), ("kv_compression", "none")):
+        if getattr(s, name) != plain:
+            raise ValueError(
+                f"speculative_config with {name}={getattr(s, name)!r} is not modelled: leave one of them out"
+            )
 
 
 def _check_kv_cache(s: Scenario) -> None:
@@ -396,3 +433,6 @@ def _check_facts(s: Scenario, model: Model) -> None:
             f"max_model_len={s.max_model_len} is above the {model.max_context_tokens} tokens of {model.name}: lower it"
         )
     model.check_tensor_parallel(s.tensor_parallel)
+    speculation = s.speculation
+    if speculation is not None and speculation.model is not None:
+        find_model(speculation.model).check_tensor_parallel(s.tensor_parallel)

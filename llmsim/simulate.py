@@ -12,6 +12,7 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from heapq import heappop, heappush
 from itertools import islice
 from math import isnan, nan
@@ -24,6 +25,7 @@ from llmsim.admission import load_admission
 from llmsim.caches import cache_of, connect, policy_over, tier_rows
 from llmsim.cost import CostModel, LaunchNoise
 from llmsim.cost.load import CostSettings, load_cost
+from llmsim.cost.speculative import drafter_bytes
 from llmsim.engines import find_engine, graphs_of, pool_blocks
 from llmsim.hardware import find_gpu, find_model
 from llmsim.memory import block_copy_s, host_blocks
@@ -38,6 +40,7 @@ from llmsim.schedulers import load_scheduler
 from llmsim.trace_order import likely_times_s
 
 if TYPE_CHECKING:
+    from llmsim.drafting import Speculation
     from llmsim.trace import Trace
 
 FLOAT_COLUMNS = ("arrival_s", "scheduled_s", "first_token_s", "finish_s", "preempted_s", "preempted_before_first_s")
@@ -65,7 +68,7 @@ def blocks_of(scenario: Scenario) -> int:
     """KV blocks of one replica, as the engine would report them (the null block included)."""
     s = scenario.resolved()
     assert s.max_num_batched_tokens is not None and s.max_num_seqs is not None and s.max_model_len is not None
-    return pool_blocks(
+    blocks = pool_blocks(
         s.engine,
         find_model(s.model),
         find_gpu(s.gpu),
@@ -79,6 +82,23 @@ def blocks_of(scenario: Scenario) -> int:
         max_model_len=s.max_model_len,
         override=s.num_gpu_blocks_override,
     )
+    if s.speculation is None or s.num_gpu_blocks_override is not None:
+        return blocks
+    return _beside_drafter(s, s.speculation, blocks)
+
+
+def _beside_drafter(s: Scenario, speculation: Speculation, blocks: int) -> int:
+    """Blocks that are left beside the drafter's weights, when each block holds its KV too."""
+    model, tp = find_model(s.model), s.tensor_parallel
+    block_bytes = s.block_size * model.kv_bytes_per_token(s.kv_dtype, tp)
+    weight_bytes, kv_bytes = drafter_bytes(model, speculation, s.kv_dtype, tp)
+    left = int((blocks * block_bytes - weight_bytes) // (block_bytes + s.block_size * kv_bytes))
+    if left < 2:
+        raise ValueError(
+            f"speculative_config method={speculation.method}: the drafter's {weight_bytes / 2**30:.1f} GiB leave no "
+            f"room for KV cache on {s.gpu}. Take a smaller draft model, or raise gpu_memory_utilization"
+        )
+    return left
 
 
 def cost_of(scenario: Scenario) -> CostModel:
@@ -90,15 +110,39 @@ def cost_of(scenario: Scenario) -> CostModel:
         dtype=s.weight_dtype,
         kv_dtype=s.kv_dtype,
         graphs=graphs_of(
-            s.engine, find_gpu(s.gpu), s.tensor_parallel, s.max_num_seqs, s.max_num_batched_tokens, s.cudagraph
+            s.engine,
+            find_gpu(s.gpu),
+            s.tensor_parallel,
+            s.max_num_seqs * _rows(s),
+            s.max_num_batched_tokens,
+            s.cudagraph,
         ),
         host_scale=s.host_scale,
+        attention_kernel=s.attention_kernel,
+        kernel_fusion=s.kernel_fusion,
+        activation_dtype=s.activation_dtype,
+        speculation=s.speculation,
     )
     cost = load_cost(s.cost, find_model(s.model), find_gpu(s.gpu), settings)
     engine = find_engine(s.engine)
     if engine.whose and cost.kind != "constant":
         cost.label += f"; calibrated on vLLM: the kernels and host of {engine.whose} assumed alike"
     return cost
+
+
+def _rows(scenario: Scenario) -> int:
+    """Of a decode: its token, and the drafts that are verified with it."""
+    speculation = scenario.speculation
+    return 1 if speculation is None else 1 + speculation.drafts
+
+
+def replica_class(scenario: Scenario) -> Callable[..., Replica]:
+    """What the fleet is made of."""
+    if scenario.speculation is None:
+        return Replica
+    from llmsim.replica_speculative import SpeculatingReplica
+
+    return partial(SpeculatingReplica, seed=scenario.seed)
 
 
 def swap_of(scenario: Scenario) -> Swap | None:
@@ -179,10 +223,11 @@ class Fleet:
         self._ints = {name: array("q", [0]) * n for name in INT_COLUMNS}
         limits = Limits(s.max_num_seqs, s.max_num_batched_tokens)
         self.replicas: list[Replica] = []
+        make = replica_class(s)
         for index in range(s.replicas):
             kv = cache_of(s, self.blocks - 1, trace.block_tokens)  # block 0 is vLLM's null block
             self.replicas.append(
-                Replica(
+                make(
                     self.env,
                     policy_over(kv, scheduler_of(s), s),
                     self.cost,

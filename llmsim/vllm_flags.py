@@ -66,7 +66,7 @@ QUANTIZATION_NAMES = {
 }
 
 _KV = "KV blocks that move between machines or to the host are not modelled"
-_SPEC = "speculative decoding is not modelled: tokens come out one an iteration"
+_SPEC = "no command line says how many drafts are accepted: give llmsim a --speculative-config with an acceptance"
 _LORA = "adapters are not modelled: every request runs the base model"
 _PARALLEL = "llmsim splits a replica over GPUs by tensor parallelism only"
 _MEMORY = "the number of KV blocks would differ: give --num-gpu-blocks-override"

@@ -64,6 +64,7 @@ def fields(flags: str) -> dict[str, Any]:
         ("--enforce-eager -O2", {"cudagraph": "none"}),
         ("""--compilation-config '{"cudagraph_mode": "PIECEWISE"}'""", {"cudagraph": "piecewise"}),
         ("-cc.cudagraph_mode=NONE", {"cudagraph": "none"}),
+        ("-cc.cudagraph_mode=FULL_DECODE_ONLY", {"cudagraph": "full_decode_only"}),
         ("--compilation-config.cudagraph_mode FULL_AND_PIECEWISE", {"cudagraph": "full_and_piecewise"}),
         ("--host 0.0.0.0 --port 8000 --served-model-name a b --trust-remote-code --disable-log-requests", {}),
         ("> server.log 2>&1 &", {}),
@@ -127,7 +128,7 @@ def test_a_quantisation_flag_beats_the_one_in_the_name() -> None:
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        ("""--speculative-config '{"method": "eagle", "num_speculative_tokens": 3}'""", "speculative decoding"),
+        ("""--speculative-config '{"method": "eagle", "num_speculative_tokens": 3}'""", "drafts are accepted"),
         ("""--kv-transfer-config '{"kv_connector": "NixlConnector"}'""", "KV blocks that move"),
         ("--enable-lora", "adapters"),
         ("--lora-modules a=/x b=/y", "adapters"),
@@ -137,7 +138,6 @@ def test_a_quantisation_flag_beats_the_one_in_the_name() -> None:
         ("--stream-interval 8", "every token"),
         ("--kv-cache-memory-bytes 40G", "--num-gpu-blocks-override"),
         ("--cudagraph-capture-sizes 1 2 4 8", "graph sizes"),
-        ("""-cc '{"cudagraph_mode": "FULL_DECODE_ONLY"}'""", "default graphs"),
         ("--quantization torchao", "element size"),
         ("--config serve.yaml", "not read"),
         ("--max-numseqs 4", "did you mean --max-num-seqs"),

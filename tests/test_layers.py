@@ -7,8 +7,8 @@ PACKAGE = Path(__file__).parent.parent / "llmsim"
 
 FLOORS = {  # imports must go down; imports for type checkers only are exempt, those inside functions are not
     **dict.fromkeys(("model", "model_config"), -1),  # the cellar
-    **dict.fromkeys(("request", "hardware", "plugins", "scenario_file", "vllm_flags", "kept"), 0),
-    **dict.fromkeys(("cost", "memory", "batch", "kvcache", "queue", "rowlog", "trace"), 1),
+    **dict.fromkeys(("request", "hardware", "plugins", "scenario_file", "vllm_flags", "kept", "drafting"), 0),
+    **dict.fromkeys(("cost", "memory", "batch", "kvcache", "queue", "rowlog", "trace", "prices"), 1),
     **dict.fromkeys(
         ("schedulers", "routers", "engine", "engines", "macrostep", "metrics", "recording", "synth", "compression"), 2
     ),
@@ -17,6 +17,7 @@ FLOORS = {  # imports must go down; imports for type checkers only are exempt, t
     **dict.fromkeys(
         ("plan", "sweep", "testing", "validate", "oracle", "report", "runs", "fromvllm", "phases", "charts", "reuse"), 5
     ),
+    **dict.fromkeys(("whatif", "speculation"), 5),
     "cli": 6,
     "__main__": 7,
 }

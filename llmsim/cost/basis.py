@@ -176,6 +176,15 @@ class StepClock:
             self._grow(2 * rows)
         return self._linear_s[rows]
 
+    def head_s(self, requests: int) -> float:
+        if requests >= len(self._head_s):
+            self._widen(2 * requests)
+        return self._head_s[requests]
+
+    def rows_s(self, tokens: int, requests: int) -> float:
+        """Linear layers, what lies between them, and the head."""
+        return self.linear_s(self._padded(tokens)) + self.head_s(requests)
+
     def decode(self, seqs: int) -> tuple[float, float]:
         """Seconds of an iteration of `seqs` decodes without context, and per cached token."""
         if seqs >= len(self._head_s):

@@ -6,7 +6,10 @@
     piecewise       otherwise, up to the largest size: all but attention is a graph
     eager           above the largest size; no padding
 
-Sources: config/vllm.py, v1/cudagraph_dispatcher.py. Not modelled: capture sizes set by hand, speculative decoding.
+With "full_decode_only" iterations with prompts are eager too: all that is left where the model is not compiled, since
+piecewise graphs are cut out of compiled code (small ones are padded here nevertheless: at most 15 rows too many).
+
+Sources: config/vllm.py, config/compilation.py, v1/cudagraph_dispatcher.py. Not modelled: capture sizes set by hand.
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ from collections.abc import Sequence
 from llmsim.cost import EAGER, FULL, PIECEWISE
 
 LARGEST_CAPTURE = 512
-CUDAGRAPH_MODES = ("full_and_piecewise", "piecewise", "none")
+CUDAGRAPH_MODES = ("full_and_piecewise", "full_decode_only", "piecewise", "none")
+FULL_DECODES = ("full_and_piecewise", "full_decode_only")
 
 
 def capture_sizes(max_num_seqs: int, max_num_batched_tokens: int) -> tuple[int, ...]:
@@ -41,10 +45,10 @@ class Graphs:
         self.max_num_seqs = max_num_seqs
         self.largest = self.sizes[-1] if self.sizes else 0
         self._padded = [0] + [self.sizes[bisect_left(self.sizes, n)] for n in range(1, self.largest + 1)]
+        self._chunked = EAGER if cudagraph == "full_decode_only" else PIECEWISE
         # by token count, for iterations whose requests have one token each
         self._uniform = [
-            FULL if cudagraph == "full_and_piecewise" and padded <= max_num_seqs else PIECEWISE
-            for padded in self._padded
+            FULL if cudagraph in FULL_DECODES and padded <= max_num_seqs else self._chunked for padded in self._padded
         ]
 
     @classmethod
@@ -55,7 +59,7 @@ class Graphs:
         """`chunks`: requests of the iteration that have more than one token."""
         if tokens > self.largest:
             return EAGER
-        return PIECEWISE if chunks else self._uniform[tokens]
+        return self._chunked if chunks else self._uniform[tokens]
 
     def padded(self, tokens: int) -> int:
         """Rows the linear layers compute."""

@@ -246,6 +246,17 @@ class Forward:
             seconds += 2 * (self._all_reduce().at(rows * model.hidden * size) + RANK_WAIT_S)
         return model.layers * seconds
 
+    def body_parts(self, rows: Floats) -> dict[str, Floats]:
+        """`body_s` by term: matrix products, what lies between, all-reduces."""
+        model, tp = self._model, self._tp
+        rows = np.asarray(rows, float)
+        linear = sum((self._linear.seconds(n, k, rows) for n, k in self.layer_linears), np.zeros(len(rows)))
+        reduce = np.zeros(len(rows))
+        if tp > 1:
+            reduce = 2 * (self._all_reduce().at(rows * model.hidden * self._activation_bytes) + RANK_WAIT_S)
+        linear, reduce = model.layers * linear, model.layers * reduce
+        return {"linear": linear, "between": self.body_s(rows) - linear - reduce, "communication": reduce}
+
     def head_s(self, requests: Floats) -> Floats:
         model, size = self._model, self._activation_bytes
         requests = np.asarray(requests, float)

@@ -9,12 +9,16 @@ NAME or PATH      a shipped profile, or a profile file (JSON)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
+from typing import TYPE_CHECKING
 
 from llmsim.cost import CostModel, worker_host
 from llmsim.cost.graphs import Graphs
-from llmsim.hardware import Gpu, Model
+from llmsim.hardware import Gpu, Model, find_model
+
+if TYPE_CHECKING:
+    from llmsim.drafting import Speculation
 
 
 @dataclass(frozen=True)
@@ -24,13 +28,55 @@ class CostSettings:
     kv_dtype: str
     graphs: Graphs
     host_scale: float = 1.0  # 2: everything the host does takes twice as long
+    attention_kernel: str = "flash"
+    kernel_fusion: str = "compiled"
+    activation_dtype: str = "auto"
+    speculation: Speculation | None = None
 
     def __post_init__(self) -> None:
         if not (isfinite(self.host_scale) and self.host_scale >= 0):
             raise ValueError(f"host_scale={self.host_scale} must be 0 or more. 1 is the host of the cost model")
 
+    def widened(self, model: Model) -> bool:
+        """Whether weights that the GPU could multiply as they are get inputs in bfloat16."""
+        return self.activation_dtype != "auto" and model.weight_format(self.dtype) in ("fp8", "int8")
+
+    def compute_dtype(self, model: Model, gpu: Gpu) -> str:
+        """What matrix products run in."""
+        return "bfloat16" if self.widened(model) else gpu.compute_dtype(model.weight_format(self.dtype))
+
+    @property
+    def varied(self) -> bool:
+        return self.attention_kernel != "flash" or self.kernel_fusion != "compiled"
+
 
 def load_cost(spec: str, model: Model, gpu: Gpu, settings: CostSettings) -> CostModel:
+    cost = _without_drafts(spec, model, gpu, settings)
+    own = settings.speculation
+    if own is None:
+        return cost
+    from llmsim.cost.speculative import SpeculativeCost
+
+    draft = None
+    if own.model is not None:
+        small = find_model(own.model)
+        plain = replace(settings, dtype="bfloat16", speculation=None)
+        draft = _without_drafts("roofline" if spec == "roofline" else "auto", small, gpu, plain)
+    return SpeculativeCost(cost, model, own, settings.graphs, draft)
+
+
+def _without_drafts(spec: str, model: Model, gpu: Gpu, settings: CostSettings) -> CostModel:
+    cost = _load(spec, model, gpu, settings)
+    if not settings.varied:
+        return cost
+    if cost.kind == "constant":
+        raise ValueError(f"cost={spec} has no kernels to exchange: leave attention_kernel and kernel_fusion out")
+    from llmsim.cost.variant import VariantCost
+
+    return VariantCost(cost, model, gpu, settings)
+
+
+def _load(spec: str, model: Model, gpu: Gpu, settings: CostSettings) -> CostModel:
     if spec == "roofline":
         return _roofline(model, gpu, settings)
     if spec.partition(":")[0] == "constant":
@@ -56,6 +102,7 @@ def _roofline(model: Model, gpu: Gpu, settings: CostSettings) -> CostModel:
         dtype=settings.dtype,
         kv_dtype=settings.kv_dtype,
         graphs=settings.graphs,
+        compute_dtype=settings.compute_dtype(model, gpu),
         host=host.scaled(settings.host_scale),
     )
 

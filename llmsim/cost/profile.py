@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -40,9 +40,10 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from llmsim.cost import FULL, PIECEWISE, Host, Ramp, worker_host
-from llmsim.cost.basis import SKEW_SHARE, Basis, Coefficients, KernelBasis, ShapeBasis, StepClock
+from llmsim.cost import FULL, PIECEWISE, WARM_S, Host, Ramp, worker_host
+from llmsim.cost.basis import SKEW_SHARE, Basis, Coefficients, KernelBasis, ShapeBasis, StepClock, power
 from llmsim.cost.kernels import Forward, Kernels, NotTimedError
+from llmsim.cost.terms import Parts, shared
 from llmsim.hardware import ELEMENT_BYTES, Gpu, Model, find_model
 
 if TYPE_CHECKING:
@@ -321,8 +322,25 @@ class Shape:
             reduce_s += tokens * self.all_reduce_bytes_per_token / self.link_bytes_per_s
         return float(self.layers * clock.layer_overhead_s + (memory_s**p + compute_s**p) ** (1 / p) + reduce_s)
 
+    def form_parts(self, clock: GpuClock, tokens: float) -> dict[str, float]:
+        """The same by term."""
+        alone = replace(self, tensor_parallel=1)  # without all-reduces
+        between_s = self.layers * clock.layer_overhead_s
+        linear_s = alone.form_s(clock, tokens) - between_s
+        reduce_s = 0.0 if self.tensor_parallel == 1 else self.form_s(clock, tokens) - linear_s - between_s
+        return {"linear": linear_s, "between": between_s, "communication": reduce_s}
 
-def model_shape(model: Model, gpu: Gpu, dtype: str, kv_dtype: str, tensor_parallel: int, fitted_dtype: str) -> Shape:
+
+def model_shape(
+    model: Model,
+    gpu: Gpu,
+    dtype: str,
+    kv_dtype: str,
+    tensor_parallel: int,
+    fitted_dtype: str,
+    compute_dtype: str | None = None,
+) -> Shape:
+    """`compute_dtype`: what matrix products run in, if not what the weights are stored in."""
     for feature, there in (
         ("MoE", model.experts),
         ("latent attention", model.mla),
@@ -332,7 +350,7 @@ def model_shape(model: Model, gpu: Gpu, dtype: str, kv_dtype: str, tensor_parall
             raise ValueError(f"model={model.name} has {feature}; profiles scale dense models only. Use cost=roofline")
     model.check_tensor_parallel(tensor_parallel)
     tp, plain = tensor_parallel, model.plain_bytes(dtype)
-    stored = gpu.compute_dtype(model.weight_format(dtype))
+    stored = compute_dtype or gpu.compute_dtype(model.weight_format(dtype))
     return Shape(
         layers=model.layers,
         weight_bytes=model.linear_bytes(dtype, tp) + model.lm_head_params / tp * plain,
@@ -368,6 +386,8 @@ def _forward(profile: Profile, model: Model, settings: CostSettings) -> tuple[Fo
     """The model's forward pass by the profile's kernels, and how it is scaled: without them by data-sheet shapes."""
     if profile.kernels is None:
         return None, "shapes"
+    if settings.widened(model):
+        return None, f"shapes (dtype={settings.dtype}: with bfloat16 inputs it was not timed)"
     try:
         return Forward(profile.kernels, model, settings.dtype, settings.kv_dtype, settings.tensor_parallel), "kernels"
     except NotTimedError as missing:
@@ -455,7 +475,15 @@ class ProfileCost:
         self.profile = profile
         source = find_model(profile.model)
         fitted = model_shape(source, gpu, profile.dtype, profile.kv_dtype, profile.tensor_parallel, profile.dtype)
-        shape = model_shape(model, gpu, settings.dtype, settings.kv_dtype, settings.tensor_parallel, profile.dtype)
+        shape = model_shape(
+            model,
+            gpu,
+            settings.dtype,
+            settings.kv_dtype,
+            settings.tensor_parallel,
+            profile.dtype,
+            settings.compute_dtype(model, gpu),
+        )
         self.scaled = shape != fitted
         host = host_of(profile.host_clock, shape.layers / fitted.layers)
         if settings.tensor_parallel > 1 and not host.worker:
@@ -464,6 +492,7 @@ class ProfileCost:
         self.mode = settings.graphs.mode
         self._stalled = 1.0 + profile.host_clock.stall_share
         forward, self._how = _forward(profile, model, settings)
+        self._forward, self._shape = forward, shape
         self._neighbours: list[str] = []
         basis: Basis
         if forward is None:
@@ -472,7 +501,16 @@ class ProfileCost:
             basis, coefficients = by_kernels(profile, forward)
             self._neighbours = forward.extrapolated
         self.clock = StepClock(basis, coefficients, settings.graphs.padded)
+        self._basis, self._coefficients, self._padded = basis, coefficients, settings.graphs.padded
+        self.pair_s = coefficients.pair_s
         self.label = self._describe(model, settings)
+
+    @property
+    def origin(self) -> str:
+        """What its seconds rest on, in a word."""
+        if not self.scaled:
+            return "recorded"
+        return "kernels" if self._forward is not None else "shapes"
 
     def _describe(self, model: Model, settings: CostSettings) -> str:
         profile = self.profile
@@ -500,6 +538,39 @@ class ProfileCost:
 
     def mixed_s(self, chunks: Sequence[tuple[int, int]], seqs: int, kv_tokens: float) -> float:
         return self.clock.mixed_s(chunks, seqs, kv_tokens)
+
+    def parts(self, tokens: int, requests: int, seqs: int) -> Parts:
+        """L in proportion to what its terms take by themselves."""
+        rows = self._padded(tokens)
+        at, sampled = np.array([float(rows)]), np.array([float(requests)])
+        if self._forward is not None:
+            weights = {name: float(seconds[0]) for name, seconds in self._forward.body_parts(at).items()}
+        else:
+            weights = self._shape.form_parts(self.profile.gpu_clock, rows)
+        part = shared(self.clock.linear_s(rows), weights)
+        base_s = float(self._basis.base_s(np.array([float(seqs)]))[0])
+        head_s = float(self._basis.head_s(sampled)[0])
+        return Parts(part["linear"], part["between"], head_s, base_s, part["communication"])
+
+    def rows_s(self, tokens: int, requests: int) -> float:
+        return self.clock.rows_s(tokens, requests)
+
+    def head_s(self, requests: int) -> float:
+        return self.clock.head_s(requests)
+
+    def prompts_s(self, chunks: Any, tokens: Any, context_tokens: Any, pairs: Any) -> Any:
+        basis, own = self._basis, self._coefficients
+        mean = np.maximum(tokens / np.maximum(chunks, 1), 1)
+        least = context_tokens * np.maximum(basis.least_rows - mean, 0.0)  # pairs of a query tile that is not full
+        return (
+            basis.call_s * chunks
+            + basis.span_s * (tokens + context_tokens)
+            + np.maximum(own.pair_s * (pairs + least), own.mixed_kv_s * context_tokens)
+            + basis.cached_s * chunks * (context_tokens > 0)
+        )
+
+    def clocked_s(self, seconds: float, seqs: int) -> float:
+        return seconds + self._coefficients.power_share * power(seqs) * min(seconds, WARM_S)
 
     def outside_measured(self, iterations: dict[str, Any]) -> Any:
         """Rows with more tokens, decodes, cached tokens or prompt context than any step the profile was fitted to.

@@ -40,6 +40,7 @@ from numpy.typing import NDArray
 
 from llmsim.cost import Host, Ramp
 from llmsim.cost.graphs import Graphs
+from llmsim.cost.terms import Parts
 from llmsim.hardware import Gpu, Model
 
 if TYPE_CHECKING:
@@ -90,10 +91,19 @@ def ridge(compute_s: float, memory_s: float) -> float:
 class RooflineCost:
     """`dtype` is the format of the weights; matmuls run in it where the GPU can, else in bfloat16."""
 
-    kind = "roofline"
+    kind = origin = "roofline"
 
     def __init__(
-        self, model: Model, gpu: Gpu, *, tensor_parallel: int, dtype: str, kv_dtype: str, graphs: Graphs, host: Host
+        self,
+        model: Model,
+        gpu: Gpu,
+        *,
+        tensor_parallel: int,
+        dtype: str,
+        kv_dtype: str,
+        graphs: Graphs,
+        host: Host,
+        compute_dtype: str | None = None,
     ) -> None:
         model.check_tensor_parallel(tensor_parallel)
         self.host = host
@@ -101,7 +111,8 @@ class RooflineCost:
         self.label = f"roofline of {gpu.name}'s data sheet, uncalibrated: expect errors of tens of percent"
         self._model, self._dtype, self._tp = model, dtype, tensor_parallel
         self._padded = graphs.padded
-        self._peak = gpu.flops_per_s[gpu.compute_dtype(model.weight_format(dtype))] * COMPUTE_FRACTION
+        computed = compute_dtype or gpu.compute_dtype(model.weight_format(dtype))
+        self._peak = gpu.flops_per_s[computed] * COMPUTE_FRACTION
         self._weight_rate = gpu.bandwidth_bytes_per_s * WEIGHT_FRACTION
         self._plain_bytes = model.plain_bytes(dtype)
         self._link_rate, self._link_latency_s = _link(gpu, tensor_parallel)
@@ -162,6 +173,43 @@ class RooflineCost:
             self._heads_s.append(self._lm_head_s(len(self._heads_s)))
         return self._rows_s[rows] + self._heads_s[requests]
 
+    def parts(self, tokens: int, requests: int, seqs: int) -> Parts:
+        model, rows = self._model, self._padded(tokens)
+        layers_s = self._layers_s(rows)
+        reduce_s = 2 * model.layers * self._all_reduce_s(rows * model.hidden * self._plain_bytes)
+        width = model.hidden * 8 + (2 * (model.heads + 2 * model.kv_heads) * model.head_dim + 3 * model.mlp_width) / (
+            self._tp
+        )
+        between_s = rows * model.layers * width * self._plain_bytes / self._weight_rate + model.layers * LAYER_LATENCY_S
+        attention_s = self._decode_attention_s(seqs, 0)
+        head_s = self._lm_head_s(requests)
+        return Parts(layers_s - reduce_s - between_s, between_s, head_s, attention_s, reduce_s)
+
+    def rows_s(self, tokens: int, requests: int) -> float:
+        return self._linear_s(tokens, requests)
+
+    def head_s(self, requests: int) -> float:
+        return self._lm_head_s(requests)
+
+    def prompts_s(self, chunks: Any, tokens: Any, context_tokens: Any, pairs: Any) -> Any:
+        """Sliding windows as if all chunks of an iteration were alike."""
+        model = self._model
+        seconds = model.full_layers * np.maximum(pairs * self._pair_s, (tokens + context_tokens) * self._kv_s)
+        if model.sliding_layers:
+            window = model.sliding_window
+            keys = np.minimum(tokens + context_tokens, tokens + chunks * window)
+            narrow = np.minimum(pairs, tokens * float(window))
+            seconds = seconds + model.sliding_layers * np.maximum(narrow * self._pair_s, keys * self._kv_s)
+        return seconds
+
+    def clocked_s(self, seconds: float, seqs: int) -> float:
+        """Lower clocks are left out."""
+        return seconds
+
+    @property
+    def pair_s(self) -> float:
+        return self._pair_s * self._model.layers
+
     def _layers_s(self, rows: int) -> float:
         model, tp = self._model, self._tp
         passed = model.dense_linear_params(tp) + model.experts_per_token * model.expert_params(tp)
@@ -210,10 +258,14 @@ def windowed_pairs(new: int, done: int, window: int) -> float:
 def flops(model: Model, iterations: Columns, tensor_parallel: int = 1) -> Floats:
     """Useful operations of each row of an iteration log on one rank: no padding, every layer at full context up to a
     window, the mean context standing for all."""
-    n = iterations["iterations"]
-    tokens = n * iterations["seqs"] + iterations["prefill_tokens"]
-    heads = n * iterations["seqs"] + iterations["prefill_requests"]
+    decoded = iterations["iterations"] * iterations["seqs"]
     decode, prefill = _layer_pairs(model, iterations)
+    if "decoded_tokens" in iterations:  # of a speculating engine; rejected drafts are no use
+        made = iterations["decoded_tokens"]
+        decode = decode * (made / np.maximum(decoded, 1))
+        decoded = made
+    tokens = decoded + iterations["prefill_tokens"]
+    heads = decoded + iterations["prefill_requests"]
     linear = 2.0 * (model.linear_params * tokens + model.lm_head_params * heads)
     total: Floats = linear + model.decode_flops_per_pair * decode + model.layer_flops_per_pair * prefill
     return total / tensor_parallel
