@@ -159,7 +159,8 @@ class Replica(Engine):
                 launch_tail_s = step.launched_s + host.tail_s[step.mode]
                 step.gpu_end_s = gpu_end_s if gpu_end_s > launch_tail_s else launch_tail_s
                 t = self._launched_asynchronously(step) if self.asynchronous else self._launched(step)
-                if hold and step.mode == FULL and not (self.chunks or self._late or (self._to_free and self.waiting)):
+                freed = self._to_free and (self.waiting or self.prefilling)  # blocks that somebody may be waiting for
+                if hold and step.mode == FULL and not (self.chunks or self._late or freed):
                     plan = self._long_run(step, t)
                     if plan is not None:
                         steps = plan.steps_until(self.next_ready_s)
