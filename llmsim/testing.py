@@ -1,0 +1,169 @@
+"""Conformance: `check_scheduler(Mine)` runs a policy through seeded scenarios and holds it to the rules of serving.
+
+    rule       what it says
+    finishes   every request ends once: answered, or rejected with a reason
+    tokens     an answered request got all its tokens, and each of them was computed
+    times      arrival <= first scheduled <= first token <= last token
+    blocks     KV blocks in use are never below none or above all, and all come back
+    limits     max_num_seqs and max_num_batched_tokens are kept in every iteration
+    queue      `order(request)` gives the same key for as long as a request waits
+    progress   whatever waits is served in the end, also with little memory: no deadlock, no endless preempting
+    hold       an answer that is held is the one it would give if asked before every iteration
+    seed       the same seed gives the same bytes
+    actions    what the policy asks for is possible (the engine refuses the rest: PolicyError)
+
+The first rule that is broken raises `RuleBrokenError`, one line with the rule, the request and the value; its `case`
+holds the trace and the scenario it happened in. The scenarios are those of `llmsim.testing_cases`. An exception inside
+the policy surfaces untouched, with a note that names the scenario.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from llmsim.cost import CostModel
+from llmsim.metrics import Result
+from llmsim.plugins import PolicyError
+from llmsim.replica import Replica
+from llmsim.request import Request
+from llmsim.simulate import Fleet, cost_of, scheduler_of
+from llmsim.testing_cases import Case, cases
+from llmsim.testing_rules import Breach, Watch, after_run, first_difference
+
+__all__ = ["Conformance", "RuleBrokenError", "check_scheduler"]
+
+FIXES = {
+    "finishes": "answer it, or turn it away with replica.reject(request)",
+    "tokens": "a policy schedules; only the engine counts tokens",
+    "times": "leave a request's times to the engine",
+    "blocks": "let prefill, decode and preempt take and free blocks",
+    "limits": "read replica.limits and stay within them",
+    "queue": "make the key of what never changes while it waits, or sort inside schedule without HOLD",
+    "progress": "admit the head of the queue when nothing runs; preempt only to let another make a token",
+    "hold": "return HOLD only if the answer changes at an arrival, an end or a shortage of blocks alone",
+    "seed": "draw from a generator made in __init__ with a seed, keep no state outside the instance, order no sets",
+    "actions": "ask for what the engine can do",
+}
+
+
+class RuleBrokenError(PolicyError):
+    """A policy broke a rule: `rule`, `policy`, `request` (its id, None if it is about none), `value`, `case`."""
+
+    def __init__(self, breach: Breach, policy: str, case: Case) -> None:
+        self.rule, self.request, self.value = breach.rule, breach.request, breach.value
+        self.policy, self.case = policy, case
+        fix = FIXES[breach.rule]
+        fix = fix[0].upper() + fix[1:]
+        super().__init__(f"{policy} breaks the rule {breach.rule!r} ({case.name}): {breach.what}. {fix}.")
+
+
+@dataclass(frozen=True)
+class Conformance:
+    """What a policy was put through; all of it kept to the rules."""
+
+    policy: str
+    scenarios: int
+    requests: int
+    iterations: int
+    asked: int  # how often it was asked, with HOLD
+    preemptions: int
+    hit_tokens: int
+    rejected: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.policy} keeps every rule: {self.scenarios} scenarios, {self.requests} requests,"
+            f" {self.iterations:,} iterations of which it was asked for {self.asked:,}, {self.preemptions} preemptions,"
+            f" {self.hit_tokens:,} tokens from the prefix cache, {self.rejected} rejected"
+        )
+
+
+def check_scheduler(policy: Any, /, **arguments: Any) -> Conformance:
+    """Hold a scheduling policy to the rules: a class, a built-in's name, or "file.py:ClassName", with its arguments.
+
+    Raises RuleBrokenError for the first rule that is broken; takes seconds.
+    """
+    name = policy if isinstance(policy, str) else policy.__name__
+    costs: dict[tuple[Any, ...], CostModel] = {}
+    totals = dict.fromkeys(("scenarios", "requests", "iterations", "asked", "preemptions", "hit_tokens", "rejected"), 0)
+    for case in cases():
+        case = _with_policy(case, policy, arguments)
+        try:
+            outcome, asked = _check_case(case, policy, arguments, costs)
+        except Breach as breach:
+            raise RuleBrokenError(breach, name, case) from None
+        except PolicyError as error:
+            raise RuleBrokenError(_refused(error), name, case) from error
+        except Exception as error:
+            error.add_note(f"while {name} was checked ({case.name})")
+            raise
+        totals["scenarios"] += 1
+        totals["requests"] += len(case.trace)
+        totals["iterations"] += int(outcome.iterations["iterations"].sum())
+        totals["asked"] += asked
+        for key in ("preemptions", "hit_tokens", "rejected"):
+            totals[key] += int(outcome.stats[key])
+    return Conformance(name, **totals)
+
+
+def _with_policy(case: Case, policy: Any, arguments: dict[str, Any]) -> Case:
+    """The case with the policy in its scenario, if it has a name there."""
+    if not isinstance(policy, str):
+        return case
+    return replace(case, scenario=replace(case.scenario, scheduler=policy, scheduler_args=arguments))
+
+
+def _refused(error: PolicyError) -> Breach:
+    """What the engine said no to, as a rule that is broken."""
+    text = str(error)
+    stuck = "schedules nothing although" in text or "without a token in between" in text
+    found = re.search(r"request (\d+)", text)
+    return Breach("progress" if stuck else "actions", int(found[1]) if found else None, None, text.rstrip("."))
+
+
+def _check_case(
+    case: Case, policy: Any, arguments: dict[str, Any], costs: dict[tuple[Any, ...], CostModel]
+) -> tuple[Result, int]:
+    """Three runs: held, held again, and asked before every iteration. Returns the first and how often it asked."""
+    s = case.scenario
+    key = (s.max_num_seqs, s.max_num_batched_tokens)
+    if key not in costs:
+        costs[key] = cost_of(s)
+
+    def make() -> Any:
+        return scheduler_of(s) if isinstance(policy, str) else policy(**arguments)
+
+    first, again, every = (_Watched(case, costs[key], make, hold) for hold in (True, True, False))
+    held = first.run()
+    after_run(held, first.answers, first.replicas)
+    difference = first_difference(held, again.run(), exact=True)
+    if difference is not None:
+        request, value, what = difference
+        raise Breach("seed", request, value, f"{what} in two runs of the same seed")
+    difference = first_difference(held, every.run(), exact=False)
+    if difference is not None:
+        request, value, what = difference
+        raise Breach("hold", request, value, f"{what} when its answers are held and when it is asked every time")
+    return held, sum(watch.asked for watch in first.watches)
+
+
+class _Watched(Fleet):
+    """A fleet whose policies are watched while they act; `answers`: the requests as they ended and their tokens."""
+
+    def __init__(self, case: Case, cost: CostModel, make: Callable[[], Any], hold: bool) -> None:
+        self.answers: list[tuple[Request, int]] = []
+        self.watches: list[Watch] = []
+
+        def watched() -> Any:
+            watch = Watch(case, hold)
+            self.watches.append(watch)
+            return watch.around(make())
+
+        super().__init__(case.trace, case.scenario, cost=cost, policy=watched)
+
+    def _record(self, request: Request, replica: Replica) -> None:
+        self.answers.append((request, request.generated_tokens))
+        super()._record(request, replica)

@@ -1,0 +1,285 @@
+"""The conformance suite: every built-in passes it, and a policy that breaks a rule is told which, for whom, and how."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmsim import HOLD, PolicyError
+from llmsim.replica import Limits
+from llmsim.schedulers import BUILTIN
+from llmsim.schedulers.chunked import Chunked
+from llmsim.simulate import simulate
+from llmsim.testing import FIXES, RuleBrokenError, check_scheduler
+from llmsim.testing_cases import cases
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.mark.parametrize("name", BUILTIN)
+def test_every_built_in_scheduler_keeps_the_rules(name: str) -> None:
+    outcome = check_scheduler(name)
+    assert outcome.requests > 500
+    assert outcome.asked < outcome.iterations, "nothing was held: the comparison says nothing"
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_every_example_keeps_the_rules(path: Path) -> None:
+    name = "".join(word.capitalize() for word in path.stem.split("_"))
+    assert check_scheduler(f"{path}:{name}").requests > 500
+
+
+def test_arguments_reach_the_policy() -> None:
+    assert check_scheduler(Chunked, headroom=0.05).policy == "Chunked"
+    assert check_scheduler("chunked", headroom=0.0).preemptions > check_scheduler("chunked", headroom=0.3).preemptions
+    with pytest.raises(ValueError, match="unknown argument 'room'"):
+        check_scheduler("chunked", room=1)
+
+
+def test_the_scenarios_hold_what_policies_stumble_over() -> None:
+    """Little memory, preemptions, cached prefixes, waiting turns and both clocks: with the engine most people run."""
+    made = cases()
+    results = [simulate(case.trace, case.scenario) for case in made]
+    assert sum(result.stats["preemptions"] > 0 for result in results) >= 6
+    assert max(result.stats["preemptions"] for result in results) > len(made[0].trace), "no preemption storm"
+    assert sum(result.stats["hit_tokens"] > 0 for result in results) >= 6
+    assert sum(result.stats["evicted_blocks"] > 0 for result in results) >= 4
+    for chosen in (
+        lambda s: s.async_scheduling, lambda s: not s.async_scheduling, lambda s: s.concurrency is not None,
+        lambda s: s.replicas > 1, lambda s: s.enable_prefix_caching, lambda s: not s.enable_prefix_caching,
+    ):  # fmt: skip
+        assert sum(chosen(case.scenario) for case in made) >= 1
+    assert any((case.trace.arrival_s != case.trace.arrival_s).any() for case in made), "no turn waits for its parent"
+    assert any(case.trace.prompt_tokens.max() > 10 * case.scenario.max_num_batched_tokens for case in made)
+
+
+def test_the_same_seed_makes_the_same_scenarios() -> None:
+    for one, other in zip(cases(), cases(), strict=True):
+        assert one.name == other.name
+        assert one.scenario == other.scenario
+        assert one.trace.prompt_tokens.tolist() == other.trace.prompt_tokens.tolist()
+    assert cases(1)[0].trace.prompt_tokens.tolist() != cases()[0].trace.prompt_tokens.tolist()
+
+
+# ---- policies that break a rule -------------------------------------------------------------------------------------
+
+
+class Forgets(Chunked):
+    """finishes: request 7 is taken out of the queue and never heard of again."""
+
+    def schedule(self, replica: Any, now_s: float) -> bool | None:
+        for request in replica.waiting:
+            if request.id == 7:
+                replica.waiting.remove(request)
+        return super().schedule(replica, now_s)
+
+
+class Doubles(Chunked):
+    """finishes: request 7 is put in the queue a second time."""
+
+    def schedule(self, replica: Any, now_s: float) -> bool | None:
+        answer = super().schedule(replica, now_s)
+        for request in replica.running:
+            if request.id == 7:
+                replica.waiting.append(request)
+        return answer
+
+
+class Skips(Chunked):
+    """tokens: request 7 is said to have a token that nobody computed."""
+
+    def schedule(self, replica: Any, now_s: float) -> bool | None:
+        for request in replica.prefilling:
+            if request.id == 7 and request.output_tokens > 1:
+                request.generated_tokens += 1
+        return super().schedule(replica, now_s)
+
+
+class Shortens(Chunked):
+    """tokens: long answers are cut."""
+
+    def schedule(self, replica: Any, now_s: float) -> bool | None:
+        for request in replica.waiting:
+            request.output_tokens = min(request.output_tokens, 20)
+        return super().schedule(replica, now_s)
+
+
+class Postdates(Chunked):
+    """times: what waits is said to have come only now."""
+
+    def schedule(self, replica: Any, now_s: float) -> bool | None:
+        for request in replica.waiting:
+            request.arrival_s = now_s
+        return super().schedule(replica, now_s)
+
+
+class Leaks(Chunked):
+    """blocks: takes one that it never gives back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.leaked = False
+
+    def schedule(self, replica: Any, now_s: float) -> bool | None:
+        if not self.leaked and replica.kv.free_blocks > 50:
+            replica.kv.take(1)
+            self.leaked = True
+        return super().schedule(replica, now_s)
+
+
+class Prints(Chunked):
+    """blocks: says there are more than there are."""
+
+    def schedule(self, replica: Any, now_s: float) -> bool | None:
+        replica.kv.free_blocks += 1
+        return super().schedule(replica, now_s)
+
+
+class Oversubscribes(Chunked):
+    """limits: writes itself larger ones."""
+
+    def schedule(self, replica: Any, now_s: float) -> bool | None:
+        replica.limits = Limits(10_000, 10_000)
+        return super().schedule(replica, now_s)
+
+
+class Fidgets(Chunked):
+    """queue: the key grows while a request waits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def order(self, request: Any) -> tuple[int, int]:
+        self.calls += 1
+        return self.calls if request.id == 9 else 0, request.id
+
+
+class Refuses(Chunked):
+    """progress: request 7 is never let in."""
+
+    def schedule(self, replica: Any, now_s: float) -> bool | None:
+        replica.decode()
+        for request in list(replica.prefilling) + list(replica.waiting):
+            left = replica.limits.max_num_batched_tokens - replica.decoding - sum(t for _, t, _ in replica.chunks)
+            hit = None if request in replica.running else replica.look_up(request)
+            done = hit.blocks * 16 if hit else request.computed_tokens
+            fits = request in replica.running or len(replica.running) < replica.limits.max_num_seqs
+            tokens = min(left, request.prefill_tokens - done)
+            if request.id != 7 and tokens > 0 and fits:
+                replica.prefill(request, tokens, hit)
+        return None
+
+
+class TugsOfWar(Chunked):
+    """progress: what was begun is sent back for what waits."""
+
+    def schedule(self, replica: Any, now_s: float) -> bool | None:
+        for request in list(replica.prefilling):
+            replica.preempt(request)
+        return super().schedule(replica, now_s)
+
+
+class HoldsTheClock(Chunked):
+    """hold: holds though it lets prompts in only in even tenths of a second."""
+
+    def schedule(self, replica: Any, now_s: float) -> bool | None:
+        if replica.batch and int(now_s * 10) % 2 and not replica.prefilling:
+            replica.decode()
+            return HOLD
+        return super().schedule(replica, now_s)
+
+
+class Rolls(Chunked):
+    """seed: a die without one."""
+
+    def schedule(self, replica: Any, now_s: float) -> bool | None:
+        if replica.batch and not replica.prefilling and random.random() < 0.2:
+            replica.decode()
+            return None
+        super().schedule(replica, now_s)
+        return None
+
+
+class Remembers(Chunked):
+    """seed: what one run has learnt another one knows."""
+
+    seen: list[int] = []  # noqa: RUF012 - the mistake
+
+    def schedule(self, replica: Any, now_s: float) -> bool | None:
+        self.seen.append(len(replica.running))
+        if len(self.seen) % 5 == 0 and replica.batch and not replica.prefilling:
+            replica.decode()
+            return None
+        super().schedule(replica, now_s)
+        return None
+
+
+class Overreaches(Chunked):
+    """actions: more tokens of a prompt than it has."""
+
+    def schedule(self, replica: Any, now_s: float) -> bool | None:
+        for request in replica.waiting:
+            replica.prefill(request, request.prefill_tokens + 1)
+        return super().schedule(replica, now_s)
+
+
+BROKEN = [
+    (Forgets, "finishes", "request 7 ended 0 times"),
+    (Doubles, "finishes", "request 7 waits and runs at once"),
+    (Skips, "tokens", "request 7 "),
+    (Shortens, "tokens", "output_tokens of request "),
+    (Postdates, "times", "arrival_s of request "),
+    (Leaks, "blocks", "4999 of 5000 KV blocks are free when every request has ended"),
+    (Prints, "blocks", "of 5000 KV blocks are free. Let"),
+    (Oversubscribes, "limits", "beyond max_num_"),
+    (Fidgets, "queue", "order(request 9) was ("),
+    (Refuses, "progress", "the first is request 7"),
+    (TugsOfWar, "progress", "without a token in between"),
+    (HoldsTheClock, "hold", "when its answers are held and when it is asked every time"),
+    (Rolls, "seed", "in two runs of the same seed"),
+    (Remembers, "seed", "in two runs of the same seed"),
+    (Overreaches, "actions", "tokens of request "),
+]
+
+
+@pytest.mark.parametrize(("policy", "rule", "sentence"), BROKEN, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_broken_policy_is_told_its_rule(policy: Any, rule: str, sentence: str) -> None:
+    with pytest.raises(RuleBrokenError) as caught:
+        check_scheduler(policy)
+    error, text = caught.value, str(caught.value)
+    assert (error.rule, error.policy) == (rule, policy.__name__)
+    assert sentence in text
+    assert text.startswith(f"{policy.__name__} breaks the rule {rule!r} (")
+    assert text.lower().endswith(FIXES[rule].lower() + ".")
+    assert "\n" not in text
+    if rule != "blocks":
+        assert error.request in range(len(error.case.trace))
+        assert f"request {error.request}" in text
+    assert error.value is not None or rule in ("progress", "actions")
+    assert isinstance(error, PolicyError)
+
+
+def test_every_rule_has_a_policy_that_breaks_it() -> None:
+    assert {rule for _, rule, _ in BROKEN} == set(FIXES)
+
+
+def test_the_case_of_a_broken_rule_can_be_replayed() -> None:
+    with pytest.raises(RuleBrokenError) as caught:
+        check_scheduler(Refuses)
+    case = caught.value.case
+    assert len(simulate(case.trace, case.scenario).requests["id"]) == len(case.trace)
+
+
+class Raises(Chunked):
+    def schedule(self, replica: Any, now_s: float) -> bool | None:
+        return replica.no_such_thing
+
+
+def test_an_exception_inside_a_policy_surfaces_with_its_scenario() -> None:
+    with pytest.raises(AttributeError, match="no_such_thing") as caught:
+        check_scheduler(Raises)
+    assert caught.value.__notes__ == ["while Raises was checked (open loop, ample memory, async, prefix caching)"]
