@@ -111,6 +111,8 @@ def plugin_flags(kind: str, module: str, text: str) -> list[Callable[[Any], Any]
     ]
 
 
+SCHEDULER_FLAGS = plugin_flags("scheduler", "llmsim.schedulers", "Policy, or your own file.py:Class. [vllm]")
+
 # Flags in the order of `--help`. Each is a field of Scenario, except the few that end up in one (scenario_from).
 SCENARIO_FLAGS: list[Callable[[Any], Any]] = [
     click.option(
@@ -129,7 +131,7 @@ SCENARIO_FLAGS: list[Callable[[Any], Any]] = [
     ),
     click.option("--replicas", type=INT, help="Copies of the engine behind the router. [1]"),
     *plugin_flags("router", "llmsim.routers", "Which replica takes a request, or your file.py:Class. [round_robin]"),
-    *plugin_flags("scheduler", "llmsim.schedulers", "Policy, or your own file.py:Class. [vllm]"),
+    *SCHEDULER_FLAGS,
     click.option("--scheduling-policy", type=_choice(SCHEDULING_POLICIES), help="fcfs or priority. [fcfs]"),
     click.option("--max-num-seqs", type=INT, help="Requests running at once. [vLLM's for this GPU]"),
     click.option("--max-num-batched-tokens", type=INT, help="Tokens of one iteration. [vLLM's for this GPU]"),
