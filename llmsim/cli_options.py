@@ -148,6 +148,7 @@ SCENARIO_FLAGS: list[Callable[[Any], Any]] = [
     click.option("--num-gpu-blocks-override", type=INT, help="KV blocks of a replica. [what fits the GPU]"),
     click.option("--long-prefill-token-threshold", type=INT, help="Cap of one prompt's chunk. [0: none]"),
     click.option("--watermark", type=float, help="Fraction of KV blocks kept free at admission. [0]"),
+    click.option("--swap-space-gib", type=float, help="Host memory per GPU for KV that a policy swaps out. [0: none]"),
     _switch("reserve_full_isl", "scheduler-reserve-full-isl", "Admit only if the whole sequence fits. [on]"),
     _switch("async_scheduling", "async-scheduling", "Schedule the next iteration while one runs. [on]"),
     click.option("--cudagraph", type=_choice(CUDAGRAPHS), help=_words(CUDAGRAPHS, CUDAGRAPHS[0])),

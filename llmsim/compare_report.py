@@ -86,10 +86,10 @@ def _signed(value: float, digits: int) -> str:
 
 def _meaning(comparison: Comparison) -> str:
     return (
-        f"Intervals: paired bootstrap, {RESAMPLES:,} draws of blocks of {comparison.block} consecutive arrivals"
-        " (requests near each other are not independent; the length follows from the autocorrelation of the"
-        " differences, Politis & White 2004). They say how far a difference would scatter over traffic like this, not over other loads."
-        " Throughput is of the run as a whole and has none."
+        f"Intervals: paired bootstrap, {RESAMPLES:,} draws of blocks of {comparison.block} consecutive arrivals (near"
+        " each other requests are not independent; the length follows from the autocorrelation of the differences,"
+        " Politis & White 2004). They say how far a difference would scatter over traffic like this, not over other"
+        " loads. Throughput is of the run as a whole and has none."
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from math import isnan
 from typing import Any, NamedTuple
 
+from llmsim.aside import Aside, Swap
 from llmsim.batch import RunningBatch
 from llmsim.kvcache import Hit, KVCache
 from llmsim.plugins import PolicyError
@@ -25,10 +26,15 @@ class Limits(NamedTuple):
     max_num_batched_tokens: int
 
 
-class Engine:
-    """What policies read and act on. `asynchronous`: the results of an iteration are known one schedule later."""
+class Engine(Aside):
+    """What policies read and act on. `asynchronous`: the results of an iteration are known one schedule later.
 
-    def __init__(self, scheduler: Any, kv: KVCache, limits: Limits, *, asynchronous: bool = True) -> None:
+    `swap`: the host memory that `swap_out` may use.
+    """
+
+    def __init__(
+        self, scheduler: Any, kv: KVCache, limits: Limits, *, asynchronous: bool = True, swap: Swap | None = None
+    ) -> None:
         self.scheduler, self.kv, self.limits = scheduler, kv, limits
         self.asynchronous = asynchronous
         self.waiting = WaitingQueue(getattr(scheduler, "order", None))
@@ -50,7 +56,8 @@ class Engine:
         self._publishing: dict[Request, None] = {}  # running requests whose answer others may share
         self._hits_grow = False  # one of these is generating what the policy has looked for: its answer cannot last
         self._fruitless = 0  # preemptions since the last token
-        self._late: list[Request] = []  # decode again after an iteration without them
+        self._late: dict[Request, None] = {}  # decode again after an iteration without them
+        super().__init__(swap)
 
     # ---------------------------------------------------------------------------------------------- what policies do
 
@@ -99,7 +106,7 @@ class Engine:
             self.paused_now.append(request)
             self._cut(request)
             if request in self._late:  # out for a second time: its last token is not in flight
-                self._late.remove(request)
+                del self._late[request]
                 if request in self._publishing:
                     self.kv.store(request, request.computed_tokens)
 
@@ -113,10 +120,11 @@ class Engine:
         self._hits_grow = self._hits_grow or self.kv.may_grow(request, hit, self._publishing)
         return hit
 
-    def prefill(self, request: Request, tokens: int, hit: Hit | None = None) -> bool:
+    def prefill(self, request: Request, tokens: int, hit: Hit | None = None, padding_tokens: int = 0) -> bool:
         """Compute `tokens` more of a request's prompt in this iteration; False if its blocks do not fit.
 
         A waiting request is admitted by this; `hit` is what `look_up` returned for it in this iteration.
+        `padding_tokens` more rows are computed with the chunk and thrown away.
         """
         kv = self.kv
         computed = request.computed_tokens
@@ -129,13 +137,15 @@ class Engine:
                 return False
             kv.take(blocks)
         else:
+            if request.swapped_tokens:
+                raise self._error(f"asked to prefill request {request.id}, whose KV is in host memory: swap_in() it")
             if hit is None:
                 hit = self.look_up(request)
             computed = hit.blocks * kv.block_tokens
             left -= computed
             if not 0 < tokens <= left:
                 raise self._error(f"asked to prefill {tokens} tokens of request {request.id}, which has {left} left")
-            if len(self.running) >= self.limits.max_num_seqs:
+            if len(self.running) - len(self.paused) >= self.limits.max_num_seqs:
                 raise self._error(f"admitted request {request.id} beyond max_num_seqs={self.limits.max_num_seqs}")
             if kv.blocks_for(computed + tokens) - hit.blocks + hit.idle_blocks > kv.free_blocks:
                 return False
@@ -144,7 +154,15 @@ class Engine:
         if request.held is not None:
             kv.store(request, computed + tokens)
         self.chunks.append((request, tokens, computed))
+        if padding_tokens:
+            self._pad(request, padding_tokens)
         return True
+
+    def _pad(self, request: Request, padding_tokens: int) -> None:
+        if padding_tokens < 0:
+            raise self._error(f"padded request {request.id} by {padding_tokens} tokens")
+        self._padding[request] = padding_tokens
+        self._special = True
 
     def _admit(self, request: Request, hit: Hit, computed: int, tokens: int) -> None:
         try:
@@ -160,13 +178,22 @@ class Engine:
             self.queried_tokens += request.prompt_tokens
             self.hit_tokens += computed
 
-    def preempt(self, request: Request) -> None:
-        """Send a running request back to the queue; it will compute everything again (recompute)."""
+    def preempt(self, request: Request, keep_content: bool = True) -> None:
+        """Send a running request back to the queue; it will compute everything again (recompute).
+
+        `keep_content=False`: what it computed itself cannot be found again, what it found still can.
+        """
         if request not in self.running:
             raise self._error(f"preempted request {request.id}, which is not running")
+        tokens, known = self._vacate(request)
+        self.kv.release(request, self.kv.blocks_for(tokens), known, resumes=True, keep_content=keep_content)
+        self._send_back(request)
+
+    def _vacate(self, request: Request) -> tuple[int, int]:
+        """Take a running request out of everything but its blocks: tokens they hold, and how many of them are known."""
         if self._publishing:  # before its own blocks: of equal ones the first stored is found
             self._publish()
-        batch, kv = self.batch, self.kv
+        batch = self.batch
         in_flight = 1 if self.asynchronous else 0  # content is registered when its token is known
         if request in batch:
             stayed = batch.iteration - request.joined
@@ -177,21 +204,25 @@ class Engine:
                 self.decoding -= 1
                 self._blocks_taken -= tokens % self.kv.block_tokens == 0
                 tokens += 1
-            full = tokens - in_flight if stayed or tokens > request.computed_tokens else tokens
+            known = tokens - in_flight if stayed or tokens > request.computed_tokens else tokens
             self._cut(request)
         else:
-            tokens = full = request.computed_tokens
-            if request not in self.prefilling:  # its last token is in flight
-                full -= in_flight
+            tokens = known = request.computed_tokens
+            if request in self.paused:
+                del self.paused[request]
+                known -= self._left_now.get(request, False)
+            elif request not in self.prefilling:  # its last token is in flight
+                known -= in_flight
             elif isnan(request.last_token_s):
                 request.last_token_s = self._now_s
             self.chunks = [chunk for chunk in self.chunks if chunk[0] is not request]
         del self.running[request]
-        if request in self._late:
-            self._late.remove(request)
+        self._late.pop(request, None)
         self.prefilling.pop(request, None)
         self._publishing.pop(request, None)
-        kv.release(request, kv.blocks_for(tokens), full, resumes=True)
+        return tokens, known
+
+    def _send_back(self, request: Request) -> None:
         request.computed_tokens = 0
         request.preemptions += 1
         self.preemptions += 1
@@ -199,14 +230,11 @@ class Engine:
         if self._fruitless > FRUITLESS_PREEMPTIONS:
             raise self._error(
                 f"preempted {FRUITLESS_PREEMPTIONS} times without a token in between, request {request.id} last:"
-                f" running requests take each other's KV blocks, of which there are {kv.total_blocks}. A real engine"
-                " would hang too; reserve whole sequences at admission (reserve_full_isl) or give it more blocks"
+                f" running requests take each other's KV blocks, of which there are {self.kv.total_blocks}. A real"
+                " engine would hang too; reserve whole sequences at admission (reserve_full_isl) or give it more blocks"
             )
         self.preempted_now.append(request)
         self.waiting.put_back(request)
-
-    def _cut(self, request: Request) -> None:
-        """Called when a request stops decoding for now."""
 
     def _publish(self) -> None:
         """Register what running requests with a known answer have generated, as far as vLLM would know it by now.
@@ -224,6 +252,8 @@ class Engine:
                     tokens += 1
                 if request.joined == batch.iteration and request in late:  # paused in the iteration before
                     lag = 0
+            elif request in self.paused:
+                lag = int(self._left_now.get(request, False))
             progress.append((lag - tokens, len(progress), request))
         for behind, _, request in sorted(progress):
             self.kv.store(request, -behind)
@@ -241,8 +271,10 @@ class Engine:
         if self.paused_now:
             for request in self.paused_now:
                 self.batch.add(request)
-                self._late.append(request)
+                self._late[request] = None
             self.paused_now = []
+        if self._special:
+            self._clear()
         self._hits_grow = False
         hold = self.scheduler.schedule(self, now_s)
         if self.chunks or self._granted is not None:
@@ -265,6 +297,8 @@ class Engine:
                 blocks = batch.blocks_needed(steps) - self._blocks_taken  # the first iteration's are taken
                 if blocks:
                     self.kv.take(blocks)
+            if self._ghost_seqs:
+                self._ghost_kv_tokens += steps * self._ghost_seqs
             ended = batch.advance(steps)
             self._fruitless = 0
         else:
@@ -281,9 +315,9 @@ class Engine:
                 ended.append(request)
         return ended
 
-    def free(self, ended: list[Request]) -> None:
+    def free(self, ended: list[Request], now_s: float | None = None) -> None:
         """The host has taken the last token of these: their blocks and slots are free."""
-        kv = self.kv
+        kv, on_ended = self.kv, self._on_ended
         for request in ended:
             if request in self.running:
                 del self.running[request]
@@ -292,7 +326,10 @@ class Engine:
                 kv.release(request, kv.blocks_for(tokens), tokens)
             else:  # preempted while its last token was in flight
                 self.waiting.remove(request)
+                self._drop_host_copy(request)
                 request.held = None
+            if on_ended is not None:
+                on_ended(request, self._now_s if now_s is None else now_s)
 
     # ----------------------------------------------------------------------------------------------------------- errors
 
@@ -303,7 +340,9 @@ class Engine:
     def _check_iteration(self) -> None:
         if self._granted is not None:
             raise self._error("ended its answer without pause_others() after decode_one()")
-        tokens = self.decoding + sum(tokens for _, tokens, _ in self.chunks)
+        tokens = self.decoding + sum(tokens for _, tokens, _ in self.chunks) + sum(self._padding.values())
+        if self.decoding:
+            tokens += self._ghost_seqs
         if tokens > self.limits.max_num_batched_tokens:
             limit = self.limits.max_num_batched_tokens
             raise self._error(f"scheduled {tokens} tokens in one iteration, beyond max_num_batched_tokens={limit}")

@@ -34,6 +34,12 @@ class Gpu:
     pcie_bytes_per_s: float  # to the host, one direction
     price_per_hour: float  # US dollars, indicative; replace it with your own
     sources: Mapping[str, str] = field(hash=False)
+    measured_host_bytes_per_s: float | None = None  # large pinned copies to and from the host, where measured
+
+    @property
+    def host_bytes_per_s(self) -> float:
+        """One direction, to and from pinned host memory: measured, or else the data sheet's."""
+        return self.measured_host_bytes_per_s or self.pcie_bytes_per_s
 
     def compute_dtype(self, weights: str) -> str:
         """The dtype matmuls run in: 4-bit weights are expanded to bfloat16, fp8 too where the GPU has no fp8."""

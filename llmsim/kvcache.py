@@ -52,7 +52,7 @@ class Node:
 class Held:
     """What a request with an identity holds: `pieces` = (first extent, blocks) from the start of its sequence."""
 
-    __slots__ = ("path", "pieces", "private", "public_blocks", "stored_blocks")
+    __slots__ = ("found_blocks", "path", "pieces", "private", "public_blocks", "stored_blocks")
 
     def __init__(self, path: list[Node], public_blocks: int) -> None:
         self.path = path
@@ -60,6 +60,7 @@ class Held:
         self.private: Node | None = None  # the blocks behind them, known to this request alone
         self.pieces: list[tuple[Extent, int]] = []
         self.stored_blocks = 0  # leading blocks whose content is registered
+        self.found_blocks = 0  # of them, those it found when it was admitted
 
 
 class Hit:
@@ -221,7 +222,7 @@ class KVCache:
                 self.idle_blocks -= end - start
             extent.refs += 1
             held.pieces.append((extent, end - start))
-        held.stored_blocks = hit.blocks
+        held.stored_blocks = held.found_blocks = hit.blocks
 
     def _split(self, extent: Extent, at: int) -> Extent:
         """Cut an extent in two; returns the part from `at` on. Both keep holders, place of storage and of eviction."""
@@ -268,14 +269,19 @@ class KVCache:
 
     # ------------------------------------------------------------------------------------------------------- releasing
 
-    def release(self, request: Request, blocks: int, full_tokens: int, *, resumes: bool = False) -> None:
+    def release(
+        self, request: Request, blocks: int, full_tokens: int, *, resumes: bool = False, keep_content: bool = True
+    ) -> None:
         """Take back the `blocks` of a request; the full ones of its first `full_tokens` tokens keep their content.
 
-        A request that `resumes` (preempted) will look for its own blocks again.
+        A request that `resumes` (preempted) will look for its own blocks again. Without `keep_content` the blocks that
+        it stored itself, and that nobody else holds, are empty from now on.
         """
         if not self.prefix_caching:
             self.free_blocks += blocks
             return
+        if not keep_content:
+            full_tokens = self._forget_own(request)
         stored = full_tokens // self.block_tokens
         held: Held | None = request.held
         if held is None:
@@ -298,9 +304,29 @@ class KVCache:
         for extent, count in reversed(held.pieces):
             self._let_go(extent, count)
         held.pieces.clear()
-        held.stored_blocks = 0
+        held.stored_blocks = held.found_blocks = 0
         if not resumes:
             request.held = None
+
+    def _forget_own(self, request: Request) -> int:
+        """Unregister what a request stored itself and nobody else holds; returns the tokens still registered."""
+        held: Held | None = request.held
+        if held is None:
+            return 0
+        while held.pieces and held.stored_blocks > held.found_blocks:
+            extent, count = held.pieces[-1]
+            if extent.refs > 1 or extent.tail is not None:
+                break  # others have found it since
+            own = min(count, held.stored_blocks - held.found_blocks)  # it may have grown an extent that it had found
+            held.stored_blocks -= own
+            if own < count:
+                extent.end -= own
+                held.pieces[-1] = (extent, count - own)
+                break
+            held.pieces.pop()
+            assert extent.node is not None, "only content that can be found is stored"
+            extent.node.extents.remove(extent)
+        return held.stored_blocks * self.block_tokens
 
     def _let_go(self, extent: Extent, count: int) -> None:
         parts = [extent]

@@ -26,7 +26,7 @@ class Step:
 
     __slots__ = (
         "chunks", "free_s", "gpu", "gpu_end_s", "kv_blocks", "kv_tokens", "launch_s", "launched_s", "mode",
-        "new_tokens", "running", "schedule_s", "seqs", "waiting",
+        "new_tokens", "outputs", "running", "schedule_s", "seqs", "waiting",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -35,6 +35,7 @@ class Step:
         self.gpu_end_s = self.launch_s = self.launched_s = self.schedule_s = 0.0
         self.free_s = 0.0  # when the engine's thread goes on: at the end of a launch that it makes itself
         self.kv_blocks = self.kv_tokens = self.mode = self.new_tokens = self.running = self.seqs = self.waiting = 0
+        self.outputs = 0  # decodes whose tokens are wanted; `seqs` also counts ghosts
 
 
 class Plan:
@@ -76,7 +77,7 @@ def plan_run(plan: Plan, step: Step, second_s: float, steps: int, running: int, 
     first_s += growth_s  # of iteration k+1
     schedule_s = host.schedule_s + host.schedule_per_request_s * running
     launch_s = host.launch_s[FULL] + host.launch_per_request_s[FULL] * seqs
-    update_s = host.update_s + host.update_per_output_s * seqs
+    update_s = host.update_s + host.update_per_output_s * step.outputs
     lead_s, tail_s = host.lead_s[FULL], host.tail_s[FULL]
     host_s, return_s = update_s + schedule_s + launch_s, host.return_s
     launch_at_s = second_s + schedule_s
@@ -119,7 +120,7 @@ def plan_synchronous_run(plan: Plan, step: Step, second_s: float, steps: int, ru
     first_s += growth_s
     schedule_s = host.schedule_s + host.schedule_per_request_s * running
     launch_s = host.launch_s[FULL] + host.launch_per_request_s[FULL] * step.seqs
-    update_s = host.update_s + host.update_per_output_s * step.seqs
+    update_s = host.update_s + host.update_per_output_s * step.outputs
     begin_s = schedule_s + host.lead_s[FULL] + host.return_s
     floor_s = schedule_s + launch_s + max(host.tail_s[FULL], 0.0) + host.return_s
     if begin_s + first_s < floor_s:  # the launch is longer than the GPU's work

@@ -39,9 +39,25 @@ from math import ceil
 from llmsim.hardware import Gpu, Model
 
 GIB = 2**30
+# Beside its bytes each copy between host and GPU lasts this long: 64 MiB on an H200 in 2,048 pieces of 32 KiB, as
+# vLLM V0 swaps (a piece per block, layer, and key or value), takes 6.1 to 6.2 ms, in 32 pieces 1.3 ms
+# (calibration/measurements/h200-sxm-links.parquet, copy_h2d and copy_d2h, variant "blocks"). Other GPUs: assumed.
+COPY_S = 2.4e-6
 RUNTIME_BYTES = int(0.51 * GIB)
 COMMUNICATION_BYTES = int(0.2 * GIB)
 LOGIT_BYTES = 2 + 4 + 4  # the logit, its float32 copy, and one more float32 for the distribution
+
+
+def host_blocks(model: Model, *, tensor_parallel: int, kv_dtype: str, block_tokens: int, swap_space_gib: float) -> int:
+    """KV blocks that fit into host memory; `swap_space_gib` is per GPU, as vLLM V0's --swap-space was."""
+    return int(swap_space_gib * GIB / (block_tokens * model.layers * model.kv_layer_bytes(kv_dtype, tensor_parallel)))
+
+
+def block_copy_s(model: Model, gpu: Gpu, *, tensor_parallel: int, kv_dtype: str, block_tokens: int) -> float:
+    """Seconds to copy one KV block to the host or back; the ranks of a group copy their shares at the same time."""
+    block_bytes = block_tokens * model.layers * model.kv_layer_bytes(kv_dtype, tensor_parallel)
+    pieces = model.layers * (1 if model.mla else 2)
+    return block_bytes / gpu.host_bytes_per_s + pieces * COPY_S
 
 
 @dataclass(frozen=True)

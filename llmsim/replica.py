@@ -22,12 +22,13 @@ shortage of blocks are one wake-up and one row in the log (`llmsim.macrostep`).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from math import inf, isnan, nan
 from typing import Any
 
 import simpy
 
+from llmsim.aside import Swap
 from llmsim.cost import FULL, WARM_S, CostModel, LaunchNoise, Ramp
 from llmsim.engine import Engine, Limits
 from llmsim.kvcache import KVCache
@@ -35,7 +36,7 @@ from llmsim.macrostep import Plan, Step, plan_run, plan_synchronous_run
 from llmsim.request import Request
 from llmsim.rowlog import RowLog
 
-__all__ = ["GAP_COLUMNS", "ITERATION_COLUMNS", "Limits", "Replica"]
+__all__ = ["GAP_COLUMNS", "ITERATION_COLUMNS", "Limits", "Replica", "Swap"]
 
 ITERATION_COLUMNS = {
     "start_s": "f8", "iterations": "i8", "mode": "i1", "seqs": "i4", "kv_tokens": "i8", "prefill_requests": "i4",
@@ -54,7 +55,7 @@ class _Flight:
         self.outputs = 0
         self.decodes = 0  # of the outputs, those whose previous token came with the iteration before
         self.firsts: Sequence[Request] = ()  # whose prompt this iteration completed
-        self.late: Sequence[Request] = ()  # decodes whose previous token is older
+        self.late: Collection[Request] = ()  # decodes whose previous token is older
         self.ended: Sequence[Request] = ()
 
 
@@ -70,11 +71,12 @@ class Replica(Engine):
         limits: Limits,
         *,
         asynchronous: bool = True,
+        swap: Swap | None = None,
         noise: LaunchNoise | None = None,
         on_finish: Callable[[Request, Replica], None] | None = None,
         index: int = 0,
     ) -> None:
-        super().__init__(scheduler, kv, limits, asynchronous=asynchronous)
+        super().__init__(scheduler, kv, limits, asynchronous=asynchronous, swap=swap)
         self.env, self.cost, self.index = env, cost, index
         self.outstanding = 0  # requests sent here that their clients have no answer to; kept by who sends them
         self.iterations = RowLog(ITERATION_COLUMNS)
@@ -88,6 +90,12 @@ class Replica(Engine):
         self._chunk_s = 0.0  # of that iteration, if it had chunks
         self._launched_s = -inf  # end of its launch, where workers launch: they queue up
         self._emitted_s = 0.0  # when clients saw the tokens of the iteration before
+        self._woke_s = 0.0  # when it last had nothing to do
+        # Answers that clients see only when the policy hands them out (`streams` False).
+        self._streams = bool(getattr(scheduler, "streams", True))
+        self._seen_gaps = self.gaps if self._streams else RowLog(GAP_COLUMNS, keep=False)
+        self._withheld: list[Request] = []
+        self._hands_out = False
         # Arrivals.
         self._feed: Iterator[Request] | None = None
         self._arriving: deque[Request] = deque()
@@ -96,6 +104,7 @@ class Replica(Engine):
         self._passed_s = 0.0
         self._timer: simpy.Event | None = None
         self._wake_s = inf
+        self._waits = False  # for a time that the policy named
         self._plan: Plan | None = None
         # One of each is alive at a time; making new ones for every iteration cost a tenth of the run time.
         self._own_plan, self._own_flight, self._own_step = Plan(), _Flight(), Step()
@@ -118,7 +127,7 @@ class Replica(Engine):
         plan = self._plan
         if plan is not None:
             wake_s = plan.scheduled_s(plan.steps_until(self.next_ready_s))
-        elif self._wake_s == inf:
+        elif self._wake_s == inf or self._waits:
             wake_s = self.next_ready_s
         else:
             return  # within a single iteration: seen at its end
@@ -128,6 +137,42 @@ class Replica(Engine):
     def kv_in_use(self) -> int:
         """KV blocks held by requests."""
         return self.kv.total_blocks - self.kv.free_blocks
+
+    def unanswered(self) -> list[Request]:
+        """Requests whose answers are complete but withheld (`hand_out`)."""
+        return list(self._withheld)
+
+    # ------------------------------------------------------------------------------------- what policies do with time
+
+    def hand_out(self) -> None:
+        """Clients see all withheld answers that are complete with the results of the iteration before."""
+        if self._streams:
+            raise self._error("handed out answers that clients have seen already: set streams = False")
+        if self._flight is not None:
+            self._hands_out = True
+            return
+        seen_s = self._emitted_s
+        if self._woke_s > seen_s:
+            host, outputs = self.cost.host, len(self._withheld)
+            seen_s = self._woke_s + host.respond_s + host.respond_per_output_s * outputs
+        self._deliver(seen_s)
+
+    def _deliver(self, seen_s: float) -> None:
+        """All tokens of the withheld answers are seen at once."""
+        self._hands_out = False
+        withheld, self._withheld = self._withheld, []
+        gaps = self.gaps
+        for request in withheld:
+            if request.output_tokens > 1:
+                gaps.add(gaps.pack(0.0, 0.0, request.output_tokens - 1, 1, seen_s))
+            request.first_token_s = request.finish_s = seen_s
+            request.preempted_before_first_s = request.preempted_s
+            if self._on_finish is not None:
+                self._on_finish(request, self)
+
+    def _turned_away(self, request: Request) -> None:
+        if self._on_finish is not None:
+            self._on_finish(request, self)
 
     # ------------------------------------------------------------------------------------------------------- the loop
 
@@ -140,7 +185,7 @@ class Replica(Engine):
             while self.next_ready_s <= t:
                 self._receive()
             if self._to_free:
-                self._free()
+                self._free(t)
             hold = self.begin(t)
             if self.decoding or self.chunks:
                 step = self._compose(t)
@@ -155,12 +200,16 @@ class Replica(Engine):
                         step.gpu = Ramp(host.warmed_s(step.gpu.first_s), 0.0)
                     else:
                         gpu_end_s += host.cooled_s(self._chunk_s)
+                if self._copying_s:
+                    gpu_end_s += self._copying_s
+                    self._copying_s = 0.0
                 gpu_end_s += step.gpu.first_s
                 launch_tail_s = step.launched_s + host.tail_s[step.mode]
                 step.gpu_end_s = gpu_end_s if gpu_end_s > launch_tail_s else launch_tail_s
                 t = self._launched_asynchronously(step) if self.asynchronous else self._launched(step)
-                freed = self._to_free and (self.waiting or self.prefilling)  # blocks that somebody may be waiting for
-                if hold and step.mode == FULL and not (self.chunks or self._late or freed):
+                # Blocks that somebody may be waiting for, or a policy that wants to know who ended.
+                ends_matter = self._to_free and (self.waiting.size or self.prefilling or self.paused or self._on_ended)
+                if hold and step.mode == FULL and not (self.chunks or self._late or ends_matter):
                     plan = self._long_run(step, t)
                     if plan is not None:
                         steps = plan.steps_until(self.next_ready_s)
@@ -179,7 +228,10 @@ class Replica(Engine):
                 taken_s = max(self._gpu_s + host.return_s, t)
                 flight, self._flight = self._flight, None
                 t = self._take(flight, taken_s)
-            elif self._to_free or self.preempted_now:  # blocks are free that were not
+            elif self._to_free or self.preempted_now or self._rejected_now:  # blocks are free, or others come first
+                continue
+            elif self._wait_s < inf:
+                t = yield from self._wait(t, self._wait_s)
                 continue
             elif self.waiting or self.running:
                 raise self._stuck()
@@ -193,10 +245,23 @@ class Replica(Engine):
         """Nothing to do: the next request wakes the engine; returns S(k)."""
         while self.next_ready_s == inf:
             yield inf
-        t = max(t, self.next_ready_s + self.cost.host.wake_s)
+        t = self._woke_s = max(t, self.next_ready_s + self.cost.host.wake_s)
         if self.env.peek() <= t:
             yield t
         return t
+
+    def _wait(self, t: float, until_s: float) -> Generator[float, None, float]:
+        """Nothing to do before `until_s`, unless a request arrives; returns S(k)."""
+        while True:
+            ready_s = self.next_ready_s
+            wake_s = max(t, min(until_s, ready_s + self.cost.host.wake_s))
+            if self.env.peek() <= wake_s:
+                self._waits = True
+                yield wake_s
+                self._waits = False
+            if self.next_ready_s == ready_s:  # else woken by an arrival, as far as its announcement
+                self._woke_s = wake_s
+                return wake_s
 
     def _compose(self, t: float) -> Step:
         """What the iteration consists of and when its launch begins and, arrivals apart, ends."""
@@ -209,12 +274,17 @@ class Replica(Engine):
         step.kv_blocks = self.kv.total_blocks - self.kv.free_blocks
         if step.chunks:
             step.chunks = []
-        seqs = requests = self.decoding
+        seqs = step.outputs = self.decoding
         kv_tokens = self.batch.kv_tokens if seqs else 0
+        if self._ghost_kv_tokens and seqs:
+            seqs += self._ghost_seqs
+            kv_tokens += self._ghost_kv_tokens
+        requests = seqs
         new_tokens = 0
         if self.chunks:
             requests += len(self.chunks)
-            for _, tokens, computed in self.chunks:
+            chunks = self._padded() if self._padding else self.chunks
+            for _, tokens, computed in chunks:
                 if tokens == 1:  # the tail of a prompt is a decode to the GPU
                     seqs += 1
                     kv_tokens += computed
@@ -242,6 +312,11 @@ class Replica(Engine):
         if mode != FULL and self._noise is not None:
             step.launched_s += self._noise.draw(mode, launch_s)
         return step
+
+    def _padded(self) -> list[tuple[Request, int, int]]:
+        """The chunks as the GPU computes them."""
+        padding = self._padding
+        return [(request, tokens + padding.get(request, 0), before) for request, tokens, before in self.chunks]
 
     def _interfere(self, step: Step) -> Generator[float, None, None]:
         """Requests that become schedulable during a launch slow it, one interpreter lock being shared."""
@@ -275,16 +350,16 @@ class Replica(Engine):
     def _finish_step(self, step: Step) -> None:
         """Book one iteration; its results are in flight, or taken at once if scheduling is synchronous."""
         self._log(step, 1, step.gpu_end_s)
-        late: Sequence[Request] = ()
+        late: Collection[Request] = ()
         decodes = self.decoding
         if decodes and self._late:
-            late, self._late = self._late, []
+            late, self._late = self._late, {}
             decodes -= len(late)
         if not self.decoding and self.batch.size:  # an iteration of prompts only: the next gap is longer for these
             for request in self.batch:
                 if request not in self._late:
                     self._cut(request)
-                    self._late.append(request)
+                    self._late[request] = None
         firsts = self.completed_prompts()
         ended = self.commit(1)
         self._gpu_s, self._launched_s = step.gpu_end_s, step.launched_s
@@ -302,41 +377,47 @@ class Replica(Engine):
         batch = self.batch
         # Synchronous scheduling takes results at once, so the iteration in which requests end is taken by itself.
         steps = batch.steps_to_finish() - (0 if self.asynchronous else 1)
+        if steps > self._hold_steps:
+            steps = self._hold_steps
         if steps > 1:
             steps = batch.steps_that_fit(steps, self.kv.free_blocks + self._blocks_taken)
         if steps <= 1:
             return None
         if self._to_free:
-            self._free()
+            self._free(second_s)
         plan = self._own_plan
         make = plan_run if self.asynchronous else plan_synchronous_run
-        return plan if make(plan, step, second_s, steps, len(self.running), self.cost.host) else None
+        if not make(plan, step, second_s, steps, len(self.running), self.cost.host):
+            return None
+        if self._hold_s < inf:
+            plan.steps = plan.steps_until(self._hold_s)
+        return plan
 
     def _finish_run(self, step: Step, plan: Plan, steps: int) -> None:
         """Book a run of iterations; the last one's results are in flight, or taken if scheduling is synchronous."""
         self._chunk_s = 0.0
         host = self.cost.host
-        seqs = step.seqs
+        seqs, outputs = step.seqs, step.outputs
         pace_s, pace_growth_s = plan.pace
-        update_s = host.update_s + host.update_per_output_s * seqs
-        respond_s = host.respond_s + host.respond_per_output_s * seqs
-        gaps = self.gaps
+        update_s = host.update_s + host.update_per_output_s * outputs
+        respond_s = host.respond_s + host.respond_per_output_s * outputs
+        gaps = self._seen_gaps
         if not self.asynchronous:
             first_seen_s = plan.second_s - update_s + respond_s
-            gaps.add(gaps.pack(first_seen_s - self._emitted_s, 0.0, 1, seqs, first_seen_s))
+            gaps.add(gaps.pack(first_seen_s - self._emitted_s, 0.0, 1, outputs, first_seen_s))
             self._emitted_s = plan.scheduled_s(steps) - update_s + respond_s
-            gaps.add(gaps.pack(pace_s - pace_growth_s, pace_growth_s, steps - 1, seqs, self._emitted_s))
+            gaps.add(gaps.pack(pace_s - pace_growth_s, pace_growth_s, steps - 1, outputs, self._emitted_s))
             self._gpu_s = self._emitted_s - respond_s - host.return_s
             self._log(step, steps, self._gpu_s)
             self.commit(steps)
             return
         first_seen_s = plan.base_s - update_s + respond_s
-        gaps.add(gaps.pack(first_seen_s - self._emitted_s, 0.0, 1, seqs, first_seen_s))
+        gaps.add(gaps.pack(first_seen_s - self._emitted_s, 0.0, 1, outputs, first_seen_s))
         more = steps - 2  # gaps between the iterations whose results are taken; the last one's are in flight
         before_last_s = more * pace_s + pace_growth_s * (more * (more - 1)) * 0.5
         self._emitted_s = first_seen_s + before_last_s
         if more:
-            gaps.add(gaps.pack(pace_s, pace_growth_s, more, seqs, self._emitted_s))
+            gaps.add(gaps.pack(pace_s, pace_growth_s, more, outputs, self._emitted_s))
         if plan.gpu_bound:
             gpu_s = step.gpu_end_s + before_last_s + pace_s + pace_growth_s * more
         else:
@@ -349,7 +430,7 @@ class Replica(Engine):
         self._gpu_s = gpu_s
         self._launched_s = -inf  # through before the next is scheduled
         flight = self._flight = self._own_flight
-        flight.outputs = flight.decodes = seqs
+        flight.outputs = flight.decodes = outputs
         flight.firsts = flight.late = ()
         flight.ended = self.commit(steps)
 
@@ -357,11 +438,14 @@ class Replica(Engine):
         """The host takes an iteration's results: tokens go out; returns when it is done."""
         host = self.cost.host
         seen_s = taken_s + host.respond_s + host.respond_per_output_s * flight.outputs
-        gaps = self.gaps
+        gaps = self._seen_gaps
         if flight.decodes:
             gaps.add(gaps.pack(seen_s - self._emitted_s, 0.0, 1, flight.decodes, seen_s))
         for request in flight.late:
             gaps.add(gaps.pack(seen_s - request.last_token_s, 0.0, 1, 1, seen_s))
+            if request.swapped_in:
+                request.preempted_s += seen_s - request.last_token_s
+                request.swapped_in = False
             request.last_token_s = nan
         for request in flight.firsts:
             waited_s = seen_s - request.last_token_s  # nan unless it was preempted
@@ -381,10 +465,15 @@ class Replica(Engine):
             self._cut_off.clear()
         if flight.ended:
             self._to_free.extend(flight.ended)
-            for request in flight.ended:
-                request.finish_s = seen_s
-                if self._on_finish is not None:
-                    self._on_finish(request, self)
+            if not self._streams:
+                self._withheld.extend(flight.ended)
+            else:
+                for request in flight.ended:
+                    request.finish_s = seen_s
+                    if self._on_finish is not None:
+                        self._on_finish(request, self)
+        if self._hands_out:
+            self._deliver(seen_s)
         return taken_s + host.update_s + host.update_per_output_s * flight.outputs
 
     def _log(self, step: Step, steps: int, gpu_end_s: float) -> None:
@@ -427,10 +516,12 @@ class Replica(Engine):
                 self._on_finish(request, self)
         else:
             self.waiting.append(request)
+            if self._on_arrived is not None:
+                self._on_arrived(request, self.next_ready_s)
         self._pull()
 
-    def _free(self) -> None:
-        self.free(self._to_free)
+    def _free(self, now_s: float) -> None:
+        self.free(self._to_free, now_s)
         self._to_free = []
 
     def _sleep(self, until_s: float) -> None:

@@ -37,6 +37,13 @@ class Request:
     preempted_before_first_s: float = 0.0  # the part of it before the first token
     joined: int = field(default=-1, repr=False)  # batch iteration at which it began to decode, -1: not decoding
     ticket: int = field(default=0, repr=False)  # which of its stays in the batch this is
+    tenant: str | int = 0  # whose it is, for fairness
+    slo_class: str = ""  # which targets it has
+    predicted_tokens: float = nan  # output tokens somebody foretold
+    swapped_tokens: int = 0  # while it waits: tokens whose KV is in host memory
+    swapped_in: bool = field(default=False, repr=False)  # back from there, and no token since
+    decoded: bool = field(default=False, repr=False)  # while paused or swapped out: what it was doing
+    rejected_s: float = nan  # turned away by the policy
     held: Any = field(default=None, repr=False)  # the KV cache's record, for requests with an identity to share
 
     @property

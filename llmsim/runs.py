@@ -117,8 +117,14 @@ def detailed_arrays(requests: Columns) -> dict[str, list[Any]]:
         "ttfts": np.where(done, latency_s["ttft"], 0.0).tolist(),
         "latencies": np.where(done, latency_s["e2el"], 0.0).tolist(),
         "start_times": requests["arrival_s"].tolist(),
-        "errors": ["" if finished else "rejected: its KV blocks can never fit" for finished in done.tolist()],
+        "errors": _errors(requests, done),
     }
+
+
+def _errors(requests: Columns, done: Any) -> list[str]:
+    turned_away = requests.get("turned_away", np.zeros(len(done), dtype=bool))
+    reasons = np.where(turned_away, "rejected: turned away by the policy", "rejected: its KV blocks can never fit")
+    return [str(reason) for reason in np.where(done, "", reasons)]
 
 
 def _request_columns(requests: Columns) -> Columns:

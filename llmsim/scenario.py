@@ -75,6 +75,7 @@ class Scenario:
     host_scale: float = 1.0  # 2: a host that needs twice the time for everything it does
     concurrency: int | None = None  # closed loop: at most this many requests under way; None: sent when the trace says
     seed: int = 0
+    swap_space_gib: float = 0.0  # host memory per GPU for the KV of requests that a policy swaps out; 0: none
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -218,6 +219,8 @@ def _check_ranges(s: Scenario) -> None:
         )
     if not 0.0 <= s.watermark < 1.0:
         raise ValueError(f"watermark={s.watermark} is not a fraction of the KV blocks: give 0 or more, less than 1")
+    if not 0.0 <= s.swap_space_gib <= 65536.0:
+        raise ValueError(f"swap_space_gib={s.swap_space_gib} is no host memory: give GiB per GPU, 0 for none")
     if not 0.0 < s.host_scale <= 1000.0:
         raise ValueError(
             f"host_scale={s.host_scale} is not a factor for the host's times: give 1 for the measured host, 2 for half "

@@ -25,10 +25,10 @@ from llmsim.cost.graphs import Graphs
 from llmsim.cost.load import CostSettings, load_cost
 from llmsim.hardware import find_gpu, find_model
 from llmsim.kvcache import KVCache
-from llmsim.memory import kv_blocks
+from llmsim.memory import block_copy_s, host_blocks, kv_blocks
 from llmsim.metrics import Result
 from llmsim.plugins import PolicyError
-from llmsim.replica import Limits, Replica
+from llmsim.replica import Limits, Replica, Swap
 from llmsim.request import Request
 from llmsim.routers import load_router
 from llmsim.rowlog import drained
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 FLOAT_COLUMNS = ("arrival_s", "scheduled_s", "first_token_s", "finish_s", "preempted_s", "preempted_before_first_s")
 INT_COLUMNS = ("replica", "cached_tokens", "preemptions")
+LABELS = ("tenant", "slo_class", "predicted_tokens")  # columns of a trace that requests carry for policies
 PROGRESS_EVERY = 1000  # requests
 READ_AHEAD = 1 << 16  # requests whose numbers are unpacked at a time: bounds the memory of long traces
 
@@ -91,6 +92,17 @@ def cost_of(scenario: Scenario) -> CostModel:
     return load_cost(s.cost, find_model(s.model), find_gpu(s.gpu), settings)
 
 
+def swap_of(scenario: Scenario) -> Swap | None:
+    """The host memory of one replica for swapped KV; None if the scenario has none."""
+    s = scenario
+    if not s.swap_space_gib:
+        return None
+    model, tp = find_model(s.model), s.tensor_parallel
+    kind: dict[str, Any] = {"tensor_parallel": tp, "kv_dtype": s.kv_dtype, "block_tokens": s.block_size}
+    blocks = host_blocks(model, swap_space_gib=s.swap_space_gib, **kind)
+    return Swap(blocks, block_copy_s(model, find_gpu(s.gpu), **kind))
+
+
 def scheduler_of(scenario: Scenario) -> Any:
     """A fresh instance of the scenario's scheduling policy."""
     arguments: dict[str, Any] = {}
@@ -134,9 +146,12 @@ class Fleet:
                 f"concurrency={s.concurrency}: {trace.name} has turns that wait for their parents, a closed loop"
                 " of its own. Leave concurrency out."
             )
+        labels = {name: getattr(trace, name, None) for name in LABELS}
+        self._labelled = {name: list(column) for name, column in labels.items() if column is not None}
         self._ahead = s.concurrency is None and self._children is None and getattr(self.router, "stateless", False)
         self._answers: list[tuple[float, int]] = []  # heap: when clients have answers still to come, and from whom
         self._waiting_clients: Iterator[Request] = iter(())
+        self._turned_away: list[int] = []  # by the policy
         self._slots = 0  # closed loop: clients without a request under way
         n = len(trace)
         self._floats = {name: array("d", [nan]) * n for name in FLOAT_COLUMNS}
@@ -157,6 +172,7 @@ class Fleet:
                     ),
                     limits,
                     asynchronous=s.async_scheduling,
+                    swap=swap_of(s),
                     noise=LaunchNoise(self.cost.host, s.seed + index) if s.launch_jitter else None,
                     on_finish=self._record,
                     index=index,
@@ -194,7 +210,18 @@ class Fleet:
                 self._slots = self.scenario.concurrency
                 self.env.process(self._first_round())
         self.env.run()
+        for replica in self.replicas:
+            self._check_answered(replica)
         return self._result(time.perf_counter() - started_s)
+
+    @staticmethod
+    def _check_answered(replica: Replica) -> None:
+        withheld = replica.unanswered()
+        if withheld:
+            raise PolicyError(
+                f"{type(replica.scheduler).__name__} ended with {len(withheld)} answers withheld; the first is that of"
+                f" request {withheld[0].id}. Call replica.hand_out() when they are complete."
+            )
 
     def _requests(self) -> Iterator[Request]:
         """Requests in order of arrival, made as they are needed."""
@@ -211,12 +238,19 @@ class Fleet:
         request = Request(i, arrival_s, prompt_tokens, output_tokens)
         if trace.priority is not None:
             request.priority = int(trace.priority[i])
+        if self._labelled:
+            self._label(request)
         if trace.block_ids is not None:
             request.prefix_ids, request.identity_tokens = trace.block_ids[i], prompt_tokens
             if trace.output_block_ids is not None and trace.output_block_ids[i]:
                 request.prefix_ids += trace.output_block_ids[i]
                 request.identity_tokens += output_tokens
         return request
+
+    def _label(self, request: Request) -> None:
+        """What policies may want to know of a request, where the trace says it."""
+        for name, column in self._labelled.items():
+            setattr(request, name, column[request.id])
 
     def _dealt(self, requests: Iterator[Request]) -> list[Iterator[Request]]:
         """What a stateless router gives each replica, routed as far ahead as some replica reads."""
@@ -295,6 +329,8 @@ class Fleet:
         ints["replica"][i] = replica.index
         ints["cached_tokens"][i] = request.cached_tokens
         ints["preemptions"][i] = request.preemptions
+        if request.rejected_s == request.rejected_s:
+            self._turned_away.append(i)
         if not self._ahead:
             heappush(self._answers, (_known(request), replica.index))
         self._finished += 1
@@ -317,6 +353,9 @@ class Fleet:
         }
         requests |= {name: np.frombuffer(column, dtype=np.float64) for name, column in self._floats.items()}
         requests |= {name: np.frombuffer(column, dtype=np.int64) for name, column in self._ints.items()}
+        if self._turned_away:  # a column only where there is one to tell
+            turned_away = requests["turned_away"] = np.zeros(len(trace), dtype=bool)
+            turned_away[self._turned_away] = True
         rows = [len(r.iterations) for r in self.replicas]
         iterations = drained([r.iterations for r in self.replicas])
         iterations["replica"] = np.repeat(np.arange(len(self.replicas), dtype=np.int16), rows)
@@ -332,8 +371,10 @@ class Fleet:
 
 
 def _known(request: Request) -> float:
-    """When the client knows that a request has ended; a rejected one, at once."""
-    return request.arrival_s if isnan(request.finish_s) else request.finish_s
+    """When the client knows that a request has ended; one that can never fit, at once."""
+    if isnan(request.finish_s):
+        return request.arrival_s if isnan(request.rejected_s) else request.rejected_s
+    return request.finish_s
 
 
 def _children(trace: Trace) -> dict[int, list[int]] | None:

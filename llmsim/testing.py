@@ -47,10 +47,18 @@ FIXES = {
     "seed": "draw from a generator made in __init__ with a seed, keep no state outside the instance, order no sets",
     "actions": "ask for what the engine can do",
 }
+REFUSALS = {  # what a PolicyError says: the rule it is about, if not `actions`
+    "schedules nothing although": "progress",
+    "without a token in between": "progress",
+    "answers withheld": "finishes",
+}
 
 
 class RuleBrokenError(PolicyError):
-    """A policy broke a rule: `rule`, `policy`, `request` (its id, None if it is about none), `value`, `case`."""
+    """A policy broke a rule: `rule`, `policy`, `request` (its id, None if it is about none), `value`, `case`.
+
+    `value` is what the engine said where the engine refused.
+    """
 
     def __init__(self, breach: Breach, policy: str, case: Case) -> None:
         self.rule, self.request, self.value = breach.rule, breach.request, breach.value
@@ -119,9 +127,9 @@ def _with_policy(case: Case, policy: Any, arguments: dict[str, Any]) -> Case:
 def _refused(error: PolicyError) -> Breach:
     """What the engine said no to, as a rule that is broken."""
     text = str(error)
-    stuck = "schedules nothing although" in text or "without a token in between" in text
+    rule = next((rule for part, rule in REFUSALS.items() if part in text), "actions")
     found = re.search(r"request (\d+)", text)
-    return Breach("progress" if stuck else "actions", int(found[1]) if found else None, None, text.rstrip("."))
+    return Breach(rule, int(found[1]) if found else None, text, text.rstrip("."))
 
 
 def _check_case(

@@ -5,7 +5,8 @@
     clock     asynchronous or synchronous scheduling
 
 each with each, prefix caching on in every other one, then two replicas, prompts far above the token budget, requests of
-one token, everybody at once, and preemption storms (short prompts and long answers: many are let in, few can stay).
+one token, everybody at once, and preemption storms (short prompts and long answers: many are let in, few can stay),
+with and without host memory to swap to.
 Lengths and gaps are drawn from the seed; lengths are short, so that all of it runs in seconds.
 """
 
@@ -51,6 +52,7 @@ class Shape:
     gap_s: float = 0.02
     budget: int = 256
     seqs: int = 16
+    swap_gib: float = 0.0
 
 
 def cases(seed: int = 0) -> list[Case]:
@@ -66,6 +68,8 @@ def cases(seed: int = 0) -> list[Case]:
         ("everybody at once, tight memory", Shape(memory="tight", gap_s=0.0, caching=False)),
         ("preemption storm", Shape(memory="tight", gap_s=0.0, prompt=20, output=120, caching=False)),
         ("preemption storm, sync", Shape(memory="tight", gap_s=0.001, prompt=20, output=120, clock="sync")),
+        ("preemption storm, host memory", Shape(memory="tight", gap_s=0.0, prompt=20, output=120, swap_gib=1.0)),
+        ("preemption storm, little host memory", Shape(memory="tight", gap_s=0.0, output=120, swap_gib=0.02)),
     ]
     return [_case(name, shape, np.random.default_rng([seed, at])) for at, (name, shape) in enumerate(named)]
 
@@ -84,6 +88,7 @@ def _case(name: str, shape: Shape, random: np.random.Generator) -> Case:
         num_gpu_blocks_override=blocks + 1,  # block 0 is vLLM's null block
         enable_prefix_caching=shape.caching,
         async_scheduling=shape.clock == "async",
+        swap_space_gib=shape.swap_gib,
         concurrency=CLIENTS if shape.loop == "closed" else None,
     )
     return Case(f"{name}{', prefix caching' if shape.caching else ''}", trace, scenario)

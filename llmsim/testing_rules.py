@@ -81,7 +81,7 @@ class Watch:
         self._check_order(policy, replica)
 
     def _check_limits(self, replica: Any) -> None:
-        running = len(replica.running) - len(getattr(replica, "paused", ()))
+        running = len(replica.running) - len(replica.paused)
         if running > self.seqs:
             last = next(reversed(replica.running)).id
             what = f"{running} requests run, beyond max_num_seqs={self.seqs}, request {last} last"
@@ -98,7 +98,7 @@ class Watch:
         for request in replica.running:
             if request in waiting:
                 raise Breach("finishes", request.id, "waiting", f"request {request.id} waits and runs at once")
-        for name in ("prefilling", "batch"):
+        for name in ("prefilling", "batch", "paused"):
             for request in getattr(replica, name):
                 if request not in replica.running:
                     what = f"request {request.id} is in replica.{name} and does not run"
@@ -147,6 +147,10 @@ def after_run(result: Result, answers: Sequence[tuple[Request, int]], replicas: 
         free, total = replica.kv.free_blocks, replica.kv.total_blocks
         if free != total:
             raise Breach("blocks", None, free, f"{free} of {total} KV blocks are free when every request has ended")
+        swap = replica.swap
+        if swap is not None and swap.free_blocks != swap.blocks:
+            what = f"{swap.free_blocks} of {swap.blocks} host blocks are free when every request has ended"
+            raise Breach("blocks", None, swap.free_blocks, what)
 
 
 def _check_ends(result: Result, answers: Sequence[tuple[Request, int]]) -> None:
@@ -163,6 +167,12 @@ def _check_ends(result: Result, answers: Sequence[tuple[Request, int]]) -> None:
     for request_id in np.flatnonzero(ends != 1).tolist():
         count = int(ends[request_id])
         raise Breach("finishes", request_id, count, f"request {request_id} ended {count} times")
+    turned_away = requests.get("turned_away", np.zeros(len(ends), dtype=bool))
+    block = result.scenario.block_size
+    for at in np.flatnonzero(~result.finished & ~turned_away).tolist():
+        blocks = -(-int(requests["prompt_tokens"][at] + requests["output_tokens"][at] - 1) // block)
+        if blocks < result.kv_blocks:
+            raise Breach("finishes", at, "nan", f"request {at} ended without an answer and without a reason")
 
 
 def _check_times(result: Result) -> None:

@@ -183,6 +183,22 @@ class TugsOfWar(Chunked):
         return super().schedule(replica, now_s)
 
 
+class Withholds(Chunked):
+    """finishes: keeps all answers for itself."""
+
+    streams = False
+
+
+class LeavesPaused(Chunked):
+    """progress: request 7 is set aside and never taken up again."""
+
+    def schedule(self, replica: Any, now_s: float) -> bool | None:
+        for request in list(replica.batch):
+            if request.id == 7:
+                replica.pause(request)
+        return super().schedule(replica, now_s)
+
+
 class HoldsTheClock(Chunked):
     """hold: holds though it lets prompts in only in even tenths of a second."""
 
@@ -230,6 +246,7 @@ class Overreaches(Chunked):
 BROKEN = [
     (Forgets, "finishes", "request 7 ended 0 times"),
     (Doubles, "finishes", "request 7 waits and runs at once"),
+    (Withholds, "finishes", "answers withheld; the first is that of request "),
     (Skips, "tokens", "request 7 "),
     (Shortens, "tokens", "output_tokens of request "),
     (Postdates, "times", "arrival_s of request "),
@@ -238,6 +255,7 @@ BROKEN = [
     (Oversubscribes, "limits", "beyond max_num_"),
     (Fidgets, "queue", "order(request 9) was ("),
     (Refuses, "progress", "the first is request 7"),
+    (LeavesPaused, "progress", "the first is request 7"),
     (TugsOfWar, "progress", "without a token in between"),
     (HoldsTheClock, "hold", "when its answers are held and when it is asked every time"),
     (Rolls, "seed", "in two runs of the same seed"),
@@ -259,7 +277,7 @@ def test_a_broken_policy_is_told_its_rule(policy: Any, rule: str, sentence: str)
     if rule != "blocks":
         assert error.request in range(len(error.case.trace))
         assert f"request {error.request}" in text
-    assert error.value is not None or rule in ("progress", "actions")
+    assert error.value is not None
     assert isinstance(error, PolicyError)
 
 
