@@ -265,7 +265,8 @@ def _weights(random: np.random.Generator, count: int, block: int) -> Counts:
 
 def _block_length(one: _Prepared, first: _Prepared) -> int:
     changes = [one.latency_ms[name] - first.latency_ms[name] for name in LATENCIES]
-    return max(block_length(change[np.isfinite(change)]) for change in changes)
+    # To a nanosecond: below that it is the rounding of sums, not a difference.
+    return max(block_length(np.round(change[np.isfinite(change)], 6)) for change in changes)
 
 
 def block_length(values: Floats) -> int:
@@ -283,13 +284,15 @@ def block_length(values: Floats) -> int:
     covariance = np.array([centred[: count - lag] @ centred[lag:] for lag in range(min(most + 1, count))]) / count
     small = np.abs(covariance[1:] / covariance[0]) < 2.0 * sqrt(log10(count) / count)
     quiet = [lag for lag in range(len(small) - run + 1) if small[lag : lag + run].all()]
-    lags = min(2 * max(quiet[0] if quiet else most, 1), len(covariance) - 1)
+    longest = ceil(min(3.0 * sqrt(count), count / 3.0))
+    if not quiet:
+        return longest
+    lags = min(2 * max(quiet[0], 1), len(covariance) - 1)
     share = np.arange(1, lags + 1) / lags
     window = np.where(share <= 0.5, 1.0, 2.0 * (1.0 - share))
     tail = window * covariance[1 : lags + 1]
     spectrum = covariance[0] + 2.0 * tail.sum()
     slope = 2.0 * (tail * np.arange(1, lags + 1)).sum()
-    longest = ceil(min(3.0 * sqrt(count), count / 3.0))
     if spectrum <= 0.0:
         return longest
     length: float = (2.0 * slope**2 / (4.0 / 3.0 * spectrum**2)) ** (1.0 / 3.0) * count ** (1.0 / 3.0)
