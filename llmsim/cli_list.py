@@ -12,7 +12,7 @@ import click
 from llmsim.cli_options import CONTEXT, json_option
 
 GIB = 2**30
-KINDS = ("gpus", "models", "schedulers", "routers", "profiles")
+KINDS = ("gpus", "models", "schedulers", "routers", "evictions", "profiles")
 Row = dict[str, Any]
 
 
@@ -25,7 +25,10 @@ def list_(kind: str, as_json: bool) -> None:
     \b
     llmsim list gpus
     """
-    rows = {"gpus": gpus, "models": models, "schedulers": schedulers, "routers": routers, "profiles": profiles}[kind]()
+    rows = {
+        "gpus": gpus, "models": models, "schedulers": schedulers, "routers": routers, "evictions": evictions,
+        "profiles": profiles,
+    }[kind]()  # fmt: skip
     click.echo(json.dumps(rows) if as_json else table(rows))
 
 
@@ -75,6 +78,12 @@ def schedulers() -> list[Row]:
 
 def routers() -> list[Row]:
     from llmsim.routers import BUILTIN
+
+    return [_described(name, home) for name, home in BUILTIN.items()]
+
+
+def evictions() -> list[Row]:
+    from llmsim.eviction import BUILTIN
 
     return [_described(name, home) for name, home in BUILTIN.items()]
 

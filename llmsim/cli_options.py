@@ -141,6 +141,7 @@ SCENARIO_FLAGS: list[Callable[[Any], Any]] = [
     click.option("--block-size", type=INT, help="Tokens of a KV block. [16]"),
     click.option("--gpu-memory-utilization", type=float, help="Share of the GPU's memory the engine takes. [0.92]"),
     _switch("enable_prefix_caching", "enable-prefix-caching", "Reuse KV blocks of shared prefixes. [on]"),
+    *plugin_flags("eviction", "llmsim.eviction", "Which cached content is lost, or your own file.py:Class. [lru]"),
     _switch("enable_chunked_prefill", "enable-chunked-prefill", "Split prompts over iterations. [on]"),
     click.option("--kv-cache-dtype", type=_choice(KV_CACHE_DTYPES), help=_words(KV_CACHE_DTYPES, "auto: as --dtype")),
     click.option("--dtype", type=_choice(DTYPES), help=_words(DTYPES, "bfloat16")),

@@ -260,6 +260,11 @@ class Engine(Aside):
 
     # ----------------------------------------------------------------------------------------- one iteration, no clock
 
+    @property
+    def now_s(self) -> float:
+        """When the iteration at hand began to be scheduled."""
+        return self._now_s
+
     def begin(self, now_s: float) -> bool:
         """Let the policy decide the iteration that starts now; returns whether its answer lasts."""
         self._now_s = now_s

@@ -199,7 +199,7 @@ class KVCache:
         for name in ids[: -(-blocks // per_node)]:
             child = node.children.get(name)
             if child is None:
-                child = node.children[name] = Node()
+                child = node.children[name] = self._new_node(node)
             path.append(child)
             node = child
         return Held(path, blocks)
@@ -226,7 +226,7 @@ class KVCache:
 
     def _split(self, extent: Extent, at: int) -> Extent:
         """Cut an extent in two; returns the part from `at` on. Both keep holders, place of storage and of eviction."""
-        rest = Extent(extent.node, at, extent.end)
+        rest = self._new_extent(extent.node, at, extent.end)
         extent.end = at
         rest.refs = extent.refs
         node = extent.node
@@ -252,8 +252,7 @@ class KVCache:
             end = min(per_node, upto - index * per_node)
             self._store_piece(held, held.path[index], start, end)
 
-    @staticmethod
-    def _store_piece(held: Held, node: Node, start: int, end: int) -> None:
+    def _store_piece(self, held: Held, node: Node, start: int, end: int) -> None:
         held.stored_blocks += end - start
         if held.pieces:  # grow the extent it stored last, if nothing has happened to it since
             extent, blocks = held.pieces[-1]
@@ -262,7 +261,7 @@ class KVCache:
                 extent.end = end
                 held.pieces[-1] = (extent, blocks + end - start)
                 return
-        extent = Extent(node, start, end)
+        extent = self._new_extent(node, start, end)
         extent.refs = 1
         node.extents.append(extent)
         held.pieces.append((extent, end - start))
@@ -287,7 +286,7 @@ class KVCache:
         if held is None:
             if not resumes:
                 self.free_blocks += blocks
-                self._forget(stored)
+                self._forget(stored, None)
                 return
             held = request.held = Held([], 0)
         self.store(request, full_tokens)
@@ -295,12 +294,13 @@ class KVCache:
         own = stored - held.stored_blocks
         if own > 0 and resumes:
             if held.private is None:
-                held.private = Node()
-            extent = Extent(held.private, held.stored_blocks - held.public_blocks, stored - held.public_blocks)
+                held.private = self._private_node(held)
+            start, end = held.stored_blocks - held.public_blocks, stored - held.public_blocks
+            extent = self._new_extent(held.private, start, end)
             held.private.extents.append(extent)
             self._link(extent)
         elif own > 0:
-            self._forget(own)
+            self._forget(own, held)
         for extent, count in reversed(held.pieces):
             self._let_go(extent, count)
         held.pieces.clear()
@@ -342,7 +342,7 @@ class KVCache:
                 self.free_blocks += part.end - part.start
                 self._link(part)
 
-    def _forget(self, blocks: int) -> None:
+    def _forget(self, blocks: int, held: Held | None) -> None:
         """Put content that nobody can find again at the end of the eviction list."""
         if not blocks:
             return
@@ -353,6 +353,17 @@ class KVCache:
         else:
             self._link(Extent(None, 0, blocks))
 
+    # ---- what `llmsim.evicting` replaces: its nodes and extents know more, and it has no list
+
+    def _new_node(self, parent: Node) -> Node:
+        return Node()
+
+    def _private_node(self, held: Held) -> Node:
+        return Node()
+
+    def _new_extent(self, node: Node | None, start: int, end: int) -> Extent:
+        return Extent(node, start, end)
+
     def _link(self, extent: Extent) -> None:
         """Append to the eviction list."""
         end = self._end
@@ -361,7 +372,6 @@ class KVCache:
         end.older = extent
         self.idle_blocks += extent.end - extent.start
 
-    @staticmethod
-    def _unlink(extent: Extent) -> None:
+    def _unlink(self, extent: Extent) -> None:
         extent.older.newer = extent.newer
         extent.newer.older = extent.older

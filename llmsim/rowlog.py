@@ -44,9 +44,7 @@ class RowLog:
 
 def drained(logs: list[RowLog]) -> dict[str, Any]:
     """The rows of several logs of the same columns, one after another, as columns; each log is emptied once copied."""
-    columns = {
-        name: np.empty(sum(len(log) for log in logs), dtype=code) for name, code in logs[0].columns.items()
-    }
+    columns = {name: np.empty(sum(len(log) for log in logs), dtype=code) for name, code in logs[0].columns.items()}
     first = 0
     for log in logs:
         table = log.table()

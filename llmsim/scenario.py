@@ -75,6 +75,8 @@ class Scenario:
     host_scale: float = 1.0  # 2: a host that needs twice the time for everything it does
     concurrency: int | None = None  # closed loop: at most this many requests under way; None: sent when the trace says
     seed: int = 0
+    eviction: str = "lru"  # which cached content is lost: a name of `llmsim list evictions`, or file.py:ClassName
+    eviction_args: dict[str, Any] = field(default_factory=dict, hash=False)
     swap_space_gib: float = 0.0  # host memory per GPU for the KV of requests that a policy swaps out; 0: none
 
     def __post_init__(self) -> None:
@@ -235,6 +237,22 @@ def _check_together(s: Scenario) -> None:
     if context is not None:
         _check_context(s, context)
     _check_policy(s)
+    _check_kv_cache(s)
+
+
+def _check_kv_cache(s: Scenario) -> None:
+    """What only a prefix cache can do needs one, and what reads the future can only do so where it knows it."""
+    if s.eviction != "lru" and not s.enable_prefix_caching:
+        raise ValueError(f"eviction={s.eviction!r}: without prefix caching nothing is cached: leave it out")
+    if s.eviction == "lru" and s.eviction_args:
+        raise ValueError(
+            f"eviction_args {', '.join(s.eviction_args)}: the eviction lru has no arguments: leave them out"
+        )
+    if s.eviction == "belady" and s.replicas > 1:
+        raise ValueError(
+            f"eviction='belady' reads the future of one replica, and of {s.replicas} none knows which requests it will"
+            " get: give replicas=1"
+        )
 
 
 def _check_policy(s: Scenario) -> None:

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import simpy
 
+from llmsim.caches import cache_of, connect
 from llmsim.cost import CostModel, LaunchNoise
 from llmsim.cost.graphs import Graphs
 from llmsim.cost.load import CostSettings, load_cost
 from llmsim.hardware import find_gpu, find_model
-from llmsim.kvcache import KVCache
 from llmsim.memory import block_copy_s, host_blocks, kv_blocks
 from llmsim.metrics import Result
 from llmsim.plugins import PolicyError
@@ -164,12 +164,7 @@ class Fleet:
                     self.env,
                     policy() if policy is not None else scheduler_of(s),
                     self.cost,
-                    KVCache(
-                        self.blocks - 1,  # block 0 is vLLM's null block
-                        s.block_size,
-                        prefix_caching=s.enable_prefix_caching,
-                        prefix_block_tokens=trace.block_tokens,
-                    ),
+                    cache_of(s, self.blocks - 1, trace.block_tokens),  # block 0 is vLLM's null block
                     limits,
                     asynchronous=s.async_scheduling,
                     swap=swap_of(s),
@@ -178,6 +173,7 @@ class Fleet:
                     index=index,
                 )
             )
+            connect(self.replicas[-1], self._requests())
 
     def _check_lengths(self, limit_tokens: int) -> None:
         total = self.trace.prompt_tokens + self.trace.output_tokens

@@ -183,5 +183,3 @@ def _cell(values: dict[str, float | None]) -> str:
     guess, truth, error = values["predicted"], values["measured"], values["error"]
     numbers = " / ".join("-" if value is None else f"{value:.2f}" for value in (guess, truth))
     return f"{numbers}  {'-' if error is None else f'{error * 100:+.1f} %':>8}"
-
-
