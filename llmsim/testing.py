@@ -12,6 +12,7 @@
     seed       the same seed gives the same bytes
     actions    what the policy asks for is possible (the engine refuses the rest: PolicyError)
 
+`check_eviction(Mine)` does the same for eviction policies (`llmsim.testing_eviction`).
 The first rule that is broken raises `RuleBrokenError`, one line with the rule, the request and the value; its `case`
 holds the trace and the scenario it happened in. The scenarios are those of `llmsim.testing_cases`. An exception inside
 the policy surfaces untouched, with a note that names the scenario.
@@ -25,15 +26,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llmsim.cost import CostModel
+from llmsim.eviction import load_eviction
 from llmsim.metrics import Result
 from llmsim.plugins import PolicyError
 from llmsim.replica import Replica
 from llmsim.request import Request
+from llmsim.schedulers import BUILTIN, load_scheduler
 from llmsim.simulate import Fleet, cost_of, scheduler_of
-from llmsim.testing_cases import Case, cases
+from llmsim.testing_cases import Case, cases, eviction_cases
+from llmsim.testing_eviction import put_behind
 from llmsim.testing_rules import Breach, Watch, after_run, first_difference
 
-__all__ = ["Conformance", "RuleBrokenError", "check_scheduler"]
+__all__ = ["Conformance", "RuleBrokenError", "check_eviction", "check_scheduler"]
 
 FIXES = {
     "finishes": "answer it, or turn it away with replica.reject(request)",
@@ -46,6 +50,7 @@ FIXES = {
     "hold": "return HOLD only if the answer changes at an arrival, an end or a shortage of blocks alone",
     "seed": "draw from a generator made in __init__ with a seed, keep no state outside the instance, order no sets",
     "actions": "ask for what the engine can do",
+    "content": "read extents, and keep what you note about them in a dictionary of your own",
 }
 REFUSALS = {  # what a PolicyError says: the rule it is about, if not `actions`
     "schedules nothing although": "progress",
@@ -79,13 +84,15 @@ class Conformance:
     asked: int  # how often it was asked, with HOLD
     preemptions: int
     hit_tokens: int
+    evicted_blocks: int
     rejected: int
 
     def __str__(self) -> str:
         return (
             f"{self.policy} keeps every rule: {self.scenarios} scenarios, {self.requests} requests,"
             f" {self.iterations:,} iterations of which it was asked for {self.asked:,}, {self.preemptions} preemptions,"
-            f" {self.hit_tokens:,} tokens from the prefix cache, {self.rejected} rejected"
+            f" {self.hit_tokens:,} tokens from the prefix cache, {self.evicted_blocks} blocks evicted, {self.rejected}"
+            " rejected"
         )
 
 
@@ -95,12 +102,49 @@ def check_scheduler(policy: Any, /, **arguments: Any) -> Conformance:
     Raises RuleBrokenError for the first rule that is broken; takes seconds.
     """
     name = policy if isinstance(policy, str) else policy.__name__
+    if isinstance(policy, str) and policy not in BUILTIN:
+        policy = type(load_scheduler(policy, arguments))  # once: what its module remembers is there in the next run
+
+    def with_policy(case: Case) -> Case:
+        if not isinstance(policy, str):
+            return case
+        return replace(case, scenario=replace(case.scenario, scheduler=policy, scheduler_args=arguments))
+
+    def fleet(case: Case, cost: CostModel, hold: bool) -> _Watched:
+        if isinstance(policy, str):
+            return _Watched(case, cost, hold, lambda: scheduler_of(case.scenario))
+        return _Watched(case, cost, hold, lambda: policy(**arguments))
+
+    return _hold_to_the_rules(name, [with_policy(case) for case in cases()], fleet)
+
+
+def check_eviction(policy: Any, /, **arguments: Any) -> Conformance:
+    """Hold an eviction policy to the rules (`llmsim.testing_eviction`): a class, a name, or "file.py:ClassName"."""
+    name = policy if isinstance(policy, str) else policy.__name__
+    made = policy if not isinstance(policy, str) else type(load_eviction(policy, arguments))
+
+    def fleet(case: Case, cost: CostModel, hold: bool) -> _Watched:
+        watched = _Watched(case, cost, hold, lambda: scheduler_of(case.scenario))
+        put_behind(watched, lambda: made(**arguments))
+        return watched
+
+    return _hold_to_the_rules(name, eviction_cases(), fleet, held_too=not hasattr(made, "victim"))
+
+
+def _hold_to_the_rules(
+    name: str, trials: list[Case], fleet: Callable[[Case, CostModel, bool], _Watched], *, held_too: bool = True
+) -> Conformance:
     costs: dict[tuple[Any, ...], CostModel] = {}
-    totals = dict.fromkeys(("scenarios", "requests", "iterations", "asked", "preemptions", "hit_tokens", "rejected"), 0)
-    for case in cases():
-        case = _with_policy(case, policy, arguments)
+    counted = ("preemptions", "hit_tokens", "evicted_blocks", "rejected")
+    totals = dict.fromkeys(("scenarios", "requests", "iterations", "asked", *counted), 0)
+    for case in trials:
+        key = (case.scenario.max_num_seqs, case.scenario.max_num_batched_tokens)
+        if key not in costs:
+            costs[key] = cost_of(case.scenario)
         try:
-            outcome, asked = _check_case(case, policy, arguments, costs)
+            first, again, every = (fleet(case, costs[key], hold) for hold in (True, True, False))
+            outcome = first.run()
+            _judge(first, outcome, again.run(), every.run() if held_too else None)
         except Breach as breach:
             raise RuleBrokenError(breach, name, case) from None
         except PolicyError as error:
@@ -111,17 +155,23 @@ def check_scheduler(policy: Any, /, **arguments: Any) -> Conformance:
         totals["scenarios"] += 1
         totals["requests"] += len(case.trace)
         totals["iterations"] += int(outcome.iterations["iterations"].sum())
-        totals["asked"] += asked
-        for key in ("preemptions", "hit_tokens", "rejected"):
-            totals[key] += int(outcome.stats[key])
+        totals["asked"] += sum(watch.asked for watch in first.watches)
+        for key_word in counted:
+            totals[key_word] += int(outcome.stats[key_word])
     return Conformance(name, **totals)
 
 
-def _with_policy(case: Case, policy: Any, arguments: dict[str, Any]) -> Case:
-    """The case with the policy in its scenario, if it has a name there."""
-    if not isinstance(policy, str):
-        return case
-    return replace(case, scenario=replace(case.scenario, scheduler=policy, scheduler_args=arguments))
+def _judge(first: _Watched, outcome: Result, again: Result, every: Result | None) -> None:
+    """`again`: a second run; `every`: one in which no answer was held."""
+    after_run(outcome, first.answers, first.replicas)
+    difference = first_difference(outcome, again, exact=True)
+    if difference is not None:
+        request, value, what = difference
+        raise Breach("seed", request, value, f"{what} in two runs of the same seed")
+    difference = None if every is None else first_difference(outcome, every, exact=False)
+    if difference is not None:
+        request, value, what = difference
+        raise Breach("hold", request, value, f"{what} when its answers are held and when it is asked every time")
 
 
 def _refused(error: PolicyError) -> Breach:
@@ -132,36 +182,10 @@ def _refused(error: PolicyError) -> Breach:
     return Breach(rule, int(found[1]) if found else None, text, text.rstrip("."))
 
 
-def _check_case(
-    case: Case, policy: Any, arguments: dict[str, Any], costs: dict[tuple[Any, ...], CostModel]
-) -> tuple[Result, int]:
-    """Three runs: held, held again, and asked before every iteration. Returns the first and how often it asked."""
-    s = case.scenario
-    key = (s.max_num_seqs, s.max_num_batched_tokens)
-    if key not in costs:
-        costs[key] = cost_of(s)
-
-    def make() -> Any:
-        return scheduler_of(s) if isinstance(policy, str) else policy(**arguments)
-
-    first, again, every = (_Watched(case, costs[key], make, hold) for hold in (True, True, False))
-    held = first.run()
-    after_run(held, first.answers, first.replicas)
-    difference = first_difference(held, again.run(), exact=True)
-    if difference is not None:
-        request, value, what = difference
-        raise Breach("seed", request, value, f"{what} in two runs of the same seed")
-    difference = first_difference(held, every.run(), exact=False)
-    if difference is not None:
-        request, value, what = difference
-        raise Breach("hold", request, value, f"{what} when its answers are held and when it is asked every time")
-    return held, sum(watch.asked for watch in first.watches)
-
-
 class _Watched(Fleet):
     """A fleet whose policies are watched while they act; `answers`: the requests as they ended and their tokens."""
 
-    def __init__(self, case: Case, cost: CostModel, make: Callable[[], Any], hold: bool) -> None:
+    def __init__(self, case: Case, cost: CostModel, hold: bool, make: Callable[[], Any]) -> None:
         self.answers: list[tuple[Request, int]] = []
         self.watches: list[Watch] = []
 

@@ -23,7 +23,6 @@ from llmsim.trace import Trace
 
 BLOCK_TOKENS = 16
 ID_TOKENS = 64  # of a prefix id of the trace
-REQUESTS = 30
 LOOPS, MEMORY, CLOCKS = ("open", "closed", "sessions"), ("ample", "snug", "tight"), ("async", "sync")
 CLIENTS = 3  # of a closed loop
 AMPLE_BLOCKS = 5000
@@ -53,6 +52,7 @@ class Shape:
     budget: int = 256
     seqs: int = 16
     swap_gib: float = 0.0
+    requests: int = 30
 
 
 def cases(seed: int = 0) -> list[Case]:
@@ -60,7 +60,7 @@ def cases(seed: int = 0) -> list[Case]:
         Shape(loop, memory, clock, caching=at % 2 == 0, seqs=(4, 16, 64)[at % 3], budget=(128, 512)[at % 4 // 2])
         for at, (loop, memory, clock) in enumerate(product(LOOPS, MEMORY, CLOCKS))
     ]
-    named = [(f"{shape.loop} loop, {shape.memory} memory, {shape.clock}", shape) for shape in shapes]
+    named = [(_name(shape), shape) for shape in shapes]
     named += [
         ("two replicas", Shape(replicas=2)),
         ("prompts far above the token budget", Shape(prompt=600, budget=64, output=6)),
@@ -72,6 +72,19 @@ def cases(seed: int = 0) -> list[Case]:
         ("preemption storm, little host memory", Shape(memory="tight", gap_s=0.0, output=120, swap_gib=0.02)),
     ]
     return [_case(name, shape, np.random.default_rng([seed, at])) for at, (name, shape) in enumerate(named)]
+
+
+def eviction_cases(seed: int = 0) -> list[Case]:
+    """Caches that are too small for what is shared: each loop, snug and tight memory, each clock; one replica."""
+    shapes = [
+        Shape(loop, memory, clock, requests=80, prompt=200, output=12, gap_s=0.05)
+        for loop, memory, clock in product(LOOPS, MEMORY[1:], CLOCKS)
+    ]
+    return [_case(_name(shape), shape, np.random.default_rng([seed, 100 + at])) for at, shape in enumerate(shapes)]
+
+
+def _name(shape: Shape) -> str:
+    return f"{shape.loop} loop, {shape.memory} memory, {shape.clock}"
 
 
 def _case(name: str, shape: Shape, random: np.random.Generator) -> Case:
@@ -96,35 +109,36 @@ def _case(name: str, shape: Shape, random: np.random.Generator) -> Case:
 
 def _trace(name: str, shape: Shape, random: np.random.Generator) -> Trace:
     """Some arrive together; tenants, classes and priorities are dealt, families share beginnings of prompts."""
-    prompt = _lengths(shape.prompt, random)
-    output = _lengths(shape.output, random)
-    waits_s = np.where(random.random(REQUESTS) < 0.7, random.exponential(1.0, REQUESTS) * shape.gap_s, 0.0)
+    count = shape.requests
+    prompt = _lengths(shape.requests, shape.prompt, random)
+    output = _lengths(shape.requests, shape.output, random)
+    waits_s = np.where(random.random(count) < 0.7, random.exponential(1.0, count) * shape.gap_s, 0.0)
     arrival_s = np.cumsum(waits_s) - waits_s[0]
-    group = random.integers(0, 3, REQUESTS)
+    group = random.integers(0, 3, count)
     columns: dict[str, Any] = {
-        "priority": random.integers(0, 3, REQUESTS),
+        "priority": random.integers(0, 3, count),
         "tenant": [f"tenant-{number}" for number in group],
-        "slo_class": [("interactive", "standard", "batch")[number] for number in random.integers(0, 3, REQUESTS)],
+        "slo_class": [("interactive", "standard", "batch")[number] for number in random.integers(0, 3, count)],
     }
     if shape.loop == "sessions":
         columns |= _turns(arrival_s, prompt, output, random)
     elif shape.caching:
-        common = random.integers(0, 4, REQUESTS)
+        common = random.integers(0, 4, count)
         columns["block_tokens"] = ID_TOKENS
         columns["block_ids"] = [
             tuple(
                 (int(group[i]), k) if k < common[i] else ("own", i, k) for k in range(-(-int(prompt[i]) // ID_TOKENS))
             )
-            for i in range(REQUESTS)
+            for i in range(count)
         ]
     return Trace(name, arrival_s, prompt, output, **columns)
 
 
-def _lengths(median: int, random: np.random.Generator) -> Any:
+def _lengths(count: int, median: int, random: np.random.Generator) -> Any:
     if median == 1:
-        return np.ones(REQUESTS, dtype=np.int64)
-    drawn = (random.lognormal(0.0, 0.8, REQUESTS) * median).astype(np.int64)
-    return np.clip(np.where(random.random(REQUESTS) < 0.1, 1, drawn), 1, 5 * median)
+        return np.ones(count, dtype=np.int64)
+    drawn = (random.lognormal(0.0, 0.8, count) * median).astype(np.int64)
+    return np.clip(np.where(random.random(count) < 0.1, 1, drawn), 1, 5 * median)
 
 
 def _turns(arrival_s: Any, prompt: Any, output: Any, random: np.random.Generator) -> dict[str, Any]:
@@ -132,10 +146,11 @@ def _turns(arrival_s: Any, prompt: Any, output: Any, random: np.random.Generator
 
     Changes arrival times and prompts in place.
     """
-    parent, delay_s = np.full(REQUESTS, -1), np.full(REQUESTS, np.nan)
+    count = len(prompt)
+    parent, delay_s = np.full(count, -1), np.full(count, np.nan)
     ids: list[tuple[Any, ...]] = []
     answers: list[tuple[Any, ...]] = []
-    for i in range(REQUESTS):
+    for i in range(count):
         said: tuple[Any, ...] = ()
         if i > 2 and random.random() < 0.67:
             before = parent[i] = int(random.integers(max(0, i - 6), i))
