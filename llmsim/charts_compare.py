@@ -86,7 +86,8 @@ def _changes(frame: pd.DataFrame, sides: Sequence[str], heading: str, colour: al
     others = list(sides[1:])
     y = alt.Y("statistic:N", sort=list(dict.fromkeys(frame["statistic"])), axis=alt.Axis(title=None, minExtent=58))
     offset = alt.YOffset("side:N", sort=others, scale=alt.Scale(domain=others, paddingInner=0.3, paddingOuter=0.5))
-    axis = alt.Axis(title=f"{heading}: difference to {sides[0]}", format="+.0%", tickCount=5)
+    label = "datum.value == 0 ? '0' : format(datum.value, '+.0%')"
+    axis = alt.Axis(title=f"{heading}: difference to {sides[0]}", labelExpr=label, tickCount=5)
     x = alt.X("low:Q", axis=axis)
     tips = [alt.Tooltip("side:N"), alt.Tooltip("statistic:N")]
     tips += [alt.Tooltip(f"{name}:Q", format="+.1%") for name in ("change", "low", "high")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,17 @@ def test_every_built_in_scheduler_keeps_the_rules(name: str) -> None:
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
 def test_every_example_keeps_the_rules(path: Path) -> None:
-    name = "".join(word.capitalize() for word in path.stem.split("_"))
-    assert check_scheduler(f"{path}:{name}").requests > 500
+    spec = f"{path}:{''.join(word.capitalize() for word in path.stem.split('_'))}"
+    text = path.read_text(encoding="utf-8")
+    if "def schedule(" in text:
+        assert check_scheduler(spec).requests > 500
+    elif "def key(" in text:
+        assert check_eviction(spec).requests > 500
+    else:
+        case = cases()[0]
+        result = simulate(case.trace, replace(case.scenario, replicas=3, router=spec))
+        assert set(result.requests["replica"]) == {0, 1, 2}
+        assert result.finished.all()
 
 
 def test_arguments_reach_the_policy() -> None:
