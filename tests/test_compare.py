@@ -291,6 +291,11 @@ def test_one_command_compares_policies_and_settings(trace: str, capsys: pytest.C
     change = found["sides"][2]["differences"]["mean_ttft_ms"]
     assert (change["value"], change["low"], change["high"]) == pytest.approx((10.0, 10.0, 10.0))
     assert found["sides"][0]["numbers"]["slo_attainment"] == 1.0
+    page = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    section = page.partition("## Comparison output")[2].partition("\n## ")[0]
+    side = found["sides"][2]
+    for key in (*found, *side, *side["differences"]["slo_attainment"], *side["shares"]["ttft"], *found["bootstrap"]):
+        assert f"`{key}`" in section or key == "summary" or f"`{key}," in section, key
     assert found["bootstrap"] == {"resamples": 1000, "block": 1, "confidence": 0.95}
 
 
