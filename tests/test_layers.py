@@ -13,8 +13,9 @@ FLOORS = {  # imports must go down; imports for type checkers only are exempt, t
     **dict.fromkeys(("replica", "scenario"), 3),
     "simulate": 4,
     **dict.fromkeys(
-        ("plan", "sweep", "testing", "validate", "oracle", "report", "runs", "fromvllm", "phases", "charts", "compare"), 5
+        ("plan", "sweep", "testing", "validate", "oracle", "report", "runs", "fromvllm", "phases", "charts"), 5
     ),
+    "compare": 5,
     "cli": 6,
     "__main__": 7,
 }
