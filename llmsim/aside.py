@@ -68,8 +68,8 @@ class Aside:
         self._clear()
 
     def _clear(self) -> None:
-        """Forget what was said about the iteration before; `_special` spares the usual iteration all of this."""
-        self._special = False
+        """Forget what was said about the iteration before; `_special` spares the usual iteration all of this (2 %)."""
+        self._special = self._ghost_kv_tokens > 0 or self._copying_s > 0.0
         self._left_now: dict[Request, bool] = {}  # paused or swapped out now; True: its last token is in flight
         self._padding: dict[Request, int] = {}
         self._rejected_now = False
@@ -131,6 +131,7 @@ class Aside:
         swap.copied_in_blocks += blocks
         self._copying_s += blocks * swap.seconds_per_block
         self._drop_host_copy(request)
+        self._special = True
         request.computed_tokens = tokens
         request.swapped_in = True
         if request.held is not None:
@@ -214,6 +215,7 @@ class Aside:
         if seqs < 0 or kv_tokens < seqs:
             raise self._error(f"asked for {seqs} ghosts that read {kv_tokens} cached tokens, which is no batch")
         self._ghost_seqs, self._ghost_kv_tokens = seqs, kv_tokens
+        self._special = True
 
     # -------------------------------------------------------------------------------------------------- how long
 

@@ -51,6 +51,8 @@ class Engine(Aside):
         self.hit_tokens = 0
         self._now_s = 0.0
         self._victim = getattr(scheduler, "victim", None)
+        own_limit = getattr(scheduler, "token_limit", None)  # of one iteration, where the engine's is another
+        self._token_limit: float = limits.max_num_batched_tokens if own_limit is None else own_limit(limits)
         self._blocks_taken = 0  # by this iteration's decodes
         self._granted: dict[Request, None] | None = None  # decodes of a one-by-one pass
         self._publishing: dict[Request, None] = {}  # running requests whose answer others may share
@@ -145,8 +147,9 @@ class Engine(Aside):
             left -= computed
             if not 0 < tokens <= left:
                 raise self._error(f"asked to prefill {tokens} tokens of request {request.id}, which has {left} left")
-            if len(self.running) - len(self.paused) >= self.limits.max_num_seqs:
-                raise self._error(f"admitted request {request.id} beyond max_num_seqs={self.limits.max_num_seqs}")
+            most = self.limits.max_num_seqs
+            if len(self.running) >= most and len(self.running) - len(self.paused) >= most:
+                raise self._error(f"admitted request {request.id} beyond max_num_seqs={most}")
             if kv.blocks_for(computed + tokens) - hit.blocks + hit.idle_blocks > kv.free_blocks:
                 return False
             self._admit(request, hit, computed, tokens)
@@ -302,7 +305,7 @@ class Engine(Aside):
                 blocks = batch.blocks_needed(steps) - self._blocks_taken  # the first iteration's are taken
                 if blocks:
                     self.kv.take(blocks)
-            if self._ghost_seqs:
+            if self._special:
                 self._ghost_kv_tokens += steps * self._ghost_seqs
             ended = batch.advance(steps)
             self._fruitless = 0
@@ -345,10 +348,10 @@ class Engine(Aside):
     def _check_iteration(self) -> None:
         if self._granted is not None:
             raise self._error("ended its answer without pause_others() after decode_one()")
-        tokens = self.decoding + sum(tokens for _, tokens, _ in self.chunks) + sum(self._padding.values())
-        if self.decoding:
-            tokens += self._ghost_seqs
-        if tokens > self.limits.max_num_batched_tokens:
+        tokens = self.decoding + sum(tokens for _, tokens, _ in self.chunks)
+        if self._special:
+            tokens += sum(self._padding.values()) + (self._ghost_seqs if self.decoding else 0)
+        if tokens > self._token_limit:
             limit = self.limits.max_num_batched_tokens
             raise self._error(f"scheduled {tokens} tokens in one iteration, beyond max_num_batched_tokens={limit}")
 

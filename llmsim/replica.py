@@ -180,6 +180,7 @@ class Replica(Engine):
         """The engine's loop; yields the time until which it sleeps."""
         host = self.cost.host
         peek = self.env.peek
+        waiting, paused, heeds_ends = self.waiting, self.paused, self._on_ended is not None
         t = yield from self._idle(0.0)  # S(k)
         while True:
             while self.next_ready_s <= t:
@@ -200,7 +201,7 @@ class Replica(Engine):
                         step.gpu = Ramp(host.warmed_s(step.gpu.first_s), 0.0)
                     else:
                         gpu_end_s += host.cooled_s(self._chunk_s)
-                if self._copying_s:
+                if self._special:
                     gpu_end_s += self._copying_s
                     self._copying_s = 0.0
                 gpu_end_s += step.gpu.first_s
@@ -208,7 +209,7 @@ class Replica(Engine):
                 step.gpu_end_s = gpu_end_s if gpu_end_s > launch_tail_s else launch_tail_s
                 t = self._launched_asynchronously(step) if self.asynchronous else self._launched(step)
                 # Blocks that somebody may be waiting for, or a policy that wants to know who ended.
-                ends_matter = self._to_free and (self.waiting.size or self.prefilling or self.paused or self._on_ended)
+                ends_matter = self._to_free and (waiting.size or self.prefilling or paused or heeds_ends)
                 if hold and step.mode == FULL and not (self.chunks or self._late or ends_matter):
                     plan = self._long_run(step, t)
                     if plan is not None:
@@ -276,14 +277,14 @@ class Replica(Engine):
             step.chunks = []
         seqs = step.outputs = self.decoding
         kv_tokens = self.batch.kv_tokens if seqs else 0
-        if self._ghost_kv_tokens and seqs:
+        if self._special and seqs:
             seqs += self._ghost_seqs
             kv_tokens += self._ghost_kv_tokens
         requests = seqs
         new_tokens = 0
         if self.chunks:
             requests += len(self.chunks)
-            chunks = self._padded() if self._padding else self.chunks
+            chunks = self._padded() if self._special else self.chunks
             for _, tokens, computed in chunks:
                 if tokens == 1:  # the tail of a prompt is a decode to the GPU
                     seqs += 1
@@ -377,7 +378,8 @@ class Replica(Engine):
         batch = self.batch
         # Synchronous scheduling takes results at once, so the iteration in which requests end is taken by itself.
         steps = batch.steps_to_finish() - (0 if self.asynchronous else 1)
-        if steps > self._hold_steps:
+        special = self._special
+        if special and steps > self._hold_steps:
             steps = self._hold_steps
         if steps > 1:
             steps = batch.steps_that_fit(steps, self.kv.free_blocks + self._blocks_taken)
@@ -389,7 +391,7 @@ class Replica(Engine):
         make = plan_run if self.asynchronous else plan_synchronous_run
         if not make(plan, step, second_s, steps, len(self.running), self.cost.host):
             return None
-        if self._hold_s < inf:
+        if special and self._hold_s < inf:
             plan.steps = plan.steps_until(self._hold_s)
         return plan
 

@@ -5,7 +5,7 @@
     tokens     an answered request got all its tokens, and each of them was computed
     times      arrival <= first scheduled <= first token <= last token
     blocks     KV blocks in use are never below none or above all, and all come back
-    limits     max_num_seqs and max_num_batched_tokens are kept in every iteration
+    limits     max_num_seqs and max_num_batched_tokens (or the policy's own `token_limit`) are kept in every iteration
     queue      `order(request)` gives the same key for as long as a request waits
     progress   whatever waits is served in the end, also with little memory: no deadlock, no endless preempting
     hold       an answer that is held is the one it would give if asked before every iteration

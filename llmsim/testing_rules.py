@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from llmsim.metrics import Result
-from llmsim.replica import Replica
+from llmsim.replica import Limits, Replica
 from llmsim.request import Request
 from llmsim.testing_cases import Case
 
@@ -35,7 +35,8 @@ class Watch:
         self.facts: dict[Request, tuple[Any, ...]] = {}
         self.keys: dict[Request, Any] = {}
         s = case.scenario
-        self.seqs, self.budget = s.max_num_seqs or 0, s.max_num_batched_tokens or 0
+        self.seqs = s.max_num_seqs or 0
+        self.budget: float = s.max_num_batched_tokens or 0
         # Most iterations that some progress can take: every token alone, four times over, and as many idle ones.
         self.most = 10_000 + 4 * int(case.trace.prompt_tokens.sum() + case.trace.output_tokens.sum())
 
@@ -43,6 +44,9 @@ class Watch:
         """The same policy, watched: its class is replaced by a subclass of the same name and layout."""
         made = type(policy)
         watch = self
+        own_limit = getattr(policy, "token_limit", None)
+        if own_limit is not None:
+            self.budget = own_limit(Limits(self.seqs, int(self.budget)))
 
         def schedule(self: Any, replica: Any, now_s: float) -> bool | None:
             before = watch.before(replica)
@@ -89,7 +93,7 @@ class Watch:
         tokens = replica.decoding + sum(tokens for _, tokens, _ in replica.chunks)
         if tokens > self.budget:
             last = replica.chunks[-1][0].id if replica.chunks else None
-            what = f"an iteration of {tokens} tokens, beyond max_num_batched_tokens={self.budget}, request {last} last"
+            what = f"an iteration of {tokens} tokens, beyond max_num_batched_tokens={self.budget:g}, request {last} last"
             raise Breach("limits", last, tokens, what)
 
     @staticmethod

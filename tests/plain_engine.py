@@ -134,6 +134,11 @@ class Step:
     free_blocks: int = 0
     preempted: list[int] = field(default_factory=list)
     partial: set[PlainRequest] = field(default_factory=set)  # prefill chunks that give no token
+    padding: dict[PlainRequest, int] = field(default_factory=dict)  # rows thrown away beside a prompt
+    ghost_seqs: int = 0  # decode rows that nobody wants, and cached tokens that they and padding make the GPU read
+    ghost_kv_tokens: int = 0
+    copy_s: float = 0.0  # of swapped KV, before the GPU's work
+    wait_s: float = inf  # nothing to schedule before, though requests wait
     mode: int = FULL
     schedule_s: float = nan  # the instants of the two clocks
     launch_s: float = nan
@@ -145,19 +150,24 @@ class Step:
 
     @property
     def tokens(self) -> int:
-        return sum(n for n, _ in self.scheduled.values())
+        return sum(n for n, _ in self.rows) + self.ghost_seqs
+
+    @property
+    def rows(self) -> list[tuple[int, int]]:
+        """What the GPU computes: new tokens, padding included, and tokens before them."""
+        return [(n + self.padding.get(request, 0), c) for request, (n, c) in self.scheduled.items()]
 
     @property
     def chunks(self) -> list[tuple[int, int]]:
-        return [(n, c) for n, c in self.scheduled.values() if n > 1]
+        return [(n, c) for n, c in self.rows if n > 1]
 
     @property
     def seqs(self) -> int:
-        return sum(n == 1 for n, _ in self.scheduled.values())
+        return sum(n == 1 for n, _ in self.rows) + self.ghost_seqs
 
     @property
     def kv_tokens(self) -> int:
-        return sum(c for n, c in self.scheduled.values() if n == 1)
+        return sum(c for n, c in self.rows if n == 1) + self.ghost_kv_tokens
 
     @property
     def outputs(self) -> int:
@@ -169,6 +179,7 @@ class Scheduler:
         self.settings, self.blocks = settings, Blocks(settings)
         self.running: list[PlainRequest] = []
         self.waiting: list[PlainRequest] = []
+        self.now_s = 0.0
 
     def urgency(self, request: PlainRequest) -> tuple[int, float]:
         return request.priority, request.send_s
@@ -207,9 +218,7 @@ class Scheduler:
     def schedule(self) -> Step:
         s = self.settings
         step = Step({})
-        budget = self._running(step, s.max_num_batched_tokens)
-        if not step.preempted:
-            self._waiting(step, budget)
+        self.decide(step)
         for request, (n, _) in step.scheduled.items():
             request.computed += n
             if request.computed < request.tokens + request.placeholders:
@@ -218,6 +227,11 @@ class Scheduler:
                 request.placeholders += 1
         step.running, step.waiting, step.free_blocks = len(self.running), len(self.waiting), len(self.blocks.free)
         return step
+
+    def decide(self, step: Step) -> None:
+        budget = self._running(step, self.settings.max_num_batched_tokens)
+        if not step.preempted:
+            self._waiting(step, budget)
 
     def _running(self, step: Step, budget: int) -> int:
         s, i = self.settings, 0
@@ -291,10 +305,16 @@ class Scheduler:
 class PlainEngine:
     """`noise(mode, launch begin)` is a launch's deviation from its mean, asked for every step but full graphs."""
 
-    def __init__(self, cost: CostModel, settings: Settings, noise: Callable[[int, float], float] | None = None) -> None:
+    def __init__(
+        self,
+        cost: CostModel,
+        settings: Settings,
+        noise: Callable[[int, float], float] | None = None,
+        scheduler: Scheduler | None = None,
+    ) -> None:
         self.cost, self.host, self.settings = cost, cost.host, settings
         self.noise = noise or (lambda mode, now_s: 0.0)
-        self.scheduler = Scheduler(settings)
+        self.scheduler = scheduler or Scheduler(settings)
         self.sent: list[tuple[float, int, PlainRequest]] = []  # heap: on their way to the engine
         self.held: deque[PlainRequest] = deque()  # closed loop: not sent yet
         self.received: list[PlainRequest] = []  # with their schedulable_s, not yet drained
@@ -341,6 +361,7 @@ class PlainEngine:
 
     def _schedule(self, now_s: float) -> Step:
         self._drain(now_s)
+        self.scheduler.now_s = now_s
         step = self.scheduler.schedule()
         step.schedule_s = now_s
         for request in step.scheduled:
@@ -349,7 +370,7 @@ class PlainEngine:
         return step
 
     def _launch(self, step: Step) -> None:
-        host, requests, chunks = self.host, len(step.scheduled), step.chunks
+        host, requests, chunks = self.host, len(step.scheduled) + step.ghost_seqs, step.chunks
         step.mode = mode = self.cost.mode(step.tokens, len(chunks))
         new_tokens = sum(n for n, _ in chunks)
         step.launch_s = (
@@ -380,7 +401,7 @@ class PlainEngine:
                 step.gpu_time_s = host.warmed_s(step.gpu_time_s)
             else:
                 start_s += host.cooled_s(self.log[-1].gpu_time_s)
-        step.gpu_end_s = max(start_s + step.gpu_time_s, step.launched_s + host.tail_s[mode])
+        step.gpu_end_s = max(start_s + step.copy_s + step.gpu_time_s, step.launched_s + host.tail_s[mode])
         self.gpu_free_s = step.gpu_end_s
         self.log.append(step)
 
@@ -413,7 +434,7 @@ class PlainEngine:
                 self._launch(step)
                 now_s = self._update(step, max(step.gpu_end_s + self.host.return_s, step.free_s))
             else:
-                now_s = now_s if step.preempted else self._idle(now_s)  # preempted: the next schedule may admit
+                now_s = now_s if step.preempted else self._idle(now_s, step.wait_s)  # preempted: may be admitted
 
     def _asynchronous(self) -> None:
         in_flight: Step | None = None
@@ -431,10 +452,12 @@ class PlainEngine:
                 now_s = self._update(in_flight, max(in_flight.gpu_end_s + self.host.return_s, now_s))
                 in_flight = None
             else:
-                now_s = now_s if step.preempted else self._idle(now_s)  # preempted: the next schedule may admit
+                now_s = now_s if step.preempted else self._idle(now_s, step.wait_s)  # preempted: may be admitted
 
-    def _idle(self, now_s: float) -> float:
-        """Nothing scheduled, nothing in flight: the next arrival wakes the engine."""
+    def _idle(self, now_s: float, wait_s: float) -> float:
+        """Nothing scheduled, nothing in flight: the next arrival wakes the engine, or the time that was named."""
+        if wait_s < inf:
+            return max(now_s, min(wait_s, self._next_arrival_s() + self.host.wake_s))
         if self.scheduler.waiting:
             request = self.scheduler.waiting[0]
             raise ValueError(f"request {request.id} with {request.tokens} tokens never fits the KV cache")

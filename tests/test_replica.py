@@ -17,11 +17,16 @@ from llmsim.cost.graphs import Graphs
 from llmsim.engine import Engine
 from llmsim.kvcache import KVCache
 from llmsim.plugins import PolicyError
-from llmsim.replica import Limits, Replica
+from llmsim.replica import Limits, Replica, Swap
 from llmsim.request import Request
 from llmsim.schedulers import HOLD, load_scheduler
 from llmsim.schedulers.chunked import Chunked
+from llmsim.schedulers.dynamic import DynamicBatching
+from llmsim.schedulers.orca import Orca
+from llmsim.schedulers.sarathi import Sarathi
+from llmsim.schedulers.static import StaticBatching
 from llmsim.schedulers.vllm import VllmScheduler
+from llmsim.schedulers.vllm_v0 import VllmV0
 
 ROUNDING_S = 1e-9  # sums of series in another order of additions
 
@@ -36,11 +41,12 @@ def served(
     budget: int = 8192,
     asynchronous: bool = True,
     seed: int | None = None,
+    swap: Swap | None = None,
 ) -> Replica:
     noise = None if seed is None else LaunchNoise(cost.host, seed)
     env = simpy.Environment()
     kv, limits = KVCache(blocks, 16), Limits(seqs, budget)
-    replica = Replica(env, policy, cost, kv, limits, asynchronous=asynchronous, noise=noise)
+    replica = Replica(env, policy, cost, kv, limits, asynchronous=asynchronous, noise=noise, swap=swap)
     replica.start(iter(requests))
     env.run()
     return replica
@@ -336,7 +342,7 @@ def test_a_policy_in_the_users_file_serves_requests(policy_file: Path) -> None:
 @pytest.mark.parametrize(
     ("spec", "arguments", "kind", "sentence"),
     [
-        ("fastest", {}, ValueError, "unknown scheduler 'fastest'. Built-in: vllm, chunked; your own: path/to/file.py:"),
+        ("fastest", {}, ValueError, "unknown scheduler 'fastest'. Built-in: vllm, chunked, "),
         ("{file}:Mine", {}, ValueError, "no class Mine in {file}. Classes with schedule(): OneAtATime, Strict."),
         ("{folder}/nowhere.py:Mine", {}, FileNotFoundError, "no file {folder}/nowhere.py in "),
         ("{file}:Settings", {}, ValueError, "class Settings has no method schedule(self, replica, now_s). Add it."),
@@ -369,7 +375,7 @@ class AskedEveryTime:
 
     def __init__(self, policy: Any) -> None:
         self.policy = policy
-        for name in ("order", "victim"):
+        for name in ("order", "victim", "streams", "arrived", "ended", "token_limit"):
             if hasattr(policy, name):
                 setattr(self, name, getattr(policy, name))
 
@@ -393,6 +399,9 @@ POLICIES: dict[str, Callable[[], Any]] = {
     "vllm priority": lambda: VllmScheduler(policy="priority"),
     "chunked": Chunked,
     "chunked without headroom": lambda: Chunked(headroom=0.0),
+    "vllm v0": VllmV0,
+    "vllm v0 swap": lambda: VllmV0(preemption="swap"),
+    "sarathi": lambda: Sarathi(token_budget=64),
 }
 
 
@@ -405,7 +414,8 @@ def test_hold_is_honest(policy: str, host: str, blocks: int, asynchronous: bool)
     outcomes = []
     for made in (POLICIES[policy](), AskedEveryTime(POLICIES[policy]())):
         requests = [r for r in some_requests(3) if r.prompt_tokens + r.output_tokens < 140 * 16]
-        replica = served(made, requests, cost, blocks=blocks, budget=512, asynchronous=asynchronous, seed=7)
+        settings: dict[str, Any] = {"asynchronous": asynchronous, "seed": 7, "swap": Swap(60, 1e-4)}
+        replica = served(made, requests, cost, blocks=blocks, budget=512, **settings)
         times = np.array([(r.scheduled_s, r.first_token_s, r.finish_s, r.preempted_s) for r in requests])
         outcomes.append((times, [r.preemptions for r in requests], gaps_of(replica), len(replica.iterations)))
     held, asked = outcomes
@@ -414,6 +424,36 @@ def test_hold_is_honest(policy: str, host: str, blocks: int, asynchronous: bool)
     np.testing.assert_allclose(held[2], asked[2], rtol=0, atol=2 * ROUNDING_S)
     assert held[3] < asked[3], "nothing was held: the comparison says nothing"
     assert bool(sum(held[1])) == (blocks == 150)
+
+
+RESERVING: dict[str, Callable[[], Any]] = {  # they never preempt
+    "orca": Orca,
+    "orca pow2": lambda: Orca(reserve="pow2"),
+    "static": lambda: StaticBatching(batch_size=6, timeout_s=0.2),
+    "static streamed": lambda: StaticBatching(batch_size=6, timeout_s=0.0, stream=True),
+    "dynamic": lambda: DynamicBatching(batch_size=8, timeout_s=0.1, preferred_batch_sizes="2,4"),
+}
+
+
+@pytest.mark.parametrize("asynchronous", [True, False], ids=["async", "sync"])
+@pytest.mark.parametrize("blocks", [10_000, 150], ids=["ample", "tight"])
+@pytest.mark.parametrize("host", [name for name in HOSTS if name != "slow worker"])
+@pytest.mark.parametrize("policy", RESERVING)
+def test_hold_is_honest_where_memory_is_reserved(policy: str, host: str, blocks: int, asynchronous: bool) -> None:
+    cost = SteppedCost(HOSTS[host], Graphs.of_engine(256, 512), 1.0)
+    outcomes = []
+    for made in (RESERVING[policy](), AskedEveryTime(RESERVING[policy]())):
+        requests = [r for r in some_requests(3) if r.prompt_tokens + r.output_tokens < 140 * 16]
+        replica = served(made, requests, cost, blocks=blocks, budget=512, asynchronous=asynchronous, seed=7)
+        times = np.array([(r.scheduled_s, r.first_token_s, r.finish_s) for r in requests])
+        assert replica.preemptions == 0
+        assert not replica.unanswered()
+        assert replica.kv.free_blocks == replica.kv.total_blocks
+        outcomes.append((times, gaps_of(replica), len(replica.iterations)))
+    held, asked = outcomes
+    np.testing.assert_allclose(held[0], asked[0], rtol=0, atol=ROUNDING_S)
+    np.testing.assert_allclose(held[1], asked[1], rtol=0, atol=2 * ROUNDING_S)
+    assert held[2] < asked[2], "nothing was held: the comparison says nothing"
 
 
 def test_a_head_that_waits_for_an_answer_being_generated_is_admitted_when_it_can_be() -> None:
