@@ -33,6 +33,7 @@ from llmsim.scenario_file import human_int
 if TYPE_CHECKING:
     from llmsim.compare import Comparison, Side
 
+DEFAULT_SIDE = "vllm"  # the scheduler of a scenario that names none
 HEADINGS = {"ttft": "TTFT", "tpot": "TPOT", "e2el": "E2EL"}
 SETTING_FLAGS = [flag for flag in SCENARIO_FLAGS if flag is not SCHEDULER_FLAGS[0]]
 
@@ -140,10 +141,11 @@ def scenarios_of(schedulers: tuple[str, ...], variants: tuple[str, ...], flags: 
             f"scheduler_args={own} and {len(schedulers)} schedulers: which of them takes it? Give "
             f"--set scheduler=NAME,scheduler.{next(iter(own))}={own[next(iter(own))]} instead"
         )
-    specs = schedulers or (str(fields.get("scheduler", Scenario.__dataclass_fields__["scheduler"].default)),)
     sides: dict[str, dict[str, Any]] = {}
-    for spec in specs:
-        name = _short(spec, specs)
+    if not schedulers:
+        sides[str(fields.get("scheduler") or fields.get("engine") or DEFAULT_SIDE)] = fields
+    for spec in schedulers:
+        name = _short(spec, schedulers)
         if name in sides:
             raise ValueError(f"--scheduler {spec} is given twice: leave one out")
         sides[name] = fields | {"scheduler": spec}
@@ -176,6 +178,9 @@ def changed(fields: dict[str, Any], text: str) -> dict[str, Any]:
             continue
         if f"{name}_args" in Scenario.__dataclass_fields__:  # another plug-in does not know the arguments of this one
             values.pop(f"{name}_args", None)
+        if name == "engine":  # it brings its own scheduler
+            values.pop("scheduler", None)
+            values.pop("scheduler_args", None)
         values[name] = _typed(name, word)
     return values
 

@@ -49,27 +49,34 @@ class Watch:
             self.budget = own_limit(Limits(self.seqs, int(self.budget)))
 
         def schedule(self: Any, replica: Any, now_s: float) -> bool | None:
-            before = watch.before(replica)
+            before = watch.before(self, replica)
             hold = made.schedule(self, replica, now_s)
-            watch.after(self, replica, before)
+            watch.after(replica, before)
             return hold if watch.hold else None
 
         policy.__class__ = type(made.__name__, (made,), {"__slots__": (), "schedule": schedule})
         return policy
 
-    def before(self, replica: Any) -> dict[Request, int]:
-        """Tokens that each running request has so far."""
+    def before(self, policy: Any, replica: Any) -> dict[Request, int]:
+        """Tokens that each running request has so far.
+
+        The queue is read here and not behind the policy's back: one that computes its order when it is asked may keep
+        it until the end of its answer.
+        """
         self.asked += 1
         if self.asked > self.most:
             head = replica.waiting.head if replica.waiting else next(iter(replica.running), None)
             request = None if head is None else head.id
             raise Breach("progress", request, self.asked, f"asked {self.asked} times, request {request} is still there")
-        for request in (*replica.waiting, *replica.running):
+        waiting = list(replica.waiting)
+        for request in (*waiting, *replica.running):
             if request not in self.facts:
                 self.facts[request] = _facts(request)
+        self._check_states(waiting, replica)
+        self._check_order(policy, waiting)
         return {request: _tokens(replica, request) for request in replica.running}
 
-    def after(self, policy: Any, replica: Any, before: dict[Request, int]) -> None:
+    def after(self, replica: Any, before: dict[Request, int]) -> None:
         self._check_limits(replica)
         free, total = replica.kv.free_blocks, replica.kv.total_blocks
         if not 0 <= free <= total:
@@ -81,8 +88,6 @@ class Watch:
         for request, facts in self.facts.items():
             if _facts(request) != facts:
                 raise self._changed(request, facts)
-        self._check_states(replica)
-        self._check_order(policy, replica)
 
     def _check_limits(self, replica: Any) -> None:
         running = len(replica.running) - len(replica.paused)
@@ -93,14 +98,15 @@ class Watch:
         tokens = replica.decoding + sum(tokens for _, tokens, _ in replica.chunks)
         if tokens > self.budget:
             last = replica.chunks[-1][0].id if replica.chunks else None
-            what = f"an iteration of {tokens} tokens, beyond max_num_batched_tokens={self.budget:g}, request {last} last"
+            what = (
+                f"an iteration of {tokens} tokens, beyond max_num_batched_tokens={self.budget:g}, request {last} last"
+            )
             raise Breach("limits", last, tokens, what)
 
     @staticmethod
-    def _check_states(replica: Any) -> None:
-        waiting = set(replica.waiting)
-        for request in replica.running:
-            if request in waiting:
+    def _check_states(waiting: list[Request], replica: Any) -> None:
+        for request in waiting:
+            if request in replica.running:
                 raise Breach("finishes", request.id, "waiting", f"request {request.id} waits and runs at once")
         for name in ("prefilling", "batch", "paused"):
             for request in getattr(replica, name):
@@ -108,11 +114,11 @@ class Watch:
                     what = f"request {request.id} is in replica.{name} and does not run"
                     raise Breach("finishes", request.id, name, what)
 
-    def _check_order(self, policy: Any, replica: Any) -> None:
+    def _check_order(self, policy: Any, waiting: list[Request]) -> None:
         order = getattr(policy, "order", None)
         if order is None:
             return
-        keys = {request: order(request) for request in replica.waiting}
+        keys = {request: order(request) for request in waiting}
         for request, key in keys.items():
             was = self.keys.get(request, key)
             if was != key:

@@ -367,6 +367,7 @@ def test_arguments_of_a_variant_go_to_its_policy() -> None:
         "max_model_len": 32000, "async_scheduling": False, "quantization": None,
     }  # fmt: skip
     assert fields["scheduler_args"] == {"headroom": 0.1}
+    assert changed(fields, "engine=sglang") == {"engine": "sglang", "max_num_seqs": 8}
 
 
 def test_policies_of_files_are_called_by_their_class(tmp_path: Path) -> None:
