@@ -24,6 +24,7 @@ from llmsim.trace import Trace
 BLOCK_TOKENS = 16
 ID_TOKENS = 64  # of a prefix id of the trace
 LOOPS, MEMORY, CLOCKS = ("open", "closed", "sessions"), ("ample", "snug", "tight"), ("async", "sync")
+CLASSES = ("interactive", "standard", "batch")
 CLIENTS = 3  # of a closed loop
 AMPLE_BLOCKS = 5000
 
@@ -114,11 +115,13 @@ def _trace(name: str, shape: Shape, random: np.random.Generator) -> Trace:
     output = _lengths(shape.requests, shape.output, random)
     waits_s = np.where(random.random(count) < 0.7, random.exponential(1.0, count) * shape.gap_s, 0.0)
     arrival_s = np.cumsum(waits_s) - waits_s[0]
-    group = random.integers(0, 3, count)
+    group, promise = random.integers(0, 3, count), random.integers(0, 3, count)
     columns: dict[str, Any] = {
         "priority": random.integers(0, 3, count),
         "tenant": [f"tenant-{number}" for number in group],
-        "slo_class": [("interactive", "standard", "batch")[number] for number in random.integers(0, 3, count)],
+        "slo_class": [CLASSES[number] for number in promise],
+        "slo_ttft_s": np.array([0.1, 0.5, np.nan])[promise],
+        "slo_tpot_s": np.array([0.01, 0.05, np.nan])[promise],
     }
     if shape.loop == "sessions":
         columns |= _turns(arrival_s, prompt, output, random)
