@@ -6,7 +6,7 @@
     times      arrival <= first scheduled <= first token <= last token
     blocks     KV blocks in use are never below none or above all, and all come back
     limits     max_num_seqs and max_num_batched_tokens (or the policy's own `token_limit`) are kept in every iteration
-    queue      `order(request)` gives the same key for as long as a request waits
+    queue      requests wait in the order of `order(request)`: its key stays the same while a request waits
     progress   whatever waits is served in the end, also with little memory: no deadlock, no endless preempting
     hold       an answer that is held is the one it would give if asked before every iteration
     seed       the same seed gives the same bytes
@@ -96,9 +96,10 @@ class Conformance:
         )
 
 
-def check_scheduler(policy: Any, /, **arguments: Any) -> Conformance:
+def check_scheduler(policy: Any, /, scenario: dict[str, Any] | None = None, **arguments: Any) -> Conformance:
     """Hold a scheduling policy to the rules: a class, a built-in's name, or "file.py:ClassName", with its arguments.
 
+    `scenario`: fields of `Scenario` that the policy needs, the same in every case, e.g. {"swap_space_gib": 1}.
     Raises RuleBrokenError for the first rule that is broken; takes seconds.
     """
     name = policy if isinstance(policy, str) else policy.__name__
@@ -106,9 +107,10 @@ def check_scheduler(policy: Any, /, **arguments: Any) -> Conformance:
         policy = type(load_scheduler(policy, arguments))  # once: what its module remembers is there in the next run
 
     def with_policy(case: Case) -> Case:
-        if not isinstance(policy, str):
-            return case
-        return replace(case, scenario=replace(case.scenario, scheduler=policy, scheduler_args=arguments))
+        fields = dict(scenario or {})
+        if isinstance(policy, str):
+            fields |= {"scheduler": policy, "scheduler_args": arguments}
+        return replace(case, scenario=replace(case.scenario, **fields))
 
     def fleet(case: Case, cost: CostModel, hold: bool) -> _Watched:
         if isinstance(policy, str):

@@ -167,7 +167,7 @@ class Fidgets(Chunked):
 
     def order(self, request: Any) -> tuple[int, int]:
         self.calls += 1
-        return self.calls if request.id == 9 else 0, request.id
+        return -self.calls if request.id % 2 else 0, request.id
 
 
 class Refuses(Chunked):
@@ -265,7 +265,7 @@ BROKEN = [
     (Leaks, "blocks", "4999 of 5000 KV blocks are free when every request has ended"),
     (Prints, "blocks", "of 5000 KV blocks are free. Let"),
     (Oversubscribes, "limits", "beyond max_num_"),
-    (Fidgets, "queue", "order(request 9) was ("),
+    (Fidgets, "queue", ", waits before request "),
     (Refuses, "progress", "the first is request 7"),
     (LeavesPaused, "progress", "the first is request 7"),
     (TugsOfWar, "progress", "without a token in between"),
