@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,72 @@ from llmsim.testing_cases import cases, eviction_cases
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-@pytest.mark.parametrize("name", BUILTIN)
+NATIVE = {"vllm-native": "vllm"}  # runs the code of a package that only `pip install llmsim[native]` brings
+HOST_MEMORY = {"swap_space_gib": 1.0}
+VARIANTS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [  # scheduler, fields of the scenario, arguments
+    ("vllm", {"reserve_full_isl": False, "watermark": 0.05}, {}),
+    ("vllm", {"scheduling_policy": "priority"}, {}),
+    ("vllm", {"long_prefill_token_threshold": 40}, {}),
+    ("chunked", {}, {"headroom": 0.0}),
+    ("static", {}, {"batch_size": 3, "timeout_s": 0.0}),
+    ("static", {}, {"stream": True, "timeout_s": 0.01}),
+    ("dynamic", {}, {"batch_size": 4}),
+    ("orca", {}, {"reserve": "pow2"}),
+    ("orca", {}, {"reserve": "max"}),
+    ("vllm-v0", HOST_MEMORY, {"preemption": "swap"}),
+    ("sarathi", {}, {"token_budget": 32}),
+    ("sglang", {}, {"schedule_policy": "lpm"}),
+    ("sglang", {}, {"schedule_policy": "lof"}),
+    ("sglang", {}, {"schedule_policy": "random"}),
+    ("sglang", {}, {"enable_mixed_chunk": True}),
+    ("sglang", {}, {"enable_priority_scheduling": True}),
+    ("sglang", {}, {"schedule_conservativeness": 0.1, "chunked_prefill_size": 64}),
+    ("tensorrt-llm", {}, {"capacity_scheduler_policy": "max_utilization"}),
+    ("tensorrt-llm", {}, {"capacity_scheduler_policy": "static_batch"}),
+    ("tensorrt-llm", {}, {"enable_chunked_prefill": True}),
+    (
+        "tensorrt-llm", {},
+        {"enable_chunked_prefill": True, "capacity_scheduler_policy": "max_utilization",
+         "context_chunking_policy": "equal_progress"},
+    ),
+    ("sjf", {}, {"base": "sarathi"}),
+    ("sjf", {}, {"base": "orca"}),
+    ("sjf", {}, {"starvation_iterations": 5}),
+    ("srtf", {}, {"base": "chunked"}),
+    ("srtf", {}, {"starvation_iterations": 5, "quantum_iterations": 3}),
+    ("srtf", {}, {"when_full": "recompute"}),
+    ("srtf", HOST_MEMORY, {}),
+    ("mlfq", {}, {"base": "chunked", "quantum_s": 0.02, "levels": 3}),
+    ("mlfq", {}, {"quantum_s": 0.01, "starvation_s": 0.05}),
+    ("mlfq", HOST_MEMORY, {"quantum_s": 0.01}),
+    ("vtc", {}, {"base": "sarathi"}),
+    ("vtc", {}, {"weights": {"tenant-1": 3.0}}),
+    ("edf", {}, {"shed": True}),
+    ("least-slack", {}, {"base": "chunked", "shed": True}),
+    ("slo-chunk", {}, {"base": "chunked", "tpot_ms": 10.0}),
+    ("priority", {}, {"base": "sarathi", "classes": "interactive,standard,batch"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name in BUILTIN if name not in NATIVE])
 def test_every_built_in_scheduler_keeps_the_rules(name: str) -> None:
     outcome = check_scheduler(name)
     assert outcome.requests > 500
     assert outcome.asked < outcome.iterations, "nothing was held: the comparison says nothing"
+
+
+@pytest.mark.parametrize("name", [name for name in BUILTIN if name in NATIVE])
+def test_another_packages_scheduler_keeps_the_rules_where_it_is_installed(name: str) -> None:
+    if find_spec(NATIVE[name]) is not None:
+        assert check_scheduler(name).requests > 500
+    else:
+        with pytest.raises(Exception, match="not installed"):
+            check_scheduler(name)
+
+
+@pytest.mark.parametrize(("name", "scenario", "arguments"), [row for row in VARIANTS if row[0] in BUILTIN])
+def test_their_variants_keep_the_rules(name: str, scenario: dict[str, Any], arguments: dict[str, Any]) -> None:
+    assert check_scheduler(name, scenario=scenario, **arguments).requests > 500
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
