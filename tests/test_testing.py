@@ -34,7 +34,6 @@ VARIANTS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [  # scheduler, fie
     ("static", {}, {"stream": True, "timeout_s": 0.01}),
     ("dynamic", {}, {"batch_size": 4}),
     ("orca", {}, {"reserve": "pow2"}),
-    ("orca", {}, {"reserve": "max"}),
     ("vllm-v0", HOST_MEMORY, {"preemption": "swap"}),
     ("sarathi", {}, {"token_budget": 32}),
     ("sglang", {}, {"schedule_policy": "lpm"}),
