@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from llmsim import cli
-from llmsim.cli_compare import changed, scenarios_of
+from llmsim.cli_compare import changed
 from llmsim.compare import (
     LATENCIES,
     PERCENTS,
@@ -370,13 +370,17 @@ def test_arguments_of_a_variant_go_to_its_policy() -> None:
     assert changed(fields, "engine=sglang") == {"engine": "sglang", "max_num_seqs": 8}
 
 
-def test_policies_of_files_are_called_by_their_class(tmp_path: Path) -> None:
-    flags: dict[str, Any] = {name: None for name in Scenario.__dataclass_fields__ if not name.endswith("_args")}
-    flags |= {name: () for name in Scenario.__dataclass_fields__ if name.endswith("_args")}
-    flags |= {"scenario_file": None, "enforce_eager": False, "model": "llama-3.1-8b", "gpu": "h100-sxm"}
-    del flags["scheduler"]
-    assert list(scenarios_of(("x.py:Mine", "vllm"), (), dict(flags))) == ["Mine", "vllm"]
-    assert list(scenarios_of(("x.py:Mine", "y.py:Mine"), (), dict(flags))) == ["x.py:Mine", "y.py:Mine"]
+def test_policies_of_files_are_called_by_their_class(trace: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("x.py", "y.py"):
+        Path(name).write_text("from llmsim.schedulers.chunked import Chunked\n\n\nclass Mine(Chunked):\n    pass\n")
+
+    def names(*specs: str) -> list[str]:
+        flags = [word for spec in specs for word in ("--scheduler", spec)]
+        found = json.loads(printed(capsys, "compare", trace, *MACHINE, *flags, "--json"))
+        return [side["name"] for side in found["sides"]]
+
+    assert names("x.py:Mine", "vllm") == ["Mine", "vllm"]
+    assert names("x.py:Mine", "y.py:Mine") == ["x.py:Mine", "y.py:Mine"]
 
 
 def test_pictures(trace: str, capsys: pytest.CaptureFixture[str]) -> None:
