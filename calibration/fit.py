@@ -114,16 +114,9 @@ def first_guess(recordings: Sequence[Recording], basis: Basis) -> GpuClock:
     )
 
 
-def fit_decode(
-    seen: Sequence[tuple[str, Seen]], graphs: Graphs, basis: Basis
-) -> tuple[list[int], Floats, float]:
+def fit_decode(seen: Sequence[tuple[str, Seen]], graphs: Graphs, basis: Basis) -> tuple[list[int], Floats, float]:
     """Knots, L and b_full from decode steps that follow decode steps on the GPU. Scenarios count alike."""
-    rows = [
-        (name, row)
-        for name, row in seen
-        if row.mode == FULL and row.steady
-        if row.step.since_chunk > COOL_STEPS
-    ]
+    rows = [(name, row) for name, row in seen if row.mode == FULL and row.steady if row.step.since_chunk > COOL_STEPS]
     padded = np.array([graphs.padded(row.step.tokens) for _, row in rows])
     knots = [int(size) for size in np.unique(padded) if np.sum(padded == size) >= FEWEST]
     seqs = np.array([row.step.seqs for _, row in rows], float)

@@ -1,6 +1,6 @@
 """Compile measurement rows into the tables of `llmsim.cost.kernels`, each with its error on what it was not fitted to.
 
-    linear      q = measured / ridge on the rows that most shapes were timed at; held out: one (n, k) at a time
+    linear      q = measured / ridge on the rows that the densely timed shapes have; held out: one (n, k) at a time
     decode      base and token by relative least squares over contexts, for each number of requests; held out: one
                 context at a time
     prefill     call, pair, cached by non-negative relative least squares, the query tile by search; held out: one
@@ -45,6 +45,7 @@ LEAST_WIDTH, MOST_TOKENS = 512, 16_384  # of imported linear layers: no layer of
 FEWEST_PREFILLS = 12  # points that make a form of their own
 SUSTAINED_TOKENS = 512  # from here up `measure` times linear layers under load
 COMMON = 0.3  # share of the shapes that must have been timed at a number of rows for it to be in the table
+DENSE_ROWS, FEWEST_DENSE = 24, 6  # rows of a shape timed densely; such shapes that say how time goes between rows
 AFFINE_FROM_TOKENS = 128  # contexts below say nothing of the cost per cached token
 
 
@@ -155,12 +156,13 @@ def _by(rows: Iterable[Row], op: str, key: Callable[[Row], object]) -> dict:
 
 
 def fit_linear(rows: Sequence[Row], dtype: str, gpu: Gpu, judge: Judge) -> LinearTable:
-    """Our own measurements; if others' are there too, theirs say how time goes between ours."""
+    """Our own measurements; others' tables, and our shapes timed at many rows, say how time goes between the rows."""
     own = linear_seconds([row for row in rows if row.source == "measured"])
     imported = [row for row in rows if row.source != "measured" and min(row.n, row.k) >= LEAST_WIDTH]
     theirs = linear_seconds([row for row in imported if row.tokens <= MOST_TOKENS])
     if len(own) < 2 and len(theirs) < 2:
         raise ValueError(f"measurements: linear layers in {dtype} need two shapes of three row counts. Measure more")
+    dense = {shape: times for shape, times in own.items() if len(times) >= DENSE_ROWS}
     empty = LinearTable(
         weight_bytes=ELEMENT_BYTES[dtype],
         activation_bytes=ELEMENT_BYTES[dtype if dtype == "fp8" else "float32" if dtype == "float32" else "bfloat16"],
@@ -172,11 +174,16 @@ def fit_linear(rows: Sequence[Row], dtype: str, gpu: Gpu, judge: Judge) -> Linea
         slowness=(),
         quantises=not own and any(row.variant == "vllm_fp8" for row in rows),
     )
-    table = linear_table(empty, theirs or own)
-    if not theirs:
-        table = steadied(table)
-    if own and theirs:
-        table = follow(table, own)
+    if theirs:
+        table = linear_table(empty, theirs)
+        if len(dense) >= FEWEST_DENSE:
+            table = follow(refined(table, common_tokens(dense)), dense)
+        if own:
+            table = follow(table, own)
+    elif len(dense) >= FEWEST_DENSE:
+        table = follow(linear_table(empty, dense), own, steady=True)
+    else:
+        table = steadied(linear_table(empty, own))
     for (n, k), times in (own or theirs).items():
         at, truth = (np.array(column, float) for column in zip(*sorted(times.items()), strict=True))
         for tokens, predicted_s, measured_s in zip(at, table.seconds(n, k, at, without=(n, k)), truth, strict=True):
@@ -185,10 +192,26 @@ def fit_linear(rows: Sequence[Row], dtype: str, gpu: Gpu, judge: Judge) -> Linea
 
 
 def linear_seconds(rows: Sequence[Row]) -> dict[tuple[int, int], dict[int, float]]:
-    """(n, k) -> rows -> seconds; sustained clocks, where timed, replace cold ones."""
-    seconds: dict[tuple[int, int], dict[int, float]] = defaultdict(dict)
-    for row in sorted(preferred(rows, LINEAR_VARIANTS), key=lambda row: row.clocks == "sustained"):
-        seconds[row.n, row.k][row.tokens] = row.median_s
+    """(n, k) -> rows -> seconds; sustained clocks, where timed, replace cold ones.
+
+    Of a shape timed in several runs the first says how long it takes cold, so that all shapes are of one run (the
+    largest differ by 8 % from one to another); under load, where runs differ by chance, the mean does. What lies
+    between the rows of all runs comes from the last, corrected alike.
+    """
+    timed: dict[tuple[int, int], dict[str, dict[int, list[float]]]] = defaultdict(lambda: defaultdict(dict))
+    for row in preferred(rows, LINEAR_VARIANTS):
+        timed[row.n, row.k][row.clocks or "cold"].setdefault(row.tokens, []).append(row.median_s)
+    seconds: dict[tuple[int, int], dict[int, float]] = {}
+    for shape, by_clocks in timed.items():
+        seconds[shape] = {}
+        for clocks in sorted(by_clocks):  # cold, sustained
+            runs = by_clocks[clocks]
+            twice = sorted(tokens for tokens, times in runs.items() if len(times) > 1)
+            levels = {t: runs[t][0] if clocks == "cold" else float(np.exp(np.mean(np.log(runs[t])))) for t in runs}
+            ratios = [levels[tokens] / runs[tokens][-1] for tokens in twice]
+            for tokens, times in runs.items():
+                other = float(np.interp(np.log(tokens), np.log(twice), ratios)) if twice and len(times) == 1 else 1.0
+                seconds[shape][tokens] = levels[tokens] * other
     return {shape: times for shape, times in sorted(seconds.items()) if len(times) >= 3}
 
 
@@ -223,13 +246,27 @@ def steadied(table: LinearTable) -> LinearTable:
     return msgspec.structs.replace(table, slowness=tuple(tuple(row) for row in slowness))
 
 
-def follow(table: LinearTable, own: dict[tuple[int, int], dict[int, float]]) -> LinearTable:
-    """Our shapes at all rows of `table`: its predictions, corrected by what we timed."""
+def refined(table: LinearTable, tokens: Sequence[int]) -> LinearTable:
+    """The same table with more rows, so that what is timed there can be told."""
+    grid = sorted({*table.tokens, *(t for t in tokens if table.tokens[0] <= t <= table.tokens[-1])})
+    at, known = table.rows(np.array(grid, float)), table.rows(np.array(table.tokens, float))
+    slowness = tuple(tuple(np.round(np.interp(at, known, q), 4).tolist()) for q in table.slowness)
+    return msgspec.structs.replace(table, tokens=tuple(grid), slowness=slowness)
+
+
+def follow(table: LinearTable, own: dict[tuple[int, int], dict[int, float]], steady: bool = False) -> LinearTable:
+    """Our shapes at all rows of `table`: its predictions, corrected by what we timed.
+
+    `steady`: by half of it where a shape was timed at few rows under sustained load (see `steadied`).
+    """
     grid = np.array(table.tokens, float)
     slowness = []
     for shape, times in own.items():
         timed, seconds = (np.array(column, float) for column in zip(*sorted(times.items()), strict=True))
-        correction = np.interp(np.log(grid), np.log(timed), seconds / table.seconds(*shape, timed))
+        known = seconds / table.seconds(*shape, timed)
+        if steady and len(times) < DENSE_ROWS:
+            known = np.where(timed >= SUSTAINED_TOKENS, np.sqrt(known), known)
+        correction = np.interp(np.log(grid), np.log(timed), known)
         q = table.seconds(*shape, grid) / table.ridge_s(*shape, grid)
         slowness.append(tuple(np.round(q * correction, 4).tolist()))
     return msgspec.structs.replace(table, shapes=tuple(own), slowness=tuple(slowness))

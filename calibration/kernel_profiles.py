@@ -45,9 +45,7 @@ def read_rows(files: Sequence[Path], gpu: str) -> Measurements:
     return Measurements(rows, ", ".join(dict.fromkeys(said)), digests)
 
 
-def read_kernels(
-    files: Sequence[Path], gpu: str, rest: Profile | None = None, judge: Judge | None = None
-) -> Kernels:
+def read_kernels(files: Sequence[Path], gpu: str, rest: Profile | None = None, judge: Judge | None = None) -> Kernels:
     """Kernels of measurement files; what they lack is that of the profile `rest`."""
     read = read_rows(files, gpu)
     return fit_kernels(read.rows, find_gpu(gpu), read.source, read.digests, rest.kernels if rest else None, judge)

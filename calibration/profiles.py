@@ -91,7 +91,7 @@ def rounded(profile: Profile) -> Profile:
             return float(f"{value:.7g}")
         if isinstance(value, dict):
             return {key: short(item) for key, item in value.items()}
-        return [short(item) for item in value] if isinstance(value, list) else value
+        return [short(item) for item in value] if isinstance(value, list | tuple) else value
 
     return msgspec.convert(short(msgspec.to_builtins(profile, builtin_types=())), Profile)
 

@@ -475,7 +475,7 @@ def test_the_fitted_models_own_clock_would_be_far_off(two_gpus: tuple[Any, list[
     recording, (right,) = two_gpus
     alone = replace(recording, engine=recording.engine | {"tensor_parallel_size": 1})
     (wrong,) = check_profile(read_profile("h200-sxm"), [alone])
-    assert wrong.decode_median > 0.2 > 10 * right.decode_median
+    assert wrong.decode_median > 0.2 > 5 * right.decode_median
 
 
 def test_a_batch_of_a_grid_is_one_scenario_and_the_table_names_the_model(two_gpus: tuple[Any, list[Check]]) -> None:

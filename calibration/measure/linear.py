@@ -68,8 +68,8 @@ def linear_bytes(dtype: str, tokens: int, n: int, k: int) -> float:
 
 
 def dense_tokens() -> list[int]:
-    """Where a refinement may be: graph sizes, quarters of 64 up to 2048, both sides of a new tile, and to 16384."""
-    around = {TILE * tiles + extra for tiles in range(1, 17) for extra in (0, 1, TILE // 2)}
+    """Where a refinement may be: graph sizes, both sides of a new tile and how it fills up to 2048, and to 16384."""
+    around = {TILE * tiles + extra for tiles in range(1, 17) for extra in (0, 1, 8, 16, 32, TILE // 2)}
     around |= {TILE * tiles + 1 for tiles in (20, 24, 28, 32, 48, 64)}
     sizes = {*capture_sizes(1024, 16384), *range(512, 2049, 64), *around}
     return sorted(sizes | {2560, 3072, 3584, 5120, 6144, 7168, 10240, 12288, 14336, 16384})

@@ -1,16 +1,16 @@
 """What can be measured: a point is one operator at one shape, and has a key that stays the same from run to run.
 
-    class Norm:
-        name = "rms_norm"
+class Norm:
+    name = "rms_norm"
 
-        def points(self, wanted):            # most important first: a coarse grid over everything, then refinements
-            for tokens in (1, 64, 512):
-                yield Point.of("rms_norm", "torch", "graph", dtype="bfloat16", tokens=tokens, n=4096)
+    def points(self, wanted):            # most important first: a coarse grid over everything, then refinements
+        for tokens in (1, 64, 512):
+            yield Point.of("rms_norm", "torch", "graph", dtype="bfloat16", tokens=tokens, n=4096)
 
-        def measure(self, point, bench):     # raises Unavailable if this machine cannot do it
-            tokens, n = point["tokens"], point["n"]
-            inputs = [bench.randn((tokens, n), point["dtype"]) for _ in range(bench.copies(4 * tokens * n))]
-            return bench.time(point, [partial(norm, x) for x in inputs], bytes=4 * tokens * n)
+    def measure(self, point, bench):     # raises Unavailable if this machine cannot do it
+        tokens, n = point["tokens"], point["n"]
+        inputs = [bench.randn((tokens, n), point["dtype"]) for _ in range(bench.copies(4 * tokens * n))]
+        return bench.time(point, [partial(norm, x) for x in inputs], bytes=4 * tokens * n)
 """
 
 from __future__ import annotations

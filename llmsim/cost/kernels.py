@@ -12,12 +12,12 @@ Seconds of R rows (tokens of an iteration, padded in graph modes) and r requests
 A linear layer of n outputs, k inputs takes t = q * ridge, where ridge = sqrt(memory^2 + compute^2) of data-sheet rates
 and q is measured: a table over rows for each (n, k), linear between them, constant beyond the ends. Rows count as
 `effective_rows`: GEMMs compute tiles of 128. Above 256 rows, where they pace the time, a tile just begun costs a
-quarter of a full one and half a tile all of it (on an H200, of what 1,152 rows cost more than 1,024, 1,032 cost 0.3 and
-1,090 cost 0.95). For an (n, k) that was not measured q is the mean over the nearest shapes that were, by distance^-3 in
-(log2 n, log2 k). Where both sides of many tile edges were timed (fp8, whose time falls as a tile fills), rows count as
-themselves. Memory-bound kernels are curves of seconds over bytes moved, all-reduces over bytes of the message:
-linear between measured sizes, in proportion beyond the last. Decode attention is affine in cached tokens for each
-number of requests; `least` is the smallest query tile.
+quarter of a full one and half a tile nearly all of it (on an H200, of what 1,152 rows cost more than 1,024, 1,032 cost
+0.3 and 1,090 cost 0.95). For an (n, k) that was not measured q is the mean over the nearest shapes that were, by
+distance^-3 in (log2 n, log2 k). Where both sides of many tile edges were timed (fp8, whose time falls as a tile fills),
+rows count as themselves. Memory-bound kernels are curves of seconds over bytes moved, all-reduces over bytes of the
+message: linear between measured sizes, in proportion beyond the last. Decode attention is affine in cached tokens for
+each number of requests; `least` is the smallest query tile.
 
 Everything is computed when a model is loaded; the loop sees tables. `error` carries how far each operator's prediction
 is from measurements held out (python -m calibration check-kernels).
@@ -46,14 +46,14 @@ RANK_WAIT_S = 2e-6
 
 TILE_ROWS = 128
 TILE_AT_ONCE = 0.25  # of a full tile's time, as soon as its first row is there
-TILE_PAID_ROWS = 64  # rows after which the whole tile is paid
+TILE_PAID_ROWS, TILE_PAID = 64, 0.95  # rows after which nearly the whole tile is paid, and how much of it
 FIRST_TILED_ROW = 256  # below, memory paces the GEMMs
 
 
 def effective_rows(rows: Floats) -> Floats:
     """Rows of full GEMM tiles that take as long as `rows` do."""
     full, begun = np.divmod(rows, TILE_ROWS)
-    share = np.minimum(TILE_AT_ONCE + (1.0 - TILE_AT_ONCE) * begun / TILE_PAID_ROWS, 1.0)
+    share = np.interp(begun, (0.0, TILE_PAID_ROWS, TILE_ROWS), (TILE_AT_ONCE, TILE_PAID, 1.0))
     tiled: Floats = np.where(begun > 0, TILE_ROWS * (full + share), rows)
     return np.where(rows <= FIRST_TILED_ROW, rows, tiled)
 

@@ -18,7 +18,7 @@ from llmsim.schedulers.static import StaticBatching
 
 
 class DynamicBatching(StaticBatching):
-    """`preferred_batch_sizes`: as a list, or as text with commas or plus signs; empty: `batch_size` alone."""
+    """One batch at a time, of a `preferred_batch_sizes` (as in 4,8) or what waits after `timeout_s`; no padding."""
 
     pads = False
 

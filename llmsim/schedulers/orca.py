@@ -14,8 +14,9 @@ What is reserved is what vLLM's paper (SOSP'23, section 6.1) calls
     pow2     its prompt, and its answer's length rounded up to a power of two
     max      `max_tokens`, the longest sequence that the model serves (2048 for their OPT)
 
-rounded up to whole KV blocks. Left out: pipeline stages (several batches in flight), contiguity of the slots (Orca's
-cache also fragments), prefix sharing.
+rounded up to whole KV blocks; with `buddy` to a power of two of them, as the buddy allocator rounds that vLLM's paper
+gives Orca, which says nothing of its own. Left out: pipeline stages (several batches in flight), fragmentation between
+reservations, prefix sharing.
 """
 
 from __future__ import annotations
@@ -35,15 +36,20 @@ RESERVES = ("oracle", "pow2", "max")
 
 
 class Orca:
-    """`reserve`: see above; `max_tokens`: what "max" reserves; `batch_size`: at most, 0: max_num_seqs."""
+    """Batches by iteration, memory reserved at admission: `reserve` oracle, pow2 or max (of `max_tokens`).
 
-    def __init__(self, reserve: str = "oracle", max_tokens: int = 2048, batch_size: int = 0) -> None:
+    `batch_size`: requests at most, 0: max_num_seqs; `buddy`: see above.
+    """
+
+    def __init__(
+        self, reserve: str = "oracle", max_tokens: int = 2048, batch_size: int = 0, buddy: bool = False
+    ) -> None:
         if reserve not in RESERVES:
             raise ValueError(f"reserve={reserve!r} is unknown. Choose {', '.join(RESERVES)}.")
         for name, count, least in (("max_tokens", max_tokens, 1), ("batch_size", batch_size, 0)):
             if isinstance(count, bool) or not isinstance(count, int) or count < least:
                 raise ValueError(f"{name}={count!r} is not a whole number of {least} or more.")
-        self.reserve, self.max_tokens, self.batch_size = reserve, max_tokens, batch_size
+        self.reserve, self.max_tokens, self.batch_size, self.buddy = reserve, max_tokens, batch_size, bool(buddy)
         self._reserved: dict[Request, int] = {}
         self._reserved_blocks = 0
 
@@ -73,6 +79,8 @@ class Orca:
             blocks = replica.kv.blocks_for(self._tokens(request))
             if blocks > total_blocks:
                 blocks = self._all_of(total_blocks, request)
+            if self.buddy:
+                blocks = min(1 << (blocks - 1).bit_length(), total_blocks)
             if self._reserved_blocks + blocks > total_blocks:
                 return
             replica.prefill(request, request.prompt_tokens, NO_HIT)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Sarathi:
-    """`token_budget`: tokens of an iteration (at most max_num_batched_tokens); `watermark`: see above."""
+    """All decodes, then prompt chunks, within `token_budget` tokens; `watermark` of the blocks left free."""
 
     def __init__(self, token_budget: int = 512, watermark: float = 0.01) -> None:
         if isinstance(token_budget, bool) or not isinstance(token_budget, int) or token_budget < 1:
@@ -55,18 +55,16 @@ class Sarathi:
 
     def _admit(self, replica: Replica, budget: int) -> None:
         waiting, kv, running = replica.waiting, replica.kv, replica.running
-        spare = int(self.watermark * kv.total_blocks)
-        kept = self._kept_blocks(replica)
+        spare = int(self.watermark * kv.total_blocks)  # nothing is kept for anybody while the budget lasts
         while waiting.size and budget > 0 and len(running) < replica.limits.max_num_seqs:
             request = waiting.head
             known = request.prompt_tokens + request.generated_tokens
             hit = replica.look_up(request)
             blocks = kv.blocks_for(known) - hit.blocks + hit.idle_blocks
-            if blocks + kept + (spare if running else 0) > kv.free_blocks:
+            if blocks + (spare if running else 0) > kv.free_blocks:
                 return
             tokens = min(known - hit.blocks * kv.block_tokens, budget)
             replica.prefill(request, tokens, hit)
-            kept += kv.blocks_for(known) - kv.blocks_for(request.computed_tokens)
             budget -= tokens
 
     @staticmethod

@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 
 
 class StaticBatching:
-    """`batch_size` rows at most, `timeout_s` a batch waits to fill, `reserve_tokens` KV of a row (0: what it needs)."""
+    """One padded batch at a time: `batch_size` rows at most, `timeout_s` to fill it, `stream` its answers or not.
+
+    `reserve_tokens`: KV of a row, 0: what the batch needs.
+    """
 
     pads = True  # prompts to the longest, and finished rows go on
 

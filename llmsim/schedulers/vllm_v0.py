@@ -38,7 +38,7 @@ def arrival(request: Request) -> tuple[float, int]:
 
 
 class VllmV0:
-    """`preemption`: recompute or swap; `watermark`: fraction of the blocks that admission leaves free."""
+    """Whole prompts first and alone; `preemption` by recompute or swap, `watermark` of the blocks left free."""
 
     def __init__(self, preemption: str = "recompute", watermark: float = 0.01) -> None:
         if preemption not in ("recompute", "swap"):
