@@ -45,7 +45,7 @@ def check_plot(path: Path) -> None:
         raise ValueError('plots need two more packages: pip install "altair>=6,<7" "vl-convert-python>=1.7"')
 
 
-def save(chart: alt.LayerChart | alt.ConcatChart, path: Path, ppi: int = 160) -> None:
+def save(chart: alt.LayerChart | alt.ConcatChart | alt.VConcatChart, path: Path, ppi: int = 160) -> None:
     """Complete or not at all."""
     kind: Any = path.suffix.lower()[1:]
     options: dict[str, dict[str, Any]] = {

@@ -123,6 +123,8 @@ def plugin_flags(kind: str, module: str, text: str) -> list[Callable[[Any], Any]
     ]
 
 
+SCHEDULER_FLAGS = plugin_flags("scheduler", "llmsim.schedulers", "Policy, or your own file.py:Class. [the engine's]")
+
 # Flags in the order of `--help`. Each is a field of Scenario, except the few that end up in one (scenario_from).
 SCENARIO_FLAGS: list[Callable[[Any], Any]] = [
     click.option(
@@ -144,7 +146,7 @@ SCENARIO_FLAGS: list[Callable[[Any], Any]] = [
     click.option(
         "--engine", type=Known(_engines), metavar="NAME", help="Scheduler, cache and defaults of an engine. [vllm]"
     ),
-    *plugin_flags("scheduler", "llmsim.schedulers", "Policy, or your own file.py:Class. [the engine's]"),
+    *SCHEDULER_FLAGS,
     *plugin_flags("admission", "llmsim.admission", "Which requests are taken, or your file.py:Class. [none]"),
     click.option("--scheduling-policy", type=_choice(SCHEDULING_POLICIES), help="fcfs or priority. [fcfs]"),
     click.option("--max-num-seqs", type=INT, help="Requests running at once. [vLLM's for this GPU]"),

@@ -112,6 +112,11 @@ class DroppingBatch(RunningBatch):
     def needs_block(self, request: Request) -> int:
         return 0 if request in self._full else super().needs_block(request)
 
+    @property
+    def squares(self) -> float:
+        """As if all read alike: full members do."""
+        return self.kv_tokens * self.kv_tokens / self.size if self.size else 0.0
+
     def steps_to_finish(self) -> int:
         steps = super().steps_to_finish()
         filling = self._filling
@@ -141,8 +146,6 @@ class DroppingBatch(RunningBatch):
 
 class DroppingCost:
     """A cost model for such a batch; everything else is that of `cost`."""
-
-    skew_share = 0.0  # full members read as much as each other
 
     def __init__(self, cost: CostModel, batch: DroppingBatch, kv: DroppingKV) -> None:
         self._cost, self._batch = cost, batch

@@ -21,7 +21,8 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import import_module
@@ -60,21 +61,29 @@ def write_run(
     detailed: bool = False,
 ) -> list[str]:
     """Write the folder; returns what should be said about it (a timeline that had to be cut), one line each."""
+    notes: list[str] = []
+    with complete_folder(folder) as partial:
+        kept = {name: value for name, value in summary.items() if name not in WALL_KEYS}
+        write_json(partial / "summary.json", kept | (detailed_arrays(result.requests) if detailed else {}))
+        write_parquet(partial / "requests.parquet", _request_columns(result.requests))
+        write_parquet(partial / "iterations.parquet", result.iterations)
+        if timeline:
+            notes += write_timeline(result, partial / "trace.json.gz", window_s=timeline_window_s)
+        write_json(partial / "manifest.json", _manifest(result, summary, partial) | (manifest_extra or {}))
+    return notes
+
+
+@contextmanager
+def complete_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into that gets its name once everything is in it; an error leaves nothing behind."""
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"out={folder}: exists and is not an empty folder; give another name")
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
-    notes: list[str] = []
     try:
         partial.mkdir()
-        kept = {name: value for name, value in summary.items() if name not in WALL_KEYS}
-        _write_json(partial / "summary.json", kept | (detailed_arrays(result.requests) if detailed else {}))
-        _write_parquet(partial / "requests.parquet", _request_columns(result.requests))
-        _write_parquet(partial / "iterations.parquet", result.iterations)
-        if timeline:
-            notes += write_timeline(result, partial / "trace.json.gz", window_s=timeline_window_s)
-        _write_json(partial / "manifest.json", _manifest(result, summary, partial) | (manifest_extra or {}))
+        yield partial
         os.replace(partial, folder)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -82,7 +91,6 @@ def write_run(
     except BaseException:  # Ctrl-C included: nothing half-written stays
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return notes
 
 
 def read_run(folder: Path) -> Run:
@@ -125,29 +133,37 @@ def _request_columns(requests: Columns) -> Columns:
 
 
 def _manifest(result: Result, summary: dict[str, Any], folder: Path) -> dict[str, Any]:
-    packages: Sequence[str] = ("numpy", "simpy", "pyarrow")
-    versions = {"llmsim": llmsim.__version__, "python": platform.python_version()}
-    written = {path.name: path for path in sorted(folder.iterdir())}
     return {
-        "versions": versions | {package: version(package) for package in packages},
+        "versions": versions(),
         "scenario": result.scenario.to_dict(),
         "seed": result.scenario.seed,
         "kv_blocks": result.kv_blocks,
         "calibration": summary["calibration"],
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         **{name: summary.get(name) for name in WALL_KEYS},
-        "files": {
-            name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-            for name, path in written.items()
-        },
+        "files": facts_of_files(folder),
     }
 
 
-def _write_json(path: Path, document: dict[str, Any]) -> None:
+def versions() -> dict[str, str]:
+    packages: Sequence[str] = ("numpy", "simpy", "pyarrow")
+    own = {"llmsim": llmsim.__version__, "python": platform.python_version()}
+    return own | {package: version(package) for package in packages}
+
+
+def facts_of_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of what a folder holds."""
+    return {
+        path.name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        for path in sorted(folder.iterdir())
+    }
+
+
+def write_json(path: Path, document: dict[str, Any]) -> None:
     path.write_text(json.dumps(json_safe(document), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _write_parquet(path: Path, columns: Columns) -> None:
+def write_parquet(path: Path, columns: Columns) -> None:
     pa, pq = _pyarrow()
     # from_pandas: nan, "has not happened", becomes null
     table = pa.table({name: pa.array(column, from_pandas=True) for name, column in columns.items()})

@@ -190,7 +190,9 @@ class Fleet:
         *,
         cost: CostModel | None = None,
         progress: Callable[[int, int, float], None] | None = None,
+        policy: Callable[[], Any] | None = None,
     ) -> None:
+        """`policy` makes a scheduler for each replica instead of the one that the scenario names."""
         self.trace, self.scenario = trace, scenario.resolved()
         s = self.scenario
         assert s.max_num_seqs is not None and s.max_num_batched_tokens is not None and s.max_model_len is not None
@@ -229,7 +231,7 @@ class Fleet:
             self.replicas.append(
                 make(
                     self.env,
-                    policy_over(kv, scheduler_of(s), s),
+                    policy_over(kv, policy() if policy is not None else scheduler_of(s), s),
                     self.cost,
                     kv,
                     limits,

@@ -18,6 +18,7 @@ FLOORS = {  # imports must go down; imports for type checkers only are exempt, t
         ("plan", "sweep", "testing", "validate", "oracle", "report", "runs", "fromvllm", "phases", "charts", "reuse"), 5
     ),
     **dict.fromkeys(("whatif", "speculation"), 5),
+    "compare": 5,
     "cli": 6,
     "__main__": 7,
 }

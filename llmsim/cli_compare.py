@@ -1,0 +1,301 @@
+"""`llmsim compare`: one trace under several schedulers and settings, or run folders of the same trace."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from llmsim.cli_options import (
+    CONTEXT,
+    SCENARIO_FLAGS,
+    SCHEDULER_FLAGS,
+    Known,
+    SectionedCommand,
+    apply,
+    builtins_of,
+    json_option,
+    scenario_fields,
+    trace_arguments,
+    trace_options,
+    value_of,
+)
+from llmsim.cli_replay import PROGRESS_AFTER_S, _check_closed_loop, _load
+from llmsim.scenario import Scenario
+from llmsim.scenario_file import human_int
+
+if TYPE_CHECKING:
+    from llmsim.compare import Comparison, Side
+
+DEFAULT_SIDE = "vllm"  # the scheduler of a scenario that names none
+HEADINGS = {"ttft": "TTFT", "tpot": "TPOT", "e2el": "E2EL"}
+SETTING_FLAGS = [flag for flag in SCENARIO_FLAGS if flag is not SCHEDULER_FLAGS[0]]
+
+
+@click.command(cls=SectionedCommand, context_settings=CONTEXT, epilog="Differences are to the first side.")
+@click.argument("paths", metavar="TRACE|RUN…", nargs=-1, required=True)
+@click.option(
+    "--scheduler",
+    "schedulers",
+    multiple=True,
+    type=Known(builtins_of("llmsim.schedulers")),
+    metavar="NAME",
+    help="A side: a policy, or your own file.py:Class. Repeatable.",
+)
+@click.option(
+    "--set",
+    "variants",
+    multiple=True,
+    metavar="FIELD=VALUE,…",
+    help="A side: the first one with these fields changed; scheduler.NAME=VALUE is an argument of it. Repeatable.",
+)
+@lambda command: apply(SETTING_FLAGS, command)
+@trace_options
+@click.option(
+    "--goodput", multiple=True, metavar="METRIC:MS…", help="For ttft, tpot, e2el: --goodput ttft:500 tpot:50."
+)
+@click.option("--jobs", type=click.IntRange(min=1), default=1, help="Replays at a time. [1]")
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder for the paired rows.")
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Picture: .html, .svg or .png.")
+@json_option
+@click.pass_obj
+def compare(
+    arguments: list[str],
+    /,
+    paths: tuple[str, ...],
+    schedulers: tuple[str, ...],
+    variants: tuple[str, ...],
+    goodput: tuple[str, ...],
+    jobs: int,
+    out: Path | None,
+    plot: Path | None,
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Replay TRACE under every --scheduler and --set, and compare request by request; or compare RUN folders.
+
+    \b
+    llmsim compare chat.csv --model llama-3.1-8b --gpu h100-sxm --scheduler vllm --scheduler chunked
+    llmsim compare chat.csv --model llama-3.1-8b --gpu h100-sxm --set max_num_batched_tokens=2048 --set replicas=2
+    llmsim compare runs/a runs/b
+    """
+    from llmsim import compare as comparing
+    from llmsim.charts import check_plot
+    from llmsim.compare_report import report
+    from llmsim.metrics import parse_goodput
+
+    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out}: exists and is not an empty folder: give another name")
+    if plot is not None:
+        check_plot(plot)
+    targets = parse_goodput(goodput) or None
+    if all((Path(path) / "manifest.json").is_file() for path in paths):
+        _refuse_settings(schedulers, variants, flags)
+        sides = [_read_side(path) for path in paths]
+        targets = targets or _common_targets(sides)
+        seed, source = 0, {"runs": list(paths)}
+    elif len(paths) == 1:
+        _check_closed_loop(flags)
+        scenarios = scenarios_of(schedulers, variants, flags)
+        seed = next(iter(scenarios.values())).seed
+        sides, source = _replayed(paths[0], scenarios, flags, targets, jobs)
+    else:
+        odd = next(path for path in paths if not (Path(path) / "manifest.json").is_file())
+        raise ValueError(f"{odd}: not a run folder (no manifest.json): give one TRACE, or RUN folders only")
+    outcome = comparing.compare(sides, targets, seed=seed)
+    if out is not None:
+        _write(out, outcome, source, ["llmsim", *arguments])
+    if plot is not None:
+        _draw(outcome, plot)
+    if as_json:
+        from llmsim.compare_report import document
+        from llmsim.metrics import json_safe
+
+        click.echo(json.dumps(json_safe(document(outcome)), allow_nan=False))
+        return
+    click.echo(report(outcome))
+    for path in (out, plot):
+        if path is not None:
+            click.echo(f"Written: {path}")
+
+
+# ---- sides ----------------------------------------------------------------------------------------------------------
+
+
+def scenarios_of(schedulers: tuple[str, ...], variants: tuple[str, ...], flags: dict[str, Any]) -> dict[str, Scenario]:
+    """Name -> scenario of every side, all checked before the first replay. Takes the scenario flags out of `flags`."""
+    source = str(flags["scenario_file"] or "flags")
+    fields = scenario_fields(flags)
+    for name in ("model", "gpu"):
+        if name not in fields:
+            raise ValueError(f"no {name}: add --{name} NAME (llmsim list {name}s)")
+    own = fields.get("scheduler_args")
+    if own and len(schedulers) > 1:
+        raise ValueError(
+            f"scheduler_args={own} and {len(schedulers)} schedulers: which of them takes it? Give "
+            f"--set scheduler=NAME,scheduler.{next(iter(own))}={own[next(iter(own))]} instead"
+        )
+    sides: dict[str, dict[str, Any]] = {}
+    if not schedulers:
+        sides[str(fields.get("scheduler") or fields.get("engine") or DEFAULT_SIDE)] = fields
+    for spec in schedulers:
+        name = _short(spec, schedulers)
+        if name in sides:
+            raise ValueError(f"--scheduler {spec} is given twice: leave one out")
+        sides[name] = fields | {"scheduler": spec}
+    for text in variants:
+        if text in sides:
+            raise ValueError(f"--set {text} is given twice: leave one out")
+        sides[text] = changed(next(iter(sides.values())), text)
+    if len(sides) < 2:
+        raise ValueError("one side to compare: add another --scheduler NAME or --set FIELD=VALUE")
+    return {name: Scenario.from_dict(values, source=source).resolved() for name, values in sides.items()}
+
+
+def _short(spec: str, specs: tuple[str, ...]) -> str:
+    """The class of a user's file, unless two of them are called the same."""
+    name = spec.rpartition(":")[2]
+    return spec if len([other for other in specs if other.rpartition(":")[2] == name]) > 1 else name
+
+
+def changed(fields: dict[str, Any], text: str) -> dict[str, Any]:
+    """Scenario fields with those of FIELD=VALUE,… changed; KIND.NAME=VALUE is an argument of the plug-in KIND."""
+    values = dict(fields)
+    for pair in text.split(","):
+        name, sign, word = (part.strip() for part in pair.partition("="))
+        name = name.replace("-", "_")
+        kind, dot, argument = name.partition(".")
+        if not sign or not name or (dot and not argument):
+            raise ValueError(f"--set {pair}: write FIELD=VALUE, e.g. max_num_seqs=64 or scheduler.headroom=0.05")
+        if dot:
+            values[f"{kind}_args"] = values.get(f"{kind}_args", {}) | {argument: value_of(word)}
+            continue
+        if f"{name}_args" in Scenario.__dataclass_fields__:  # another plug-in does not know the arguments of this one
+            values.pop(f"{name}_args", None)
+        if name == "engine":  # it brings its own scheduler
+            values.pop("scheduler", None)
+            values.pop("scheduler_args", None)
+        values[name] = _typed(name, word)
+    return values
+
+
+def _typed(name: str, word: str) -> Any:
+    """The value as the field has it: text stays text, 32k is a number where a number is wanted."""
+    field = Scenario.__dataclass_fields__.get(name)
+    kind = "" if field is None else str(field.type).removesuffix(" | None")
+    if kind == "int" and word.lower() not in ("null", "none"):
+        return human_int(word)
+    if kind == "str" and word.lower() not in ("null", "none"):
+        return word
+    value = value_of(word.lower() if kind == "bool" else word)
+    return None if isinstance(value, str) and value.lower() == "none" else value
+
+
+def _replayed(
+    path: str, scenarios: dict[str, Scenario], flags: dict[str, Any], targets: dict[str, float] | None, jobs: int
+) -> tuple[list[Side], dict[str, Any]]:
+    from llmsim.compare import run_sides
+
+    shortest = min(scenario.max_model_len or 0 for scenario in scenarios.values())
+    trace = _load(path, replace(next(iter(scenarios.values())), max_model_len=shortest), flags)
+    started_s = time.monotonic()
+
+    def done(name: str, side: Side) -> None:
+        if time.monotonic() - started_s > PROGRESS_AFTER_S:
+            wall_s = side.summary["sim_wall_s"]
+            click.echo(f"{name}: {side.summary['completed']} requests answered in {wall_s:.1f} s", err=True)
+
+    sides = run_sides(trace, scenarios, targets, jobs=jobs, done=done)
+    for side in sides:
+        if not side.summary["completed"]:
+            raise ValueError(
+                f"{side.name}: all {len(trace)} requests are rejected: a replica's KV blocks hold too few tokens; "
+                "raise num_gpu_blocks_override or gpu_memory_utilization, or leave them out"
+            )
+    return sides, {"trace": {"name": trace.name, "sha256": trace.sha256, "requests": len(trace)}}
+
+
+def _refuse_settings(schedulers: tuple[str, ...], variants: tuple[str, ...], flags: dict[str, Any]) -> None:
+    given = [f"--scheduler {name}" for name in schedulers] + [f"--set {text}" for text in variants]
+    given += [f"--{name.replace('_', '-')}" for name in (*scenario_fields(flags), *trace_arguments(flags))]
+    if given:
+        raise ValueError(f"{given[0]}: run folders are compared as they are: leave it out, or give a TRACE")
+
+
+def _read_side(path: str) -> Side:
+    from llmsim.compare import Side
+    from llmsim.runs import read_run
+
+    run = read_run(Path(path))
+    return Side(path, run.manifest["scenario"], run.summary, run.requests)
+
+
+def _common_targets(sides: list[Side]) -> dict[str, float] | None:
+    """The goodput targets that every run was summarised with, if they were the same."""
+    targets = sides[0].summary.get("slo")
+    return dict(targets) if targets and all(side.summary.get("slo") == targets for side in sides) else None
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def _write(folder: Path, outcome: Comparison, source: dict[str, Any], command: list[str]) -> None:
+    """requests.parquet: a row a request, columns NAME[side]; comparison.json; manifest.json."""
+    from llmsim.compare_report import document
+    from llmsim.metrics import latencies_s
+    from llmsim.runs import complete_folder, facts_of_files, versions, write_json, write_parquet
+
+    first = outcome.sides[0].requests
+    columns = {name: first[name] for name in ("id", "prompt_tokens", "output_tokens")}
+    for side in outcome.sides:
+        latency_s = {f"{name}_s": values for name, values in latencies_s(side.requests).items()}
+        kept = {name: side.requests[name] for name in ("arrival_s", "cached_tokens", "preemptions", "replica")}
+        columns |= {f"{name}[{side.name}]": values for name, values in (kept | latency_s).items()}
+    with complete_folder(folder) as partial:
+        write_parquet(partial / "requests.parquet", columns)
+        write_json(partial / "comparison.json", document(outcome))
+        manifest = {
+            "command": shlex.join(command),
+            **source,
+            "sides": {side.name: side.scenario for side in outcome.sides},
+            "versions": versions(),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "files": facts_of_files(partial),
+        }
+        write_json(partial / "manifest.json", manifest)
+
+
+def _draw(outcome: Comparison, path: Path) -> None:
+    import pandas as pd
+
+    from llmsim.charts import save
+    from llmsim.charts_compare import comparison
+    from llmsim.compare_report import changes, curves
+
+    first = outcome.sides[0]
+    same = [name for name in ("model", "gpu") if len({str(side.scenario[name]) for side in outcome.sides}) == 1]
+    setting = ", ".join(str(first.scenario[name]) for name in same)
+    count = len(first.requests["id"])
+    lines = [
+        f"{count:,} requests, the same for every side{': ' if setting else ''}{setting}",
+        f"differences to {first.name} with 95 % intervals (blocks of {outcome.block} consecutive arrivals, paired)",
+    ]
+    if outcome.targets:
+        goals = ", ".join(f"{HEADINGS[name]} {value:g} ms" for name, value in outcome.targets.items())
+        lines[0] += f"; dashed: {goals}"
+    chart = comparison(
+        pd.DataFrame(curves(outcome)),
+        pd.DataFrame(changes(outcome)),
+        sides=[side.name for side in outcome.sides],
+        latencies=HEADINGS,
+        targets=outcome.targets or {},
+        title="Latency by request",
+        subtitle=lines,
+    )
+    save(chart, path)
