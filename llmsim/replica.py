@@ -223,7 +223,7 @@ class Replica(Engine):
                 t = self._launched_asynchronously(step) if self.asynchronous else self._launched(step)
                 # Blocks that somebody may be waiting for, or a policy that wants to know who ended.
                 ends_matter = self._to_free and (waiting.size or self.prefilling or paused or heeds_ends)
-                if hold and step.mode == FULL and not (self.chunks or self._late or self._stalled or ends_matter):
+                if hold and step.mode == FULL and not (self.chunks or self._late or ends_matter):
                     plan = self._long_run(step, t)
                     if plan is not None:
                         steps = plan.steps_until(self.next_ready_s)
@@ -407,7 +407,7 @@ class Replica(Engine):
             steps = self._hold_steps
         if steps > 1:
             steps = batch.steps_that_fit(steps, self.kv.free_blocks + self._blocks_taken)
-        if steps <= 1:
+        if steps <= 1 or self._stalled:  # their next gap is another
             return None
         if self._to_free:
             self._free(second_s)
