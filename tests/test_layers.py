@@ -22,7 +22,7 @@ FLOORS = {  # imports must go down; imports for type checkers only are exempt, t
 }
 ROOMS = {  # modules that share a room may import each other, as may the files of a package and `room_*` modules
     **dict.fromkeys(("readers",), "trace"),
-    **dict.fromkeys(("content", "contiguous", "evicting", "eviction", "tiers"), "kvcache"),
+    **dict.fromkeys(("content", "contiguous", "evicting", "eviction", "tiers", "tips"), "kvcache"),
     **dict.fromkeys(("caches",), "simulate"),
     **dict.fromkeys(("gaps", "rates", "utilisation", "timeline"), "metrics"),
     **dict.fromkeys(("aside",), "engine"),
