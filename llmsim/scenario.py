@@ -34,9 +34,8 @@ from llmsim.engines import (
     sglang_running,
 )
 from llmsim.hardware import Gpu, Model, dtype_name, find_gpu, find_model
-from llmsim.kept import parse as parse_compression
 from llmsim.scenario_file import toml_line
-from llmsim.tiers import parse_tiers
+from llmsim.scenario_kv import check_kv_cache
 
 GIB = 2**30
 LARGE_GPU_BYTES = 70 * GIB  # vLLM's line between small and large default limits
@@ -328,7 +327,8 @@ def _check_together(s: Scenario) -> None:
         )
     _check_speculation(s)
     _check_policy(s)
-    _check_kv_cache(s)
+    check_kv_cache(s)
+    _check_radix_tree(s)
 
 
 def _check_speculation(s: Scenario) -> None:
@@ -342,39 +342,6 @@ def _check_speculation(s: Scenario) -> None:
             raise ValueError(
                 f"speculative_config with {name}={getattr(s, name)!r} is not modelled: leave one of them out"
             )
-
-
-def _check_kv_cache(s: Scenario) -> None:
-    """What only a prefix cache can do needs one, and what reads the future can only do so where it knows it."""
-    if s.eviction != "lru" and not s.enable_prefix_caching:
-        raise ValueError(f"eviction={s.eviction!r}: without prefix caching nothing is cached: leave it out")
-    if s.eviction == "lru" and s.eviction_args:
-        raise ValueError(
-            f"eviction_args {', '.join(s.eviction_args)}: the eviction lru has no arguments: leave them out"
-        )
-    for name, plain, what in (("kv_allocation", "paged", "contiguous"), ("kv_compression", "none", "dropped")):
-        value = getattr(s, name)
-        if value != plain and s.enable_prefix_caching:
-            raise ValueError(f"{name}={value!r}: {what} KV cannot be shared: give enable_prefix_caching=false as well")
-        if value != plain and s.swap_space_gib:
-            raise ValueError(f"{name}={value!r}: {what} KV is not swapped: leave swap_space_gib out")
-    if parse_compression(s.kv_compression) is not None and s.kv_allocation != "paged":
-        raise ValueError(f"kv_compression={s.kv_compression!r} needs blocks to drop: leave kv_allocation out")
-    _check_radix_tree(s)
-    tiers = parse_tiers(s.kv_tiers)
-    if tiers and not s.enable_prefix_caching:
-        raise ValueError(f"kv_tiers={s.kv_tiers!r}: without prefix caching nothing is found in a tier: leave one out")
-    if tiers and s.eviction != "lru":
-        raise ValueError(f"eviction={s.eviction!r} and kv_tiers: tiers are below vLLM's order only: leave one out")
-    if not tiers and (s.kv_tier_prefetch or s.kv_tier_write != "write_through"):
-        raise ValueError("kv_tier_prefetch and kv_tier_write say what happens in tiers: give kv_tiers")
-    if s.preemption == "swap" and not s.swap_space_gib:
-        raise ValueError("preemption='swap' needs host memory: give swap_space_gib, e.g. 16")
-    if s.eviction == "belady" and s.replicas > 1:
-        raise ValueError(
-            f"eviction='belady' reads the future of one replica, and of {s.replicas} none knows which requests it will"
-            " get: give replicas=1"
-        )
 
 
 def _check_radix_tree(s: Scenario) -> None:

@@ -109,6 +109,8 @@ def test_what_is_no_tier_is_refused(text: str) -> None:
         ({"enable_prefix_caching": False, "kv_tiers": "cpu:1GB:1GB/s:1us"}, "without prefix caching nothing is found"),
         ({"eviction": "lfu", "kv_tiers": "cpu:1GB:1GB/s:1us"}, "eviction='lfu' and kv_tiers"),
         ({"kv_tier_prefetch": True}, "give kv_tiers"),
+        ({"kv_tiers": "cpu:1GB:1GB/s:1us", "preemption": "pause"}, "both set requests aside"),
+        ({"kv_tiers": "cpu:1GB:1GB/s:1us", "scheduler": "orca"}, "is not for the scheduler orca: choose vllm, chunked"),
     ],
 )
 def test_what_contradicts_tiers_is_refused(changes: dict[str, Any], message: str) -> None:
