@@ -21,8 +21,9 @@ and the largest decode graph are those of `SGLANG_BY_MEMORY`;
     KV pool  = memory * share - weights - what CUDA takes
     max_running_requests = 512 * pool tokens / context, within 2048 and 4096, at most half the pool
 
-Prefill batches of up to chunked_prefill_size tokens run as piecewise graphs (on by default; the sizes are read off a
-published start-up log of 0.5.19: 51 from 4 to 4096), decode batches beyond the largest graph as none.
+Prefill batches of up to chunked_prefill_size tokens run as piecewise graphs (on by default), decode batches beyond the
+largest graph as none. Sizes of prefill graphs: by 4 to 32, 16 to 256, 32 to 512, 64 to 1024, 256 to 4096, then 512;
+50 up to 4096, where a user's start-up log of 0.5.19 counts 51.
 TensorRT-LLM [docs: useful runtime flags, LLM API]: max_batch_size 2048, max_num_tokens 8192, no graphs for prompts.
 Assumed: decode graphs up to 128 requests, padded.
 vLLM V0 (0.6): max_num_seqs 256, max_num_batched_tokens max(context, 2048), host and GPU take turns, no automatic prefix
