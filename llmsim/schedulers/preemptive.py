@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from llmsim.request import Request
 
 WHEN_FULL = ("auto", "recompute", "swap", "defer")
-UNSTOPPABLE = {  # built-ins whose batches run to their end
+UNSTOPPABLE = {  # built-ins that have no use for a paused request
+    "orca": "it reserves the memory of whole sequences when it admits them",
+    "vllm-v0": "it preempts and swaps by a rule of its own",
     "static": "its requests run until all of them are done",
     "dynamic": "its requests run until all of them are done",
 }
@@ -85,6 +87,7 @@ class Preemptive(Ordered):
         self.when_full = when_full
         self._active = Heap(-1)  # decoding requests, the least urgent first
         self._runs: set[Request] = set()  # looked up, never walked
+        self._acted = False  # whether anything was started or stopped for the iteration at hand
         self._left_now: set[Request] = set()  # paused or sent back for the iteration at hand: not to come in again
         self._half: dict[Request, None] = {}  # half-prefilled ones: few, and their standing is none yet
         self._paused, self._paused_last = Heap(), Heap(-1)
@@ -152,6 +155,7 @@ class Preemptive(Ordered):
                 if request.joined >= 0:
                     self._active.put(request, self.standing(request))
         self._left_now.clear()
+        self._acted = False
         self.update(replica, now_s)
         admissions = self._choose(replica)
         self._free_for_decodes(replica)
@@ -166,6 +170,8 @@ class Preemptive(Ordered):
                 self._start(request)
         for request in replica.preempted_now:
             self._stop(request)
+        if self._acted or admissions:  # what it did, or was refused, may change what it would do next
+            return None
         if hold and (replica.waiting.size or replica.paused):
             self.lasts(replica)
         return hold
@@ -182,6 +188,7 @@ class Preemptive(Ordered):
     # ------------------------------------------------------------------------------------------------------- choosing
 
     def _start(self, request: Request) -> None:
+        self._acted = True
         self._forget(request)
         self._runs.add(request)
         self.starts(request)
@@ -191,6 +198,7 @@ class Preemptive(Ordered):
             self._half[request] = None
 
     def _stop(self, request: Request) -> None:
+        self._acted = True
         self._left_now.add(request)
         if request in self._runs:
             self.stops(request)
@@ -234,9 +242,12 @@ class Preemptive(Ordered):
         if not waiting.size and not replica.paused:
             return 0
         slots = limits.max_num_seqs - len(replica.running) + len(replica.paused)
-        budget = limits.max_num_batched_tokens - replica.batch.size
-        budget -= sum(one.prefill_tokens - one.computed_tokens for one in replica.prefilling)
+        budget = min(limits.max_num_batched_tokens, getattr(self.base, "token_budget", None) or limits[1])
+        budget -= replica.batch.size
         free = kv.free_blocks - replica.batch.blocks_needed(1)
+        for half in replica.prefilling:
+            budget -= half.prefill_tokens - half.computed_tokens
+            free -= kv.blocks_for(half.prefill_tokens) - kv.blocks_for(half.computed_tokens)
         front = waiting.first(LOOKED_AT)[::-1]
         admissions = 0
         while True:
