@@ -316,6 +316,7 @@ class Preemptive(Ordered):
             promised += replica.kv.blocks_for(replica.batch.computed(one) if one.joined >= 0 else one.computed_tokens)
             leaving.append(one)
         if promised < blocks:
+            self._acted = True  # they grow: it may work out in the next iteration
             return 0
         for one in leaving:
             if self.when_full == "swap":
