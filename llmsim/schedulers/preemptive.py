@@ -254,6 +254,8 @@ class Preemptive(Ordered):
             waits, paused = front[-1] if front else None, self._paused.top
             if waits is not None and (paused is None or self.key(waits) < self.key(paused)):
                 chosen = waits
+                if slots <= 0 and not self._outranks(waits):  # nor does anybody who is less urgent
+                    return admissions
                 blocks = self._blocks_for(replica, waits)
                 if blocks > free and not admissions:  # after those at the front: vLLM admits nobody when it preempts
                     free += self._make_room(replica, waits, blocks - free)
@@ -291,9 +293,14 @@ class Preemptive(Ordered):
         hit = replica.look_up(request)
         return kv.blocks_for(request.prefill_tokens) - hit.blocks + hit.idle_blocks + spare_blocks(self.base, replica)
 
+    def _outranks(self, request: Request) -> bool:
+        """Whether somebody runs who is less urgent."""
+        least = self._least_active()
+        return least is not None and self.key(least) > self.key(request)
+
     def _pause_for(self, replica: Replica, request: Request) -> bool:
         least = self._least_active()
-        if least is None or self.key(least) <= self.key(request):
+        if least is None or not self._outranks(request):
             return False
         replica.pause(least)
         self._stop(least)
