@@ -26,7 +26,8 @@ from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from llmsim.schedulers.estimate import iteration_s, prefill_s
-from llmsim.schedulers.preemptive import Key, Preemptive
+from llmsim.schedulers.heap import Key
+from llmsim.schedulers.preemptive import Preemptive
 
 if TYPE_CHECKING:
     from llmsim.replica import Replica
