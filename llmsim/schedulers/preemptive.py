@@ -11,8 +11,8 @@ as well; if they are not free, less urgent requests, the least urgent first, mak
     auto         swap if there is swap space, else defer
 
 and none does if all of them together would not make room. How many of the queue the base may admit is told to it as
-max_num_seqs; chunks and token budget stay its own business. Nothing here walks the queue or the running requests: who
-is least urgent is the top of a heap, stale entries of which are dropped as they come up.
+max_num_seqs; chunks and token budget stay its own business. Nothing here walks the queue, and the running requests only
+to make room: who is least urgent is the top of a heap.
 
 A subclass gives `key(request)`, smaller is more urgent, which may change in time for running requests only, and
 `standing(request)`, by which running requests compare with each other and which does not change by itself.
@@ -47,8 +47,8 @@ class Preemptive(Ordered):
 
     def __init__(self, base: str = "vllm", base_args: dict[str, Any] | None = None, when_full: str = "auto") -> None:
         if base in UNSTOPPABLE:
-            order = type(self).__name__
-            raise ValueError(f"{order}: base={base} cannot be preempted: {UNSTOPPABLE[base]}. Give another base.")
+            name, why = type(self).__name__, UNSTOPPABLE[base]
+            raise ValueError(f"{name}: base={base} cannot be preempted: {why}. Give another base.")
         super().__init__(base, base_args)
         if when_full not in WHEN_FULL:
             raise ValueError(f"{type(self).__name__}: when_full={when_full!r}: give one of {', '.join(WHEN_FULL)}")
@@ -236,9 +236,7 @@ class Preemptive(Ordered):
                 chosen, blocks = paused, 0
             else:
                 return admissions
-            if chosen in self._left_now:
-                return admissions
-            if slots <= 0 and not self._pause_for(replica, chosen):
+            if chosen in self._left_now or (slots <= 0 and not self._pause_for(replica, chosen)):
                 return admissions
             slots = max(0, slots - 1)
             free -= blocks
