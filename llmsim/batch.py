@@ -6,7 +6,8 @@ membership. With c = iterations so far:
 * a request joining with r tokens to go leaves after iteration c + r - 1: a heap of those iterations;
 * it takes a new KV block in every iteration that begins with its context at a multiple of `block_tokens`: a wheel of
   `block_tokens` counters, indexed by the iteration modulo `block_tokens` in which that happens;
-* the cached tokens that an iteration reads grow by the number of members each iteration.
+* the cached tokens that an iteration reads grow by the number of members each iteration, and their squares likewise:
+  a member's context less the iteration's number stays as it was when it joined.
 
 A request can leave and come back with the same last iteration, so heap entries carry the ticket of the stay they belong
 to, and an entry whose ticket is not the request's current one is stale.
@@ -23,13 +24,17 @@ from llmsim.request import Request
 class RunningBatch:
     """`iteration`: iterations so far; `kv_tokens`: cached tokens the next iteration reads; `len()`: members."""
 
-    __slots__ = ("_heap", "_members", "_tickets", "_wheel", "block_tokens", "iteration", "kv_tokens", "size")
+    __slots__ = (
+        "_heap", "_members", "_offsets", "_squares", "_tickets", "_wheel", "block_tokens", "iteration", "kv_tokens",
+        "size",
+    )  # fmt: skip
 
     def __init__(self, block_tokens: int) -> None:
         self.block_tokens = block_tokens
         self.iteration = 0
         self.kv_tokens = 0
         self.size = 0
+        self._offsets = self._squares = 0  # sums over members of context less iteration, and of its square
         self._wheel = [0] * block_tokens
         self._heap: list[tuple[int, int, Request]] = []
         self._members: dict[Request, None] = {}
@@ -62,13 +67,19 @@ class RunningBatch:
         self._members[request] = None
         self.kv_tokens += computed
         self.size += 1
+        offset = computed - now
+        self._offsets += offset
+        self._squares += offset * offset
 
     def remove(self, request: Request) -> None:
         """Take a request out before its end and settle its progress. O(1)."""
         self._leave(request, self.iteration - request.joined)
 
     def _leave(self, request: Request, steps: int) -> None:
-        self._wheel[(request.joined - request.computed_tokens) % self.block_tokens] -= 1
+        offset = request.computed_tokens - request.joined
+        self._wheel[-offset % self.block_tokens] -= 1
+        self._offsets -= offset
+        self._squares -= offset * offset
         request.computed_tokens += steps
         request.generated_tokens += steps
         request.joined = -1
@@ -76,6 +87,12 @@ class RunningBatch:
         del self._members[request]
         self.kv_tokens -= request.computed_tokens
         self.size -= 1
+
+    @property
+    def squares(self) -> int:
+        """Sum of the squares of the contexts that the next iteration reads."""
+        now = self.iteration
+        return self._squares + now * (2 * self._offsets + now * self.size)
 
     def computed(self, request: Request) -> int:
         """Tokens of a member whose KV exists once the iterations so far have run."""

@@ -463,7 +463,7 @@ class _Noted:
         self._mixed_s = cost.mixed_s
         self.parts_s: list[tuple[float, float, float]] = []
 
-    def mixed_s(self, chunks: Sequence[Chunk], seqs: int, kv_tokens: int) -> float:
+    def mixed_s(self, chunks: Sequence[Chunk], seqs: int, kv_tokens: float) -> float:
         seconds, prompts_s = self._mixed_s(chunks, seqs, kv_tokens), self._mixed_s(chunks, 0, 0)
         own_s = sum(self._mixed_s([chunk], 0, 0) for chunk in chunks)
         self.parts_s.append((own_s, len(chunks) * prompts_s - own_s, len(chunks) * (seconds - prompts_s)))

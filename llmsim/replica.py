@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
-from math import inf, isnan, nan
+from math import inf, isnan, nan, sqrt
 from typing import Any
 
 import simpy
@@ -79,6 +79,7 @@ class Replica(Engine):
     ) -> None:
         super().__init__(scheduler, kv, limits, asynchronous=asynchronous, swap=swap)
         self.env, self.cost, self.index = env, cost, index
+        self._skew_share: float = getattr(cost, "skew_share", 0.0)
         self.outstanding = 0  # requests sent here that their clients have no answer to; kept by who sends them
         self.iterations = RowLog(ITERATION_COLUMNS)
         self.gaps = RowLog(GAP_COLUMNS)
@@ -289,6 +290,8 @@ class Replica(Engine):
             step.chunks = []
         seqs = step.outputs = self.decoding
         kv_tokens = self.batch.kv_tokens if seqs else 0
+        squares = self.batch.squares if seqs and self._skew_share else 0
+        members, member_tokens = seqs, kv_tokens
         if self._special and seqs:
             seqs += self._ghost_seqs
             kv_tokens += self._ghost_kv_tokens
@@ -301,15 +304,21 @@ class Replica(Engine):
                 if tokens == 1:  # the tail of a prompt is a decode to the GPU
                     seqs += 1
                     kv_tokens += computed
+                    members += 1
+                    member_tokens += computed
+                    squares += computed * computed
                 else:
                     new_tokens += tokens
                     step.chunks.append((tokens, computed))
+        read_tokens: float = kv_tokens
+        if self._skew_share and members > 1:
+            read_tokens += self._skew_share * sqrt(members * squares - member_tokens * member_tokens)
         if step.chunks:
             mode = cost.mode(seqs + new_tokens, len(step.chunks))
-            step.gpu = Ramp(cost.mixed_s(step.chunks, seqs, kv_tokens), 0.0)
+            step.gpu = Ramp(cost.mixed_s(step.chunks, seqs, read_tokens), 0.0)
         else:
             mode = cost.mode(seqs, 0)
-            step.gpu = cost.decode_ramp(seqs, kv_tokens)
+            step.gpu = cost.decode_ramp(seqs, read_tokens)
         step.mode, step.seqs, step.kv_tokens, step.new_tokens = mode, seqs, kv_tokens, new_tokens
         launch_s = t + host.schedule_s + host.schedule_per_request_s * running
         if new_tokens:

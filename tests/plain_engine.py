@@ -12,6 +12,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import ceil, inf, nan
+from statistics import pstdev
 
 from llmsim.cost import FULL, WARM_S, CostModel
 
@@ -168,6 +169,11 @@ class Step:
     @property
     def kv_tokens(self) -> int:
         return sum(c for n, c in self.rows if n == 1) + self.ghost_kv_tokens
+
+    def read_tokens(self, skew_share: float) -> float:
+        """Cached tokens, and what uneven contexts cost more."""
+        contexts = [c for n, c in self.rows if n == 1]
+        return self.kv_tokens + skew_share * len(contexts) * (pstdev(contexts) if contexts else 0.0)
 
     @property
     def outputs(self) -> int:
@@ -392,9 +398,13 @@ class PlainEngine:
         if not host.worker:
             step.free_s = step.launched_s
         if chunks:
-            step.gpu_time_s = self.cost.mixed_s(chunks, step.seqs, step.kv_tokens)
+            step.gpu_time_s = self.cost.mixed_s(
+                chunks, step.seqs, step.read_tokens(getattr(self.cost, "skew_share", 0.0))
+            )
         else:
-            step.gpu_time_s = self.cost.decode_ramp(step.seqs, step.kv_tokens).first_s
+            step.gpu_time_s = self.cost.decode_ramp(
+                step.seqs, step.read_tokens(getattr(self.cost, "skew_share", 0.0))
+            ).first_s
         start_s = max(self.gpu_free_s, step.launch_s + host.lead_s[mode])
         if self.log and self.log[-1].chunks and step.launch_s + host.lead_s[mode] - self.gpu_free_s < WARM_S:
             if chunks:

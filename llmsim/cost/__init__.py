@@ -4,7 +4,9 @@ A cost model answers for one replica (one tensor-parallel group) and one model. 
 iteration it says how long the GPU runs; its `host` says how long the engine's host thread needs around it.
 
     composition     seqs       requests that decode one token each
-                    kv_tokens  sum of their contexts before this iteration (tokens)
+                    kv_tokens  sum of their contexts before this iteration (tokens); if the model has a `skew_share`,
+                               plus that share of seqs times their standard deviation, which stays as it is while all
+                               grow: uneven contexts leave parts of the GPU idle
                     chunks     [(new tokens, tokens already computed), ...] prompts being prefilled
     mode            how the iteration is launched: FULL (one CUDA graph), PIECEWISE (graphs with attention between
                     them) or EAGER (every kernel launched); vLLM's rules are in `llmsim.cost.graphs`
@@ -175,10 +177,10 @@ class CostModel(Protocol):
     def mode(self, tokens: int, chunks: int) -> int:
         """How an iteration of `tokens` tokens is launched, `chunks` of its requests being multi-token prefills."""
 
-    def decode_ramp(self, seqs: int, kv_tokens: int) -> Ramp:
+    def decode_ramp(self, seqs: int, kv_tokens: float) -> Ramp:
         """Consecutive pure-decode iterations of `seqs` requests, `kv_tokens` cached before the first."""
 
-    def mixed_s(self, chunks: Sequence[tuple[int, int]], seqs: int, kv_tokens: int) -> float:
+    def mixed_s(self, chunks: Sequence[tuple[int, int]], seqs: int, kv_tokens: float) -> float:
         """An iteration with prefill chunks (new, already computed) beside `seqs` decodes."""
 
     def outside_measured(self, iterations: dict[str, Any]) -> Any:

@@ -33,10 +33,10 @@ class ConstantCost:
         self.mode = graphs.mode
         self._ramp = Ramp(seconds, 0.0)
 
-    def decode_ramp(self, seqs: int, kv_tokens: int) -> Ramp:
+    def decode_ramp(self, seqs: int, kv_tokens: float) -> Ramp:
         return self._ramp
 
-    def mixed_s(self, chunks: Sequence[tuple[int, int]], seqs: int, kv_tokens: int) -> float:
+    def mixed_s(self, chunks: Sequence[tuple[int, int]], seqs: int, kv_tokens: float) -> float:
         return self._ramp.first_s
 
     def outside_measured(self, iterations: dict[str, Any]) -> NDArray[np.bool_]:

@@ -16,8 +16,8 @@ quarter of a full one and half a tile nearly all of it (on an H200, of what 1,15
 0.3 and 1,090 cost 0.95). For an (n, k) that was not measured q is the mean over the nearest shapes that were, by
 distance^-3 in (log2 n, log2 k). Where both sides of many tile edges were timed (fp8, whose time falls as a tile fills),
 rows count as themselves. Memory-bound kernels are curves of seconds over bytes moved, all-reduces over bytes of the
-message: linear between measured sizes, in proportion beyond the last. Decode attention is affine in cached tokens for each
-number of requests; `least` is the smallest query tile.
+message: linear between measured sizes, in proportion beyond the last. Decode attention is affine in cached tokens for
+each number of requests; `least` is the smallest query tile.
 
 Everything is computed when a model is loaded; the loop sees tables. `error` carries how far each operator's prediction
 is from measurements held out (python -m calibration check-kernels).

@@ -41,7 +41,7 @@ import msgspec
 import numpy as np
 
 from llmsim.cost import FULL, PIECEWISE, Host, Ramp, worker_host
-from llmsim.cost.basis import Basis, Coefficients, KernelBasis, ShapeBasis, StepClock
+from llmsim.cost.basis import SKEW_SHARE, Basis, Coefficients, KernelBasis, ShapeBasis, StepClock
 from llmsim.cost.kernels import Forward, Kernels, NotTimedError
 from llmsim.hardware import ELEMENT_BYTES, Gpu, Model, find_model
 
@@ -447,6 +447,7 @@ class ProfileCost:
     """A profile applied to one model, dtype, tensor-parallel size and set of CUDA graphs."""
 
     kind = "profile"
+    skew_share = SKEW_SHARE
 
     def __init__(self, profile: Profile, model: Model, gpu: Gpu, settings: CostSettings) -> None:
         if gpu.name != profile.gpu:
@@ -492,12 +493,12 @@ class ProfileCost:
         """Seconds of the linear layers and what is between them for `tokens` rows."""
         return self.clock.linear_s(tokens)
 
-    def decode_ramp(self, seqs: int, kv_tokens: int) -> Ramp:
+    def decode_ramp(self, seqs: int, kv_tokens: float) -> Ramp:
         first_s, kv_s = self.clock.decode(seqs)
         kv_s *= self._stalled
         return Ramp(self._stalled * first_s + kv_s * kv_tokens, kv_s * seqs)
 
-    def mixed_s(self, chunks: Sequence[tuple[int, int]], seqs: int, kv_tokens: int) -> float:
+    def mixed_s(self, chunks: Sequence[tuple[int, int]], seqs: int, kv_tokens: float) -> float:
         return self.clock.mixed_s(chunks, seqs, kv_tokens)
 
     def outside_measured(self, iterations: dict[str, Any]) -> Any:

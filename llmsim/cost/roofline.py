@@ -113,7 +113,7 @@ class RooflineCost:
         self._heads_s: list[float] = []  # by requests
         self._decodes_s: list[float] = []  # by requests: a decode iteration without context
 
-    def decode_ramp(self, seqs: int, kv_tokens: int) -> Ramp:
+    def decode_ramp(self, seqs: int, kv_tokens: float) -> Ramp:
         while len(self._decodes_s) <= seqs:
             self._decodes_s.append(self._linear_s(len(self._decodes_s), len(self._decodes_s)))
         model = self._model
@@ -122,7 +122,7 @@ class RooflineCost:
             layers = model.layers
         return Ramp(self._decodes_s[seqs] + self._decode_attention_s(seqs, kv_tokens), self._cached_s * layers * seqs)
 
-    def mixed_s(self, chunks: Sequence[tuple[int, int]], seqs: int, kv_tokens: int) -> float:
+    def mixed_s(self, chunks: Sequence[tuple[int, int]], seqs: int, kv_tokens: float) -> float:
         tokens = seqs
         attention_s = self._decode_attention_s(seqs, kv_tokens) if seqs else 0.0
         for new, done in chunks:
@@ -136,7 +136,7 @@ class RooflineCost:
 
     # ---- attention --------------------------------------------------------------------------------------------
 
-    def _decode_attention_s(self, seqs: int, kv_tokens: int) -> float:
+    def _decode_attention_s(self, seqs: int, kv_tokens: float) -> float:
         model = self._model
         cached = kv_tokens + seqs  # each new token sees itself too
         windowed = min(cached, seqs * model.sliding_window)  # as if all contexts were the mean one
