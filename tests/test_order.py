@@ -528,7 +528,7 @@ def test_hold_is_honest(name: str, blocks: int, seqs: int, asynchronous: bool) -
 @pytest.mark.parametrize("base", ["chunked", "sarathi", "orca", "vllm-v0", "static", "dynamic"])
 @pytest.mark.parametrize("name", ORDERS)
 def test_orders_compose_with_the_batching_policies(name: str, base: str) -> None:
-    if base in ("static", "dynamic") and name.partition(" ")[0] in ("mlfq", "srtf"):
+    if base in ("static", "dynamic", "orca", "vllm-v0") and name.partition(" ")[0] in ("mlfq", "srtf"):
         with pytest.raises(ValueError, match=f"base={base} cannot be preempted: .* Give another base"):
             ORDERS[name](base)
         return

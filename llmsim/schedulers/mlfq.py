@@ -26,7 +26,8 @@ from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from llmsim.schedulers.estimate import iteration_s, prefill_s
-from llmsim.schedulers.preemptive import Key, Preemptive
+from llmsim.schedulers.heap import Key
+from llmsim.schedulers.preemptive import Preemptive
 
 if TYPE_CHECKING:
     from llmsim.replica import Replica
@@ -175,6 +176,11 @@ class SkipJoinMlfq(Preemptive):
 
     def lasts(self, replica: Replica) -> None:
         replica.hold_until(min(self._next_expiry_s(), self._next_starvation_s()))
+        if self.when_full == "swap" and replica.paused:  # until so few blocks are left that the reserve is touched
+            batch = replica.batch
+            spare = replica.kv.free_blocks + batch.blocks_needed(1) - int(self.reserve * replica.kv.total_blocks)
+            if batch.size:
+                replica.hold_for(1 + (batch.steps_that_fit(1 << 30, spare) if spare >= 0 else 0))
 
     def _keep_reserve(self, replica: Replica) -> None:
         """Blocks for prompts to come, taken from the least urgent paused requests."""

@@ -11,8 +11,8 @@ as well; if they are not free, less urgent requests, the least urgent first, mak
     auto         swap if there is swap space, else defer
 
 and none does if all of them together would not make room. How many of the queue the base may admit is told to it as
-max_num_seqs; chunks and token budget stay its own business. Nothing here walks the queue or the running requests: who
-is least urgent is the top of a heap, stale entries of which are dropped as they come up.
+max_num_seqs; chunks and token budget stay its own business. Nothing here walks the queue, and the running requests only
+to make room: who is least urgent is the top of a heap.
 
 A subclass gives `key(request)`, smaller is more urgent, which may change in time for running requests only, and
 `standing(request)`, by which running requests compare with each other and which does not change by itself.
@@ -20,10 +20,10 @@ A subclass gives `key(request)`, smaller is more urgent, which may change in tim
 
 from __future__ import annotations
 
-from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING, Any
 
 from llmsim.queue import WaitingQueue
+from llmsim.schedulers.heap import Heap, Key
 from llmsim.schedulers.ordered import Ordered, spare_blocks
 
 if TYPE_CHECKING:
@@ -31,43 +31,13 @@ if TYPE_CHECKING:
     from llmsim.request import Request
 
 WHEN_FULL = ("auto", "recompute", "swap", "defer")
-UNSTOPPABLE = {  # built-ins whose batches run to their end
+UNSTOPPABLE = {  # built-ins that have no use for a paused request
+    "orca": "it reserves the memory of whole sequences when it admits them",
+    "vllm-v0": "it preempts and swaps by a rule of its own",
     "static": "its requests run until all of them are done",
     "dynamic": "its requests run until all of them are done",
 }
 LOOKED_AT = 64  # of the queue, for one iteration
-Key = tuple[float, ...]
-
-
-class Heap:
-    """Requests by a key, the smallest or (`sign` -1) the largest first; the latest entry of each counts."""
-
-    def __init__(self, sign: int = 1) -> None:
-        self._sign = sign
-        self._entries: list[tuple[Key, int, Request]] = []
-        self._tickets: dict[Request, int] = {}
-        self._ticket = 0
-
-    def put(self, request: Request, key: Key) -> None:
-        self._ticket += 1
-        self._tickets[request] = self._ticket
-        if len(self._entries) > 4 * len(self._tickets) + 64:  # entries that were replaced may never come up
-            self._entries = [entry for entry in self._entries if self._tickets.get(entry[2]) == entry[1]]
-            heapify(self._entries)
-        heappush(self._entries, (tuple(self._sign * part for part in key), self._ticket, request))
-
-    def drop(self, request: Request) -> None:
-        self._tickets.pop(request, None)
-
-    def __contains__(self, request: object) -> bool:
-        return request in self._tickets
-
-    @property
-    def top(self) -> Request | None:
-        entries, tickets = self._entries, self._tickets
-        while entries and tickets.get(entries[0][2]) != entries[0][1]:
-            heappop(entries)
-        return entries[0][2] if entries else None
 
 
 class Preemptive(Ordered):
@@ -77,14 +47,15 @@ class Preemptive(Ordered):
 
     def __init__(self, base: str = "vllm", base_args: dict[str, Any] | None = None, when_full: str = "auto") -> None:
         if base in UNSTOPPABLE:
-            order = type(self).__name__
-            raise ValueError(f"{order}: base={base} cannot be preempted: {UNSTOPPABLE[base]}. Give another base.")
+            name, why = type(self).__name__, UNSTOPPABLE[base]
+            raise ValueError(f"{name}: base={base} cannot be preempted: {why}. Give another base.")
         super().__init__(base, base_args)
         if when_full not in WHEN_FULL:
             raise ValueError(f"{type(self).__name__}: when_full={when_full!r}: give one of {', '.join(WHEN_FULL)}")
         self.when_full = when_full
         self._active = Heap(-1)  # decoding requests, the least urgent first
         self._runs: set[Request] = set()  # looked up, never walked
+        self._acted = False  # whether anything was started or stopped for the iteration at hand
         self._left_now: set[Request] = set()  # paused or sent back for the iteration at hand: not to come in again
         self._half: dict[Request, None] = {}  # half-prefilled ones: few, and their standing is none yet
         self._paused, self._paused_last = Heap(), Heap(-1)
@@ -152,6 +123,7 @@ class Preemptive(Ordered):
                 if request.joined >= 0:
                     self._active.put(request, self.standing(request))
         self._left_now.clear()
+        self._acted = False
         self.update(replica, now_s)
         admissions = self._choose(replica)
         self._free_for_decodes(replica)
@@ -166,6 +138,8 @@ class Preemptive(Ordered):
                 self._start(request)
         for request in replica.preempted_now:
             self._stop(request)
+        if self._acted or admissions:  # what it did, or was refused, may change what it would do next
+            return None
         if hold and (replica.waiting.size or replica.paused):
             self.lasts(replica)
         return hold
@@ -182,6 +156,7 @@ class Preemptive(Ordered):
     # ------------------------------------------------------------------------------------------------------- choosing
 
     def _start(self, request: Request) -> None:
+        self._acted = True
         self._forget(request)
         self._runs.add(request)
         self.starts(request)
@@ -191,6 +166,7 @@ class Preemptive(Ordered):
             self._half[request] = None
 
     def _stop(self, request: Request) -> None:
+        self._acted = True
         self._left_now.add(request)
         if request in self._runs:
             self.stops(request)
@@ -234,15 +210,20 @@ class Preemptive(Ordered):
         if not waiting.size and not replica.paused:
             return 0
         slots = limits.max_num_seqs - len(replica.running) + len(replica.paused)
-        budget = limits.max_num_batched_tokens - replica.batch.size
-        budget -= sum(one.prefill_tokens - one.computed_tokens for one in replica.prefilling)
+        budget = min(limits.max_num_batched_tokens, getattr(self.base, "token_budget", None) or limits[1])
+        budget -= replica.batch.size
         free = kv.free_blocks - replica.batch.blocks_needed(1)
+        for half in replica.prefilling:
+            budget -= half.prefill_tokens - half.computed_tokens
+            free -= kv.blocks_for(half.prefill_tokens) - kv.blocks_for(half.computed_tokens)
         front = waiting.first(LOOKED_AT)[::-1]
         admissions = 0
         while True:
             waits, paused = front[-1] if front else None, self._paused.top
             if waits is not None and (paused is None or self.key(waits) < self.key(paused)):
                 chosen = waits
+                if slots <= 0 and not self._outranks(waits):  # nor does anybody who is less urgent
+                    return admissions
                 blocks = self._blocks_for(replica, waits)
                 if blocks > free and not admissions:  # after those at the front: vLLM admits nobody when it preempts
                     free += self._make_room(replica, waits, blocks - free)
@@ -255,9 +236,7 @@ class Preemptive(Ordered):
                 chosen, blocks = paused, 0
             else:
                 return admissions
-            if chosen in self._left_now:
-                return admissions
-            if slots <= 0 and not self._pause_for(replica, chosen):
+            if chosen in self._left_now or (slots <= 0 and not self._pause_for(replica, chosen)):
                 return admissions
             slots = max(0, slots - 1)
             free -= blocks
@@ -280,9 +259,14 @@ class Preemptive(Ordered):
         hit = replica.look_up(request)
         return kv.blocks_for(request.prefill_tokens) - hit.blocks + hit.idle_blocks + spare_blocks(self.base, replica)
 
+    def _outranks(self, request: Request) -> bool:
+        """Whether somebody runs who is less urgent."""
+        least = self._least_active()
+        return least is not None and self.key(least) > self.key(request)
+
     def _pause_for(self, replica: Replica, request: Request) -> bool:
         least = self._least_active()
-        if least is None or self.key(least) <= self.key(request):
+        if least is None or not self._outranks(request):
             return False
         replica.pause(least)
         self._stop(least)
@@ -305,6 +289,7 @@ class Preemptive(Ordered):
             promised += replica.kv.blocks_for(replica.batch.computed(one) if one.joined >= 0 else one.computed_tokens)
             leaving.append(one)
         if promised < blocks:
+            self._acted = True  # they grow: it may work out in the next iteration
             return 0
         for one in leaving:
             if self.when_full == "swap":

@@ -18,8 +18,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from llmsim.plugins import PolicyError
+from llmsim.schedulers.heap import Key
 from llmsim.schedulers.ordered import predicted_tokens
-from llmsim.schedulers.preemptive import Key, Preemptive
+from llmsim.schedulers.preemptive import Preemptive
 from llmsim.schedulers.starvation import Guard
 
 if TYPE_CHECKING:
