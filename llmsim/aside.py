@@ -220,7 +220,10 @@ class Aside:
     # -------------------------------------------------------------------------------------------------- how long
 
     def wait_until(self, time_s: float) -> None:
-        """Nothing to schedule although requests wait: ask again at `time_s`, or when something arrives or ends."""
+        """Nothing to schedule although requests wait: ask again at `time_s`, or when something arrives or ends.
+
+        If results are in flight the host waits for them first, as it does whenever there is nothing to schedule.
+        """
         if not isfinite(time_s) or time_s <= self._now_s:
             raise self._error(f"waits at {self._now_s} s until {time_s} s, which is not a later time")
         self._wait_s = time_s

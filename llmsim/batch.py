@@ -38,6 +38,11 @@ class RunningBatch:
     def __len__(self) -> int:
         return self.size
 
+    @property
+    def joins(self) -> int:
+        """Stays begun so far: changes whenever a request joins."""
+        return self._tickets
+
     def __iter__(self) -> Iterator[Request]:
         """Oldest member first."""
         return iter(self._members)
@@ -67,7 +72,7 @@ class RunningBatch:
         request.computed_tokens += steps
         request.generated_tokens += steps
         request.joined = -1
-        request.ticket = 0
+        request.ticket = -request.ticket  # which stay it was can still be told
         del self._members[request]
         self.kv_tokens -= request.computed_tokens
         self.size -= 1

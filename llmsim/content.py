@@ -59,7 +59,7 @@ class Stretch(Node):
         self.idle: list[Content] = []
         self.idle_children = 0
         self.branches: list[int] = []  # where idle content of single requests begins
-        self.uses: list[tuple[int, int]] = []  # future: (request, blocks of this stretch that it looks for)
+        self.uses: list[tuple[int, int]] = []  # future: (place of a request, blocks it looks for)
 
     @property
     def awake(self) -> bool:
@@ -92,7 +92,7 @@ class Future:
     """The requests to come, by the stretches they will look for."""
 
     def next_use(self, extent: Content) -> float:
-        """Place in the trace of the next request that uses the extent's last block; inf if none does."""
+        """Place in the order foreseen of the next request that uses the extent's last block; inf if none does."""
         end = extent.end
         return next((request for request, reach in extent.node.uses if reach >= end), inf)
 

@@ -54,14 +54,16 @@ class EvictingKVCache(KVCache):
         self._evicted = getattr(eviction, "evicted", None)
         self._lifetime_s = getattr(eviction, "lifetime_s", None)
         self._future: Future | None = None
-        self._returning = -1  # who is being preempted
+        self._places: dict[int, int] = {}  # of requests, by their ids, in the order foreseen
+        self._returning = -1  # the place of who is being preempted
         self._away: set[int] = set()  # who was, and is not back
 
     def foresee(self, requests: Iterable[Request]) -> None:
-        """Tell a clairvoyant policy which requests will be admitted, in order of their ids."""
+        """Tell a clairvoyant policy which requests will be admitted, in the order in which they are likely to come."""
         if not hasattr(self.eviction, "foresee"):
             return
-        for request in requests:
+        for place, request in enumerate(requests):
+            self._places[request.id] = place
             self._expect(request, self._identify(request), (request.prompt_tokens - 1) // self.block_tokens)
         self._future = Future()
         self.eviction.foresee(self._future)
@@ -72,7 +74,7 @@ class EvictingKVCache(KVCache):
             reach = min(self._blocks_per_id, min(blocks, held.public_blocks) - index * self._blocks_per_id)
             if reach > 0:
                 assert isinstance(node, Stretch)
-                insort(node.uses, (request.id, reach))
+                insort(node.uses, (self._places[request.id], reach))
 
     # -------------------------------------------------------------------------------------- what the cache calls
 
@@ -89,10 +91,10 @@ class EvictingKVCache(KVCache):
     def _arrived(self, request: Request) -> None:
         """The future has become the present: what it leaves idle is needed later, or never again."""
         self._away.discard(request.id)
-        private = request.held.private
+        private, place = request.held.private, self._places[request.id]
         for node in [*request.held.path, *([private] if private is not None else [])]:
-            if any(use[0] == request.id for use in node.uses):
-                node.uses = [use for use in node.uses if use[0] != request.id]
+            if any(use[0] == place for use in node.uses):
+                node.uses = [use for use in node.uses if use[0] != place]
                 for extent in node.idle:
                     self._rekey(extent)
 
@@ -100,12 +102,12 @@ class EvictingKVCache(KVCache):
         self, request: Request, blocks: int, full_tokens: int, *, resumes: bool = False, keep_content: bool = True
     ) -> None:
         if resumes and self._future is not None and self.prefix_caching:
-            self._returning = request.id
+            self._returning = self._places[request.id]
             if request.held is not None:
                 tokens = max(full_tokens, request.prompt_tokens - 1)
                 self._expect(request, request.held, tokens // self.block_tokens)
                 if request.held.private is not None:
-                    request.held.private.uses = [(request.id, ALL)]
+                    request.held.private.uses = [(self._returning, ALL)]
         super().release(request, blocks, full_tokens, resumes=resumes, keep_content=keep_content)
         if resumes and self._future is not None:
             self._away.add(request.id)

@@ -23,7 +23,8 @@ Optional methods:
     evicted(extent, blocks, now_s)   told after `blocks` blocks from the extent's end were lost
     lifetime_s(extent)               idle content older than this is dropped before any look-up; asked beside key
     foresee(future)                  makes the policy clairvoyant: `future.next_use(extent)` is then the place in the
-                                     trace of the next request that uses the extent's last block (inf: none)
+                                     trace of the next request that uses the extent's last block (inf: none); turns
+                                     that wait for an answer are foreseen as if answers took no time
 
 The cache guarantees, whatever a policy answers: content that a running request holds is never lost; content without
 its beginning cannot be found, so only *tips* may go, that is idle content with nothing idle behind it in any sequence,

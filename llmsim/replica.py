@@ -49,13 +49,14 @@ GAP_COLUMNS = {"gap_s": "f8", "growth_s": "f8", "count": "i4", "weight": "i4", "
 class _Flight:
     """An iteration (or the last of a run) whose results the host has not taken."""
 
-    __slots__ = ("decodes", "ended", "firsts", "late", "outputs")
+    __slots__ = ("decodes", "ended", "firsts", "late", "outputs", "stalled")
 
     def __init__(self) -> None:
         self.outputs = 0
         self.decodes = 0  # of the outputs, those whose previous token came with the iteration before
         self.firsts: Sequence[Request] = ()  # whose prompt this iteration completed
         self.late: Collection[Request] = ()  # decodes whose previous token is older
+        self.stalled: Sequence[list[float]] = ()  # the same for whole groups, see `_stall`
         self.ended: Sequence[Request] = ()
 
 
@@ -94,6 +95,7 @@ class Replica(Engine):
         # Answers that clients see only when the policy hands them out (`streams` False).
         self._streams = bool(getattr(scheduler, "streams", True))
         self._seen_gaps = self.gaps if self._streams else RowLog(GAP_COLUMNS, keep=False)
+        self._stalled: list[list[float]] = []
         self._withheld: list[Request] = []
         self._hands_out = False
         # Arrivals.
@@ -208,11 +210,9 @@ class Replica(Engine):
                 launch_tail_s = step.launched_s + host.tail_s[step.mode]
                 step.gpu_end_s = gpu_end_s if gpu_end_s > launch_tail_s else launch_tail_s
                 t = self._launched_asynchronously(step) if self.asynchronous else self._launched(step)
-                if (
-                    hold
-                    and step.mode == FULL
-                    and not (self.chunks or self._late or (self._to_free and (waiting.size or paused or heeds_ends)))
-                ):
+                # Blocks that somebody may be waiting for, or a policy that wants to know who ended.
+                ends_matter = self._to_free and (waiting.size or self.prefilling or paused or heeds_ends)
+                if hold and step.mode == FULL and not (self.chunks or self._late or ends_matter):
                     plan = self._long_run(step, t)
                     if plan is not None:
                         steps = plan.steps_until(self.next_ready_s)
@@ -358,11 +358,13 @@ class Replica(Engine):
         if decodes and self._late:
             late, self._late = self._late, {}
             decodes -= len(late)
-        if not self.decoding and self.batch.size:  # an iteration of prompts only: the next gap is longer for these
-            for request in self.batch:
-                if request not in self._late:
-                    self._cut(request)
-                    self._late[request] = None
+        stalled: Sequence[list[float]] = ()
+        if self.batch.size:
+            if not decodes and not late:
+                self._stall()
+            elif self._stalled:
+                stalled, self._stalled = self._stalled, []
+                decodes -= int(sum(count for _, count, _ in stalled))
         firsts = self.completed_prompts()
         ended = self.commit(1)
         self._gpu_s, self._launched_s = step.gpu_end_s, step.launched_s
@@ -370,6 +372,7 @@ class Replica(Engine):
         flight = self._own_flight
         flight.outputs = self.decoding + len(firsts)
         flight.decodes, flight.firsts, flight.late, flight.ended = decodes, firsts, late, ended
+        flight.stalled = stalled
         if self.asynchronous:
             self._flight = flight
         else:
@@ -385,7 +388,7 @@ class Replica(Engine):
             steps = self._hold_steps
         if steps > 1:
             steps = batch.steps_that_fit(steps, self.kv.free_blocks + self._blocks_taken)
-        if steps <= 1:
+        if steps <= 1 or self._stalled:  # their next gap is another
             return None
         if self._to_free:
             self._free(second_s)
@@ -435,7 +438,7 @@ class Replica(Engine):
         self._launched_s = -inf  # through before the next is scheduled
         flight = self._flight = self._own_flight
         flight.outputs = flight.decodes = outputs
-        flight.firsts = flight.late = ()
+        flight.firsts = flight.late = flight.stalled = ()
         flight.ended = self.commit(steps)
 
     def _take(self, flight: _Flight, taken_s: float) -> float:
@@ -445,6 +448,9 @@ class Replica(Engine):
         gaps = self._seen_gaps
         if flight.decodes:
             gaps.add(gaps.pack(seen_s - self._emitted_s, 0.0, 1, flight.decodes, seen_s))
+        for _, count, before_s in flight.stalled:
+            if count:
+                gaps.add(gaps.pack(seen_s - before_s, 0.0, 1, int(count), seen_s))
         for request in flight.late:
             gaps.add(gaps.pack(seen_s - request.last_token_s, 0.0, 1, 1, seen_s))
             if request.swapped_in:
@@ -479,6 +485,17 @@ class Replica(Engine):
         if self._hands_out:
             self._deliver(seen_s)
         return taken_s + host.update_s + host.update_per_output_s * flight.outputs
+
+    def _stall(self) -> None:
+        """An iteration of prompts only: the next gap is longer for all who decode.
+
+        Those who made a token in the iteration before become a group: the last ticket of its members (`RunningBatch`),
+        how many they are, and when their last tokens were seen. One gap row a group, where policies that put prompts
+        first would log a row for each request and prompt (a third of their time).
+        """
+        members = self.batch.size - len(self._late) - int(sum(count for _, count, _ in self._stalled))
+        if members:
+            self._stalled.append([self.batch.joins, members, self._emitted_s])
 
     def _log(self, step: Step, steps: int, gpu_end_s: float) -> None:
         pairs = context = 0
@@ -548,6 +565,13 @@ class Replica(Engine):
 
     def _cut(self, request: Request) -> None:
         """A request stops decoding for now: remember when its last token was seen, once that is known."""
+        if self._stalled and request not in self._late:
+            ticket = abs(request.ticket)
+            for group in self._stalled:
+                if ticket <= group[0]:
+                    group[1] -= 1
+                    request.last_token_s = group[2]
+                    return
         flight = self._flight
         if flight is None:
             if isnan(request.last_token_s):

@@ -36,7 +36,7 @@ class Request:
     preempted_s: float = 0.0  # from each preemption to the next token
     preempted_before_first_s: float = 0.0  # the part of it before the first token
     joined: int = field(default=-1, repr=False)  # batch iteration at which it began to decode, -1: not decoding
-    ticket: int = field(default=0, repr=False)  # which of its stays in the batch this is
+    ticket: int = field(default=0, repr=False)  # which of its stays in the batch this is; negative: was
     tenant: str | int = 0  # whose it is, for fairness
     slo_class: str = ""  # which targets it has
     predicted_tokens: float = nan  # output tokens somebody foretold

@@ -1,6 +1,7 @@
 """How much of a trace's prompts a prefix cache of a given size would find, under every eviction policy.
 
-Requests come one at a time, in the order of the trace; each is looked up, computed and let go before the next. Every
+Requests come one at a time, in order of time; each is looked up, computed and let go before the next. A turn that
+waits for the one before comes its think time later, as if answers took none. Every
 prefix id is a block, the last one of a prompt too, however few of its tokens it holds (an engine finds full blocks of
 its own size only, and always computes the last token: replay the trace for that).
 
@@ -9,20 +10,19 @@ its own size only, and always computes the last token: replay the trace for that
 This is how the Mooncake paper counts (arXiv 2407.00079, Table 1). Answers that the trace names are cached as well.
 The caches are those of the replays. That the LRU curve is exact is checked against stack distances (Mattson et al.
 1970) in tests/test_reuse.py: with LRU a block is found if and only if fewer than C distinct blocks were used since.
-`ttl` reads the times of arrival; turns that wait for their parents are taken to come with the request before them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import isnan
 from typing import TYPE_CHECKING, Any
 
 from llmsim.evicting import EvictingKVCache
 from llmsim.eviction import DEFAULT, load_eviction
 from llmsim.kvcache import KVCache
 from llmsim.request import Request
+from llmsim.trace_order import likely_times_s
 
 if TYPE_CHECKING:
     from llmsim.trace import Trace
@@ -99,9 +99,8 @@ def _requests(trace: Trace) -> Iterator[Request]:
     """The trace with a token for every id; one token more is asked for, so that the last id can be found too."""
     assert trace.block_ids is not None
     answers = trace.output_block_ids
-    now_s = 0.0
-    for i, ids in enumerate(trace.block_ids):
-        arrival_s = float(trace.arrival_s[i])
-        now_s = now_s if isnan(arrival_s) else arrival_s
+    times_s = likely_times_s(trace)
+    for place, i in enumerate(sorted(range(len(times_s)), key=times_s.__getitem__)):
+        ids = trace.block_ids[i]
         whole = ids + answers[i] if answers is not None else ids
-        yield Request(i, now_s, len(ids) + 1, 1, prefix_ids=whole, identity_tokens=len(whole))
+        yield Request(place, times_s[i], len(ids) + 1, 1, prefix_ids=whole, identity_tokens=len(whole))

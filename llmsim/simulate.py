@@ -36,6 +36,7 @@ from llmsim.routers import load_router
 from llmsim.rowlog import drained
 from llmsim.scenario import Scenario
 from llmsim.schedulers import load_scheduler
+from llmsim.trace_order import likely_times_s
 
 if TYPE_CHECKING:
     from llmsim.drafting import Speculation
@@ -213,7 +214,7 @@ class Fleet:
                     index=index,
                 )
             )
-            connect(self.replicas[-1], self._requests())
+            connect(self.replicas[-1], self._foreseen())
 
     def _check_lengths(self, limit_tokens: int) -> None:
         total = self.trace.prompt_tokens + self.trace.output_tokens
@@ -267,6 +268,11 @@ class Fleet:
             arrival_s = trace.arrival_s[part].tolist()
             prompt, output = trace.prompt_tokens[part].tolist(), trace.output_tokens[part].tolist()
             yield from map(self._request, range(first, first + len(prompt)), arrival_s, prompt, output)
+
+    def _foreseen(self) -> Iterator[Request]:
+        """The same, in the order in which they are likely to come, for who reads the future."""
+        requests, times_s = list(self._requests()), likely_times_s(self.trace)
+        yield from sorted(requests, key=lambda request: times_s[request.id])
 
     def _request(self, i: int, arrival_s: float, prompt_tokens: int, output_tokens: int) -> Request:
         """Request i of the trace, as it is before it is sent."""

@@ -348,14 +348,28 @@ class Restless(Recorded):
         return super().schedule(replica, now_s)
 
 
+def share(requests: list[Request], seed: int) -> None:
+    """Three families of prompts and answers, alike for up to ten blocks."""
+    random = Random(seed)
+    for request in requests:
+        family, common = random.randrange(3), random.randrange(10)
+        request.identity_tokens = request.prompt_tokens + request.output_tokens
+        blocks = range(-(-request.identity_tokens // 16))
+        request.prefix_ids = tuple((family, k) if k < common else (request.id, k) for k in blocks)
+
+
 @BOTH
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
 @pytest.mark.parametrize("seed", range(8))
-def test_gaps_of_requests_set_aside_are_those_of_each_request(seed: int, asynchronous: bool) -> None:
+def test_gaps_of_requests_set_aside_are_those_of_each_request(seed: int, shared: bool, asynchronous: bool) -> None:
     """The host takes no time here, so a token is seen when its iteration ends on the GPU."""
     policy = Restless(seed)
     requests = some_requests(seed, count=60, output=30)
+    if shared:
+        share(requests, seed)
     cost = SteppedCost(Host(), GRAPHS, 1.0)
-    replica = served(policy, requests, cost=cost, asynchronous=asynchronous, blocks=2000, swap=Swap(120, 2e-4))
+    kv = KVCache(2000, 16, prefix_block_tokens=16)
+    replica = served(policy, requests, cost=cost, asynchronous=asynchronous, kv=kv, swap=Swap(120, 2e-4))
     ends_s = replica.iterations.table()["gpu_end_s"]
     token_s: dict[Request, list[float]] = {request: [] for request in requests}
     for end_s, tokens in zip(ends_s, policy.tokens, strict=True):

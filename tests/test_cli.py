@@ -581,3 +581,27 @@ def test_every_public_name_exists_and_importing_the_package_loads_nothing() -> N
         "assert set(llmsim.__all__) <= set(dir(llmsim))"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_kv_flags_end_up_in_the_scenario(trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    flags = "--kv-tier cpu:1GiB:10GB/s:1us --kv-tier disk:8GiB:1GB/s:1ms --kv-tier-write on_eviction --kv-tier-prefetch"
+    more = "--preemption swap --swap-space-gib 2 --kv-cache-dtype int4"
+    printed(capsys, "replay", trace, *MACHINE, *flags.split(), *more.split(), "--out", out)
+    saved = json.loads((out / "manifest.json").read_text())["scenario"]
+    assert saved["kv_tiers"] == "cpu:1GiB:10GB/s:1us,disk:8GiB:1GB/s:1ms"
+    assert (saved["kv_tier_write"], saved["kv_tier_prefetch"]) == ("on_eviction", True)
+    assert (saved["preemption"], saved["kv_cache_dtype"]) == ("swap", "int4")
+    tiers = json.loads((out / "summary.json").read_text())["kv_tiers"]
+    assert [tier["name"] for tier in tiers] == ["cpu", "disk"]
+
+
+def test_eviction_flags_end_up_in_the_scenario(trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    printed(capsys, "replay", trace, *MACHINE, "--eviction", "ttl", "--eviction-arg", "ttl_s=60", "--out", out)
+    saved = json.loads((out / "manifest.json").read_text())["scenario"]
+    assert (saved["eviction"], saved["eviction_args"]) == ("ttl", {"ttl_s": 60})
+    assert "belady" in printed(capsys, "list", "evictions")
+    assert "eviction='lfu'" in refused(
+        capsys, "replay", trace, *MACHINE, "--eviction", "lfu", "--no-enable-prefix-caching"
+    )

@@ -195,7 +195,7 @@ def test_the_last_token_is_computed_though_all_of_a_prompt_is_there() -> None:
 
 
 def test_prefetch_moves_content_up_before_it_is_asked_for() -> None:
-    """What the GPU lost lies on a slow disk. A long answer keeps the only slot while the next prompt waits; with prefetch
+    """What the GPU lost lies on a slow disk. A long answer keeps the only slot, the next prompt waits: with prefetch
     its KV is in host memory by then."""
     tiers = "cpu:0.3GiB:20GB/s:10us,disk:64GiB:1GB/s:1ms"
     prompts = [*RETURN[:2], (4.0, B[:80]), (4.01, A)]
