@@ -177,7 +177,7 @@ class SpeculatingBatch(RunningBatch):
         request.computed_tokens += tokens
         request.generated_tokens += tokens
         request.joined = -1
-        request.ticket = 0
+        request.ticket = -request.ticket  # which stay it was can still be told
         del self._members[request]
         self.kv_tokens -= request.computed_tokens
         self.size -= 1
@@ -250,9 +250,20 @@ class SpeculatingBatch(RunningBatch):
         self._calendar.add(now, anew, now)
         self._now = None
         member.extend(past, anew)
-        ticket = self._tickets = self._tickets + 1
-        request.ticket = ticket
-        heappush(self._heap, (now + anew.shape[1], ticket, request))
+        heappush(self._heap, (now + anew.shape[1], request.ticket, request))  # the entry before is stale by its time
+
+    def _current(self, end: int, ticket: int, request: Request) -> bool:
+        """Whether a heap entry is of a stay that goes on, and not of a plan from before drafts were cut."""
+        if ticket != request.ticket:
+            return False
+        member = self._plans[request]
+        return bool(end == member.first + member.plan.shape[1])
+
+    def steps_to_finish(self) -> int:
+        heap = self._heap
+        while not self._current(*heap[0]):
+            heappop(heap)
+        return heap[0][0] - self.iteration
 
     def advance(self, steps: int) -> list[Request]:
         """One iteration: what it costs differs from one to the next."""
@@ -265,8 +276,8 @@ class SpeculatingBatch(RunningBatch):
         self._grown += tokens / self.size
         heap, done = self._heap, []
         while heap and heap[0][0] <= now:
-            _, ticket, request = heappop(heap)
-            if ticket == request.ticket:
+            end, ticket, request = heappop(heap)
+            if self._current(end, ticket, request):
                 self._leave(request, now - request.joined)
                 done.append(request)
         return done
