@@ -138,4 +138,4 @@ def test_every_action_and_rule_is_in_the_tables() -> None:
 def test_the_index_has_every_page() -> None:
     pages = sorted(path.name for path in (ROOT / "docs" / "policies").glob("*.md"))
     index = PAGE.partition("<!-- policies -->")[2].partition("<!-- /policies -->")[0]
-    assert sorted(re.findall(r"\]\(policies/([^)#]+)\)", index)) == pages
+    assert [page for page in pages if f"](policies/{page})" not in index] == []
