@@ -114,7 +114,10 @@ class Preemptive(Ordered):
     def victim(self, replica: Replica) -> Request:
         """Who leaves when running requests need more blocks than are free: the least urgent."""
         least = [one for one in (self._least_active(), self._least_paused()) if one is not None]
-        return max(least, key=self.key) if least else next(reversed(replica.running))
+        chosen = max(least, key=self.key) if least else next(reversed(replica.running))
+        if chosen in replica.paused:  # it leaves no slot that the base could give to another
+            replica.limits = replica.limits._replace(max_num_seqs=replica.limits.max_num_seqs - 1)
+        return chosen
 
     def schedule(self, replica: Replica, now_s: float) -> bool | None:
         for request in list(self._half):
