@@ -56,6 +56,7 @@ class Preemptive(Ordered):
         self._active = Heap(-1)  # decoding requests, the least urgent first
         self._runs: set[Request] = set()  # looked up, never walked
         self._acted = False  # whether anything was started or stopped for the iteration at hand
+        self._base_decides = False
         self._left_now: set[Request] = set()  # paused or sent back for the iteration at hand: not to come in again
         self._half: dict[Request, None] = {}  # half-prefilled ones: few, and their standing is none yet
         self._paused, self._paused_last = Heap(), Heap(-1)
@@ -115,7 +116,7 @@ class Preemptive(Ordered):
         """Who leaves when running requests need more blocks than are free: the least urgent."""
         least = [one for one in (self._least_active(), self._least_paused()) if one is not None]
         chosen = max(least, key=self.key) if least else next(reversed(replica.running))
-        if chosen in replica.paused:  # it leaves no slot that the base could give to another
+        if self._base_decides and chosen in replica.paused:  # it leaves no slot for the base to give to another
             replica.limits = replica.limits._replace(max_num_seqs=replica.limits.max_num_seqs - 1)
         return chosen
 
@@ -132,10 +133,11 @@ class Preemptive(Ordered):
         self._free_for_decodes(replica)
         limits = replica.limits
         replica.limits = limits._replace(max_num_seqs=len(replica.running) + admissions)
+        self._base_decides = True
         try:
             hold: bool | None = self.base.schedule(replica, now_s)
         finally:
-            replica.limits = limits
+            replica.limits, self._base_decides = limits, False
         for request, _, _ in replica.chunks:
             if request not in self._runs:
                 self._start(request)
