@@ -114,8 +114,8 @@ class DroppingBatch(RunningBatch):
 
     @property
     def squares(self) -> float:
-        """As if all read alike: full members do."""
-        return self.kv_tokens * self.kv_tokens / self.size if self.size else 0.0
+        """Once some are full, as if all read alike: full members do, and a run's spread must not change."""
+        return self.kv_tokens * self.kv_tokens / self.size if self._full else super().squares
 
     def steps_to_finish(self) -> int:
         steps = super().steps_to_finish()

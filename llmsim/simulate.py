@@ -173,8 +173,9 @@ def scheduler_of(scenario: Scenario) -> Any:
             "watermark": scenario.watermark,
             "reserve_full_isl": scenario.reserve_full_isl,
             "enable_chunked_prefill": scenario.enable_chunked_prefill,
-            "preemption": scenario.preemption,
         }
+    if scenario.scheduler == "vllm":
+        arguments["preemption"] = scenario.preemption
     if scenario.scheduler == "vllm-native":
         arguments["max_model_len"] = scenario.max_model_len or 0
     return load_scheduler(scenario.scheduler, arguments | scenario.scheduler_args)

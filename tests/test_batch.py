@@ -138,3 +138,22 @@ def test_those_that_finish_together_are_named_in_order_of_joining() -> None:
     assert batch.advance(3) == [first, third, second]
     assert len(batch) == 0
     assert batch.kv_tokens == 0
+
+
+def test_squares_are_those_of_the_contexts() -> None:
+    """Through joining, growing and leaving; their spread stays as it is while all grow."""
+    batch = RunningBatch(16)
+    members = [decoding(i, 10 + 7 * i, 4 + i) for i in range(5)]
+    for member in members:
+        batch.add(member)
+
+    def contexts() -> list[int]:
+        return [batch.computed(member) for member in batch]
+
+    spread = batch.size * batch.squares - batch.kv_tokens**2
+    batch.advance(2)
+    assert batch.squares == sum(c * c for c in contexts())
+    assert batch.size * batch.squares - batch.kv_tokens**2 == spread
+    batch.remove(members[4])
+    batch.advance(1)
+    assert members[0] not in batch and batch.squares == sum(c * c for c in contexts()) > 0

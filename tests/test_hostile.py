@@ -337,7 +337,7 @@ def test_a_failed_run_leaves_no_folder(
         raise OSError(28, "No space left on device")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(runs, "_write_parquet", full)
+    monkeypatch.setattr(runs, "write_parquet", full)
     for out in ((), ("--out", "a/b/c")):
         arguments = ("replay", TRACES / "chat.csv", *MACHINE, "--limit", 5, *out)
         assert "No space left on device" in refused(capsys, *arguments)
