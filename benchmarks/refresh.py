@@ -1,8 +1,8 @@
-"""Make the numbers printed in README.md and docs/accuracy.md again: `python -m benchmarks.refresh`, after a new fit.
+"""Make the numbers printed in README.md and docs again: `python -m benchmarks.refresh`, after a new fit.
 
-The README's replay is run as it stands there (its trace has to be in ../shared/traces), and so is its comparison of the
-phases; the tables of accuracy are those of `benchmarks.accuracy`. The table of speed depends on the machine and is left
-alone.
+The README's replay is run as it stands there (its trace has to be in ../shared/traces), and so are its comparison of the
+phases and the what-ifs of docs/policies; the tables of accuracy are those of `benchmarks.accuracy`. Excerpts and figures
+in sentences are left alone, and so is the table of speed, which depends on the machine.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import click
 from benchmarks import touch_up
 from benchmarks.accuracy import FOLDERS, METRICS, ROOT, Load, cells, judged, recordings, table, update
 
+WHOLE_LINES = 5  # of output; fewer are an excerpt
+POLICIES = ROOT / "docs" / "policies"
 README, ACCURACY = ROOT / "README.md", ROOT / "docs" / "accuracy.md"
 SECOND = FOLDERS[0] / "vllm-0.25.1_h100-sxm_llama-3.1-8b_bf16_second-machine"
 
@@ -36,6 +38,17 @@ def phases_block(page: str) -> str:
     """The page with the comparison of the phases that it shows."""
     command, shown = _shown(page, "phases")
     return page.replace(shown, _printed(command))
+
+
+def whatif_blocks(page: str) -> str:
+    """The page with what `llmsim whatif` and `llmsim speculation` print, where it shows the whole of it."""
+
+    def again(block: re.Match[str]) -> str:
+        printed = _printed(block[1]) if len(block[2].splitlines()) >= WHOLE_LINES else block[2]
+        return block[0].replace(block[2], printed)
+
+    shown = r"^(llmsim (?:whatif|speculation) [^\n]*)\n```\n```text\n(.*?)\n```$"
+    return re.sub(shown, again, page, flags=re.DOTALL | re.MULTILINE)
 
 
 def _shown(page: str, name: str) -> tuple[str, str]:
@@ -69,12 +82,14 @@ def host_scale_rows(page: str) -> str:
 
 @click.command()
 def main() -> None:
-    """Make the numbers printed in README.md and docs/accuracy.md again, after a new fit or recording."""
+    """Make the numbers printed in README.md and docs again, after a new fit or recording."""
     loads = [load for folder in recordings() for load in judged(folder, "auto", 1.0)]
     update(ACCURACY, table(loads))
     update(ACCURACY, touch_up.table(touch_up.judge_all()), (touch_up.START, touch_up.END))
     update(README, table([load for load in loads if (FOLDERS[0] / load.folder).is_dir()]))
     README.write_text(phases_block(replay_block(README.read_text(encoding="utf-8"))), encoding="utf-8")
+    for page in sorted(POLICIES.glob("*.md")):
+        page.write_text(whatif_blocks(page.read_text(encoding="utf-8")), encoding="utf-8")
     ACCURACY.write_text(host_scale_rows(ACCURACY.read_text(encoding="utf-8")), encoding="utf-8")
 
 
