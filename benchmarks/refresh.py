@@ -1,8 +1,8 @@
 """Make the numbers printed in README.md and docs again: `python -m benchmarks.refresh`, after a new fit.
 
-The README's replay is run as it stands there (its trace has to be in ../shared/traces), and so are its comparison of the
-phases and the what-ifs of docs/policies; the tables of accuracy are those of `benchmarks.accuracy`. Excerpts and figures
-in sentences are left alone, and so is the table of speed, which depends on the machine.
+The README's replay is run as it stands there (its trace has to be in ../shared/traces), and so are its comparison of
+the phases and the what-ifs of docs/policies; the tables of accuracy are those of `benchmarks.accuracy`. Excerpts and
+figures in sentences are left alone, and so is the table of speed, which depends on the machine.
 """
 
 from __future__ import annotations
