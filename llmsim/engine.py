@@ -120,6 +120,11 @@ class Engine(Aside):
                 if request in self._publishing:
                     self.kv.store(request, request.computed_tokens)
 
+    @property
+    def publishes(self) -> bool:
+        """Whether running requests generate what others may find."""
+        return bool(self._publishing)
+
     def look_up(self, request: Request) -> Hit:
         """What the prefix cache holds of a waiting request's sequence."""
         known = request.prompt_tokens + request.generated_tokens

@@ -13,8 +13,10 @@ from llmsim import cli
 from llmsim.batch_speculative import SpeculatingBatch
 from llmsim.drafting import Speculation
 from llmsim.request import Request
-from llmsim.simulate import simulate
+from llmsim.schedulers.vllm import VllmScheduler
+from llmsim.simulate import Fleet, simulate
 from llmsim.testing_cases import cases
+from llmsim.testing_rules import first_difference
 
 TRACE = str(Path(__file__).parents[1] / "traces" / "chat.csv")
 MACHINE = ("--limit", "20", "--no-out", "--model", "llama-3.1-8b", "--gpu", "h100-sxm")
@@ -121,3 +123,24 @@ def test_steps_that_fit_with_drafts() -> None:
             steps = batch.steps_that_fit(40, free)
             assert batch.blocks_needed(steps) <= free and (steps == 40 or batch.blocks_needed(steps + 1) > free)
         assert batch.steps_that_fit(1 << 30, 10_000) == 1 << 30
+
+
+class Asked(VllmScheduler):
+    """Its answers are never held."""
+
+    def schedule(self, replica: Any, now_s: float) -> None:
+        super().schedule(replica, now_s)
+
+
+@pytest.mark.parametrize("write", ["write_through", "on_eviction"])
+def test_a_load_begins_when_it_can_also_while_an_answer_is_held(write: str) -> None:
+    """Answers are stored when somebody looks for them, and decodes take blocks of what a waiting request had found."""
+    for seed in range(6):
+        for case in (case for case in cases(seed) if "sessions" in case.name and "ample" not in case.name):
+            scenario = replace(
+                case.scenario, enable_prefix_caching=True, max_num_seqs=4, block_size=8, reserve_full_isl=False,
+                kv_tiers="cpu:1GiB:5GB/s:100us", kv_tier_write=write, launch_jitter=False,
+            )  # fmt: skip
+            held = Fleet(case.trace, scenario, policy=lambda: VllmScheduler(reserve_full_isl=False)).run()
+            every = Fleet(case.trace, scenario, policy=lambda: Asked(reserve_full_isl=False)).run()
+            assert first_difference(held, every, exact=False) is None, (seed, case.name)
