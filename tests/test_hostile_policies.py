@@ -144,3 +144,22 @@ def test_a_load_begins_when_it_can_also_while_an_answer_is_held(write: str) -> N
             held = Fleet(case.trace, scenario, policy=lambda: VllmScheduler(reserve_full_isl=False)).run()
             every = Fleet(case.trace, scenario, policy=lambda: Asked(reserve_full_isl=False)).run()
             assert first_difference(held, every, exact=False) is None, (seed, case.name)
+
+
+@pytest.mark.parametrize("flags", ["--prices free.toml --only cuda-graphs", "--engine static --only speculation-eagle"])
+@pytest.mark.parametrize("shown", ["", "--json"])
+def test_what_is_nothing_has_no_ratio(
+    flags: str, shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """GPUs that cost nothing, and answers that come as a whole and so have no time per token."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "free.toml").write_text('[h100-sxm]\nusd_per_gpu_hour = 0\nsource = "ours"\ndate = 2026-01-01\n')
+    machine = [flag for flag in MACHINE if flag != "--no-out"]
+    assert cli.main(["whatif", TRACE, *machine, *flags.split(), "--jobs", "1", *shown.split()]) == 0
+    assert "nan" not in capsys.readouterr().out.lower()
+
+
+def test_a_batch_that_no_engine_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--batch", "99999999", "--speculative-config", EAGLE_JSON)
+    assert cli.main(["speculation", *MACHINE[3:], *flags]) == 2
+    assert "batch=99999999: no engine runs that many" in capsys.readouterr().err
