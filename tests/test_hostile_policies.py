@@ -125,6 +125,14 @@ def test_steps_that_fit_with_drafts() -> None:
         assert batch.steps_that_fit(1 << 30, 10_000) == 1 << 30
 
 
+def test_a_swapped_request_behind_a_more_urgent_one_is_not_admitted_anew() -> None:
+    for case in (case for case in cases() if "tight" in case.name or "storm" in case.name):
+        scenario = replace(
+            case.scenario, scheduling_policy="priority", preemption="swap", swap_space_gib=0.01, reserve_full_isl=False
+        )
+        assert simulate(case.trace, scenario).finished.all(), case.name
+
+
 class Asked(VllmScheduler):
     """Its answers are never held."""
 

@@ -157,6 +157,8 @@ class VllmScheduler:
         limits = replica.limits
         while waiting.size and budget > 0 and len(running) < limits.max_num_seqs:
             request = waiting.head
+            if request.swapped_tokens:  # by priority it may wait behind others: its KV comes back first, next time
+                return
             known = request.prompt_tokens + request.generated_tokens
             hit = replica.look_up(request)
             found = hit.blocks * block_tokens
