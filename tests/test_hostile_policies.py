@@ -171,3 +171,9 @@ def test_a_batch_that_no_engine_runs(capsys: pytest.CaptureFixture[str]) -> None
     flags = ("--batch", "99999999", "--speculative-config", EAGLE_JSON)
     assert cli.main(["speculation", *MACHINE[3:], *flags]) == 2
     assert "batch=99999999: no engine runs that many" in capsys.readouterr().err
+
+
+def test_a_side_has_a_field_once(capsys: pytest.CaptureFixture[str]) -> None:
+    machine = [flag for flag in MACHINE if flag != "--no-out"]
+    assert cli.main(["compare", TRACE, *machine, "--set", "max_num_seqs=4,max_num_seqs=5"]) == 2
+    assert "max_num_seqs is given twice" in capsys.readouterr().err
