@@ -55,7 +55,8 @@ class Calendar:
     @property
     def reach(self) -> int:
         """Iterations from now on beyond which nothing is planned."""
-        return self._ring.shape[1]
+        columns: int = self._ring.shape[1]
+        return columns
 
     def _grow(self, now: int) -> None:
         columns = self._ring.shape[1]
