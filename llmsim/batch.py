@@ -28,6 +28,7 @@ class RunningBatch:
         "_heap", "_members", "_offsets", "_squares", "_tickets", "_wheel", "block_tokens", "iteration", "kv_tokens",
         "size",
     )  # fmt: skip
+    even = True  # every member makes one token an iteration
 
     def __init__(self, block_tokens: int) -> None:
         self.block_tokens = block_tokens

@@ -52,6 +52,12 @@ class Calendar:
             self._ring[:, at:] += sign * plan[:, :room]
             self._ring[:, : length - room] += sign * plan[:, room:]
 
+    @property
+    def reach(self) -> int:
+        """Iterations from now on beyond which nothing is planned."""
+        columns: int = self._ring.shape[1]
+        return columns
+
     def _grow(self, now: int) -> None:
         columns = self._ring.shape[1]
         order = (now + np.arange(columns)) % columns
@@ -92,6 +98,7 @@ class SpeculatingBatch(RunningBatch):
         "_blocks", "_calendar", "_drawn", "_grown", "_now", "_plans", "_seed", "_speculation", "_steps_taken",
         "_sum", "_sum_squares", "_survival", "_total_blocks",
     )  # fmt: skip
+    even = False
 
     def __init__(self, block_tokens: int, speculation: Speculation, seed: int, total_blocks: int) -> None:
         super().__init__(block_tokens)
@@ -213,7 +220,17 @@ class SpeculatingBatch(RunningBatch):
     def blocks_needed(self, steps: int) -> int:
         if steps == 1:
             return self._next()[BLOCKS]
-        return sum(self._calendar.read(self.iteration + step)[BLOCKS] for step in range(steps))
+        return sum(
+            self._calendar.read(self.iteration + step)[BLOCKS] for step in range(min(steps, self._calendar.reach))
+        )
+
+    def steps_that_fit(self, steps: int, free_blocks: int) -> int:
+        """The largest n <= steps whose KV blocks fit into `free_blocks`."""
+        for step in range(min(steps, self._calendar.reach)):
+            free_blocks -= self._calendar.read(self.iteration + step)[BLOCKS]
+            if free_blocks < 0:
+                return step
+        return steps
 
     def steps_that_fit(self, steps: int, free_blocks: int) -> int:
         """At most one: its iterations are taken one at a time, and policies ask about far ones."""

@@ -109,6 +109,8 @@ def parse_classes(spec: str) -> tuple[list[SloClass], dict[str, float]]:
 
 def _class(spec: str, part: str) -> SloClass:
     name, _, rest = part.partition(":")
+    if not name.strip():
+        raise _wrong(spec, f"class {part!r} has no name", f"write parts such as {EXAMPLE}")
     share_text, _, keys = rest.partition(":")
     share = _number(spec, f"class {name}: share", share_text)
     given: dict[str, float] = {}

@@ -167,12 +167,16 @@ def _short(spec: str, specs: tuple[str, ...]) -> str:
 def changed(fields: dict[str, Any], text: str) -> dict[str, Any]:
     """Scenario fields with those of FIELD=VALUE,… changed; KIND.NAME=VALUE is an argument of the plug-in KIND."""
     values = dict(fields)
+    seen: set[str] = set()
     for pair in text.split(","):
         name, sign, word = (part.strip() for part in pair.partition("="))
         name = name.replace("-", "_")
         kind, dot, argument = name.partition(".")
         if not sign or not name or (dot and not argument):
             raise ValueError(f"--set {pair}: write FIELD=VALUE, e.g. max_num_seqs=64 or scheduler.headroom=0.05")
+        if name in seen:
+            raise ValueError(f"--set {text}: {name} is given twice: leave one out, or give a --set for each side")
+        seen.add(name)
         if dot:
             values[f"{kind}_args"] = values.get(f"{kind}_args", {}) | {argument: value_of(word)}
             continue

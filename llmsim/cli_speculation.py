@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from llmsim.speculation import Table
 
 WIDTH = 118
+LARGEST_BATCH = 65536
 
 
 @click.command(cls=SectionedCommand, context_settings=CONTEXT)
@@ -44,6 +45,8 @@ def speculation(context_tokens: int, batches: str | None, plot: Path | None, as_
         raise ValueError(f"batch={batches}: give whole numbers with commas between, as in 1,8,64") from None
     if any(size < 1 for size in sizes):
         raise ValueError(f"batch={batches}: a batch has 1 request or more")
+    if max(sizes, default=1) > LARGEST_BATCH:
+        raise ValueError(f"batch={batches}: no engine runs that many requests at once: give at most {LARGEST_BATCH}")
     found = table(scenario_from(flags), context_tokens, sizes)
     if plot is not None:
         from llmsim.charts import save, speedup

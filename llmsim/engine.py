@@ -9,6 +9,7 @@ async_scheduler.py.
 from __future__ import annotations
 
 from math import isnan
+from operator import index
 from typing import Any, NamedTuple
 
 from llmsim.aside import Aside, Swap
@@ -119,6 +120,11 @@ class Engine(Aside):
                 if request in self._publishing:
                     self.kv.store(request, request.computed_tokens)
 
+    @property
+    def publishes(self) -> bool:
+        """Whether running requests generate what others may find."""
+        return bool(self._publishing)
+
     def look_up(self, request: Request) -> Hit:
         """What the prefix cache holds of a waiting request's sequence."""
         known = request.prompt_tokens + request.generated_tokens
@@ -136,6 +142,8 @@ class Engine(Aside):
         `padding_tokens` more rows are computed with the chunk and thrown away.
         """
         kv = self.kv
+        if type(tokens) is not int:
+            tokens = self._whole(tokens, request)
         computed = request.computed_tokens
         left = request.prompt_tokens + request.generated_tokens - computed
         if request in self.running:
@@ -169,6 +177,15 @@ class Engine(Aside):
         if padding_tokens:
             self._pad(request, padding_tokens)
         return True
+
+    def _whole(self, tokens: Any, request: Request) -> int:
+        """Of numpy's whole numbers; anything else is none."""
+        try:
+            return index(tokens)
+        except TypeError:
+            raise self._error(
+                f"asked to prefill {tokens!r} tokens of request {request.id}: give a whole number"
+            ) from None
 
     def _pad(self, request: Request, padding_tokens: int) -> None:
         if padding_tokens < 0:
@@ -314,6 +331,8 @@ class Engine(Aside):
             self.kv.settle(self.asynchronous)
         self._hits_grow = False
         hold = self.scheduler.schedule(self, now_s)
+        if hold and hold is not True and hold != True:  # noqa: E712 - numpy's True is another one
+            raise self._error(f"returned {hold!r}: return HOLD, or None to be asked before every iteration")
         if self.chunks or self._granted is not None:
             self._check_iteration()
         return bool(hold) and not (self._hits_grow or self.kv.pending)

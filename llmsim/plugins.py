@@ -69,7 +69,10 @@ def _find_class(spec: str, kind: str, builtin: dict[str, str], method: str, sign
     try:
         module_spec.loader.exec_module(module)
     except SyntaxError as error:
-        raise ValueError(f"{kind} {spec!r}: {path_text}, line {error.lineno}: {error.msg}. Repair the file.") from None
+        where = path_text if error.lineno is None else f"{path_text}, line {error.lineno}"
+        raise ValueError(f"{kind} {spec!r}: {where}: {error.msg}. Repair the file.") from None
+    except SystemExit as error:
+        raise ValueError(f"{kind} {spec!r}: {path_text} ends the process when it is read. Repair the file.") from error
     found = getattr(module, class_name, None)
     if not inspect.isclass(found):
         classes = [name for name, value in vars(module).items() if inspect.isclass(value) and hasattr(value, method)]

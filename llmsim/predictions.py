@@ -15,7 +15,7 @@ Left out: predictors whose error depends on the prompt, and predictions refined 
 from __future__ import annotations
 
 from dataclasses import replace
-from math import inf, isfinite
+from math import inf, isfinite, nan
 
 import numpy as np
 
@@ -86,6 +86,8 @@ def kendall_tau(true: FloatArray, predicted: FloatArray) -> float:
     """Kendall's tau-b; nan if all true lengths, or all predictions, are the same."""
     from scipy.stats import kendalltau
 
+    if len(true) < 2:
+        return nan
     return float(kendalltau(true, predicted).statistic)
 
 

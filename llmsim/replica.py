@@ -33,6 +33,7 @@ from llmsim.cost import FULL, WARM_S, CostModel, LaunchNoise, Ramp
 from llmsim.engine import Engine, Limits
 from llmsim.kvcache import KVCache
 from llmsim.macrostep import Plan, Step, plan_run, plan_synchronous_run
+from llmsim.plugins import PolicyError
 from llmsim.request import Request
 from llmsim.rowlog import RowLog
 
@@ -554,7 +555,7 @@ class Replica(Engine):
         if self.kv.blocks_for(request.prompt_tokens + request.output_tokens - 1) > self.kv.total_blocks:
             if self._on_finish is not None:
                 self._on_finish(request, self)
-        elif self._admission is not None and not self._admission.admit(request, self, self.next_ready_s):
+        elif self._admission is not None and not self._admits(request):
             request.rejected_s = self.next_ready_s
             self.rejections += 1
             self._turned_away(request)
@@ -563,6 +564,14 @@ class Replica(Engine):
             if self._on_arrived is not None:
                 self._on_arrived(request, self.next_ready_s)
         self._pull()
+
+    def _admits(self, request: Request) -> bool:
+        verdict = self._admission.admit(request, self, self.next_ready_s)
+        if verdict not in (True, False):
+            raise PolicyError(
+                f"{type(self._admission).__name__} answered {verdict!r} for request {request.id}. Return True or False."
+            )
+        return bool(verdict)
 
     def _free(self, now_s: float) -> None:
         self.free(self._to_free, now_s)

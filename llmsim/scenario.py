@@ -54,6 +54,7 @@ SCHEDULING_POLICIES = ("fcfs", "priority")
 # fields that make vLLM's cache another one, and what leaves it as it is
 KV_CACHE_KINDS = {"eviction": "lru", "kv_allocation": "paged", "kv_tiers": "none", "kv_compression": "none"}
 VLLM_SCHEDULERS = ("vllm", "vllm-native")  # our own, and the installed vLLM's
+CUTTING = ("sglang", "tensorrt-llm")  # prompts to whole blocks
 # argument of these policies: the field it comes from
 VLLM_OPTIONS = {
     "policy": "scheduling_policy",
@@ -327,6 +328,7 @@ def _check_together(s: Scenario) -> None:
         )
     _check_speculation(s)
     _check_policy(s)
+    _check_chunks(s)
     check_kv_cache(s)
     _check_radix_tree(s)
 
@@ -335,6 +337,11 @@ def _check_speculation(s: Scenario) -> None:
     """Drafts need blocks that a request keeps while it grows."""
     if speculation_of(s.speculative_config) is None:
         return
+    if s.cost.partition(":")[0] == "constant":
+        raise ValueError(
+            f"speculative_config: cost={s.cost} takes the same time for any number of rows, so drafts cost nothing: "
+            "give another cost, or leave one of them out"
+        )
     if s.scheduler == "vllm-native":
         raise ValueError("speculative_config: the scheduler vllm-native is asked without drafts: leave one of them out")
     for name, plain in (("kv_allocation", "paged"), ("kv_compression", "none")):
@@ -371,6 +378,23 @@ def _check_policy(s: Scenario) -> None:
                 f"{field_name}={given!r} is an option of the scheduler vllm, which {s.scheduler} does not know: "
                 "leave it out"
             )
+
+
+def _check_chunks(s: Scenario) -> None:
+    """SGLang and TensorRT-LLM cut prompts to whole blocks: with less than one to a chunk they would never begin."""
+    scheduler, args = s.scheduler, s.scheduler_args
+    if args.get("base") in CUTTING and isinstance(args.get("base_args", {}), dict):
+        scheduler, args = args["base"], args.get("base_args", {})
+    if scheduler not in CUTTING or (scheduler == "tensorrt-llm" and args.get("enable_chunked_prefill") is not True):
+        return
+    name, chunk = "max_num_batched_tokens", s.max_num_batched_tokens
+    if scheduler == "sglang" and args.get("chunked_prefill_size"):
+        name, chunk = "chunked_prefill_size", args["chunked_prefill_size"]
+    if isinstance(chunk, int) and 0 < chunk < s.block_size:
+        raise ValueError(
+            f"{name}={chunk} is below block_size={s.block_size}, and the scheduler {scheduler} cuts prompts to whole "
+            f"blocks: give at least {s.block_size}, or a smaller block_size"
+        )
 
 
 def _check_context(s: Scenario, context: int) -> None:

@@ -28,6 +28,11 @@ def check_kv_cache(s: Scenario) -> None:
             raise ValueError(f"{name}={value!r}: {what} KV is not swapped: leave swap_space_gib out")
     if parse_compression(s.kv_compression) is not None and s.kv_allocation != "paged":
         raise ValueError(f"kv_compression={s.kv_compression!r} needs blocks to drop: leave kv_allocation out")
+    if s.kv_compression != "none" and "static" in (s.scheduler, s.scheduler_args.get("base")):
+        raise ValueError(
+            f"kv_compression={s.kv_compression!r}: the scheduler static pads its rows to one length, so there is "
+            "nothing to drop: choose another scheduler"
+        )
     if s.preemption == "swap" and not s.swap_space_gib:
         raise ValueError("preemption='swap' needs host memory: give swap_space_gib, e.g. 16")
     if s.eviction == "belady" and s.replicas > 1:

@@ -153,6 +153,8 @@ def swap_of(scenario: Scenario) -> Swap | None:
     model, tp = find_model(s.model), s.tensor_parallel
     kind: dict[str, Any] = {"tensor_parallel": tp, "kv_dtype": s.kv_dtype, "block_tokens": s.block_size}
     blocks = host_blocks(model, swap_space_gib=s.swap_space_gib, **kind)
+    if not blocks:
+        raise ValueError(f"swap_space_gib={s.swap_space_gib} is less than one KV block: give more, or 0 for none")
     return Swap(blocks, block_copy_s(model, find_gpu(s.gpu), **kind))
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from math import exp, log
+from math import exp, log, nan
 from typing import Any
 
 from llmsim.cost.terms import termed
@@ -183,10 +183,15 @@ def run_one(trace: Trace, scenario: Scenario, price: Price) -> Run | str:
 # ---- what it bought -----------------------------------------------------------------------------------------------
 
 
+def _ratio(with_: float, without: float) -> float:
+    """nan where one is nothing: GPUs that cost nothing, answers that come as a whole."""
+    return with_ / without if with_ and without else nan
+
+
 def _effect(change: Change, fields: dict[str, Any], setting: Setting, baseline: Priced, other: Priced) -> Effect:
     on = change.on(setting)
     without, with_ = (other, baseline) if on else (baseline, other)
-    ratios = {name: getattr(with_[0], name) / getattr(without[0], name) for name in METRICS}
+    ratios = {name: _ratio(getattr(with_[0], name), getattr(without[0], name)) for name in METRICS}
     better = [ratio if name == "tokens_per_s" else 1.0 / ratio for name, ratio in ratios.items() if ratio == ratio]
     gain = exp(sum(log(value) for value in better) / len(better))
     why = reason(without, with_, gain >= 1.0)

@@ -26,12 +26,12 @@ class DynamicBatching(StaticBatching):
         self,
         batch_size: int = 32,
         timeout_s: float = 0.05,
-        preferred_batch_sizes: list[int] | str | int = "",
+        preferred_batch_sizes: list[int] | str | int | None = None,
         stream: bool = False,
     ) -> None:
         super().__init__(batch_size, timeout_s, 0, stream)
-        self.preferred_batch_sizes = preferred_batch_sizes
-        self._preferred = sorted({*_sizes(preferred_batch_sizes), batch_size})
+        self.preferred_batch_sizes = "" if preferred_batch_sizes is None else preferred_batch_sizes
+        self._preferred = sorted({*_sizes(self.preferred_batch_sizes), batch_size})
         if self._preferred[0] < 1 or self._preferred[-1] > batch_size:
             raise ValueError(
                 f"preferred_batch_sizes={preferred_batch_sizes!r} are not all between 1 and batch_size={batch_size}."
@@ -46,6 +46,6 @@ class DynamicBatching(StaticBatching):
 def _sizes(given: list[int] | str | int) -> list[int]:
     words = given if isinstance(given, list) else str(given).replace("+", ",").split(",")
     try:
-        return [int(word) for word in words if str(word).strip()]
+        return [int(str(word)) for word in words if str(word).strip()]
     except ValueError:
         raise ValueError(f"preferred_batch_sizes={given!r} are not whole numbers, as in 4,8.") from None

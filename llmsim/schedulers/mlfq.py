@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from llmsim.request import Request
 
 
+LEAST_QUANTUM_S = 1e-5  # a waiting policy counts every quantum that has passed
+
+
 class _Job:
     """Where a request stands: its level, since when, what is left of its quantum, and since when it has not run."""
 
@@ -64,6 +67,11 @@ class SkipJoinMlfq(Preemptive):
         for name, value in (("quantum_s", quantum_s), ("starvation_s", starvation_s)):
             if not (isfinite(value) and value >= 0.0):
                 raise ValueError(f"SkipJoinMlfq: {name}={value} is no time: give seconds, 0 or more")
+        if 0.0 < quantum_s < LEAST_QUANTUM_S:
+            raise ValueError(
+                f"SkipJoinMlfq: quantum_s={quantum_s} is far below an iteration: give {LEAST_QUANTUM_S} or more, or 0 "
+                "for one iteration"
+            )
         if not 0.0 <= reserve < 1.0:
             raise ValueError(f"SkipJoinMlfq: reserve={reserve} is no share of the KV blocks: give 0 or more, below 1")
         self._base_arrived = getattr(self.base, "arrived", None)

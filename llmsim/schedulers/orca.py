@@ -74,19 +74,20 @@ class Orca:
         left = budget = replica.limits.max_num_batched_tokens
         while waiting.size and len(running) < most:
             request = waiting.head
-            if request.prompt_tokens > left and not (left == budget and request.prompt_tokens > budget):
+            tokens = request.prefill_tokens  # its prompt, and its answer so far if drafts took more than was reserved
+            if tokens > left and not (left == budget and tokens > budget):
                 return
             blocks = replica.kv.blocks_for(self._tokens(request))
             if blocks > total_blocks:
                 blocks = self._all_of(total_blocks, request)
             if self.buddy:
                 blocks = min(1 << (blocks - 1).bit_length(), total_blocks)
-            if self._reserved_blocks + blocks > total_blocks:
+            more = blocks - self._reserved.get(request, 0)
+            if self._reserved_blocks + more > total_blocks or not replica.prefill(request, tokens, NO_HIT):
                 return
-            replica.prefill(request, request.prompt_tokens, NO_HIT)
             self._reserved[request] = blocks
-            self._reserved_blocks += blocks
-            left -= request.prompt_tokens
+            self._reserved_blocks += more
+            left -= tokens
 
     def _all_of(self, total_blocks: int, request: Request) -> int:
         """More than there is, though the request itself fits: all of it will do where the length was a guess."""

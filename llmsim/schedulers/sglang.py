@@ -65,7 +65,12 @@ class Sglang:
         max_new_tokens: int = 0,
         seed: int = 0,
     ) -> None:
-        for name, least in (("chunked_prefill_size", -1), ("max_prefill_tokens", 1), ("prefill_decode_interval", 0)):
+        for name, least in (
+            ("chunked_prefill_size", -1),
+            ("max_prefill_tokens", 1),
+            ("prefill_decode_interval", 0),
+            ("max_new_tokens", 0),
+        ):
             if locals()[name] < least:
                 raise ValueError(f"{name}={locals()[name]} is too small: give {least} or more.")
         if schedule_conservativeness < 0:

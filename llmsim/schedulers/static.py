@@ -17,7 +17,7 @@ baseline. Left out: removal of padding before the linear layers (`remove_padding
 from __future__ import annotations
 
 from itertools import islice
-from math import inf, isfinite
+from math import inf
 from typing import TYPE_CHECKING
 
 from llmsim.kvcache import NO_HIT
@@ -27,6 +27,9 @@ from llmsim.schedulers import HOLD
 if TYPE_CHECKING:
     from llmsim.replica import Limits, Replica
     from llmsim.request import Request
+
+
+LONGEST_WAIT_S = 1e6
 
 
 class StaticBatching:
@@ -45,8 +48,10 @@ class StaticBatching:
                 raise ValueError(f"{name}={count!r} is not a whole number of {least} or more.")
         if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float):
             raise ValueError(f"timeout_s={timeout_s!r} is not a number of seconds.")
-        if not (isfinite(timeout_s) and timeout_s >= 0.0):
-            raise ValueError(f"timeout_s={timeout_s} is no time to wait: give 0 or more seconds.")
+        if not 0.0 <= timeout_s <= LONGEST_WAIT_S:
+            raise ValueError(
+                f"timeout_s={timeout_s} is no time to wait: give 0 or more seconds, at most {LONGEST_WAIT_S:.0f}."
+            )
         self.batch_size, self.timeout_s, self.reserve_tokens = batch_size, float(timeout_s), reserve_tokens
         self.streams = bool(stream)
         self._since_s: dict[Request, float] = {}
@@ -66,7 +71,7 @@ class StaticBatching:
         if self._size and not self._to_prefill:
             if replica.batch.size:
                 self._decode(replica)
-                return HOLD
+                return HOLD if replica.batch.even or not self.pads else None
             self._size = 0
             if not self.streams:
                 replica.hand_out()
@@ -82,22 +87,24 @@ class StaticBatching:
             self._begun = batch.iteration
         if self.pads:
             read_tokens = self._size * (self._padded_tokens + batch.iteration - self._begun)
-            replica.ghosts(self._size - batch.size, read_tokens - batch.kv_tokens)
+            ghosts = self._size - batch.size
+            replica.ghosts(ghosts, max(read_tokens - batch.kv_tokens, ghosts))  # rows with drafts run ahead of it
         replica.decode()
 
     def _form(self, replica: Replica, now_s: float) -> None:
         """A new batch, or a later time to look again."""
         most = min(self.batch_size, replica.limits.max_num_seqs)
-        due_s = self._since_s[replica.waiting.head] + self.timeout_s
+        since_s = self._since_s.get(replica.waiting.head, -inf)  # one whose blocks drafts took is due at once
+        due_s = since_s + self.timeout_s
         size = self.next_size(min(replica.waiting.size, most), most, due=now_s >= due_s)
         if not size:
             replica.wait_until(due_s)
             return
         chosen = self._that_fit(replica, list(islice(replica.waiting, size)))
         for request in chosen:
-            del self._since_s[request]
+            self._since_s.pop(request, None)
         self._size, self._to_prefill, self._begun = len(chosen), chosen, -1
-        self._padded_tokens = max(request.prompt_tokens for request in chosen)
+        self._padded_tokens = max(request.prefill_tokens for request in chosen)
 
     def next_size(self, waiting: int, most: int, due: bool) -> int:
         """Rows of the batch to begin now, 0: none yet. `waiting` requests, at most `most`; `due`: the time is up."""
@@ -142,10 +149,11 @@ class StaticBatching:
         budget = replica.limits.max_num_batched_tokens
         rows = 0
         for request in self._to_prefill:
-            padded = self._padded_tokens if self.pads else request.prompt_tokens
+            tokens = request.prefill_tokens
+            padded = self._padded_tokens if self.pads else tokens
             if rows and padded > budget:
                 break
-            replica.prefill(request, request.prompt_tokens, NO_HIT, padded - request.prompt_tokens)
+            replica.prefill(request, tokens, NO_HIT, padded - tokens)
             budget -= padded
             rows += 1
         del self._to_prefill[:rows]

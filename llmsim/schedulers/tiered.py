@@ -53,8 +53,8 @@ class Tiered:
         while replica.waiting and self._begin(replica, replica.waiting.head):
             pass
         hold: bool | None = self._policy.schedule(replica, now_s)
-        if replica.waiting and self._could_begin(replica.waiting.head):
-            hold = None
+        if replica.waiting and (replica.publishes or self._could_begin(replica.waiting.head)):
+            hold = None  # what running requests generate is stored, and written to tiers, when somebody looks for it
         next_s = min((done_s for done_s in self._loading.values() if done_s > now_s), default=inf)
         if next_s < inf:
             if not replica.decoding and not replica.chunks:
@@ -86,10 +86,11 @@ class Tiered:
         )
 
     def _could_begin(self, request: Request) -> bool:
+        """Now, or once decodes have taken blocks that the GPU's hit needs and a tier holds."""
         if request.swapped_tokens:
             return False
-        _, parts, blocks = self._plan(request)
-        return bool(parts) and blocks <= self._free_blocks()
+        hit, parts, blocks = self._plan(request)
+        return bool(parts or hit.idle_blocks) and blocks <= self._free_blocks()
 
     def _begin(self, replica: Replica, request: Request) -> bool:
         """Give the head of the queue its blocks and begin to load; False: nothing to load, or no room."""

@@ -45,6 +45,12 @@ class VllmScheduler:
     ) -> None:
         if policy not in ("fcfs", "priority"):
             raise ValueError(f"scheduling_policy={policy!r} is unknown. Choose fcfs or priority.")
+        if long_prefill_token_threshold < 0:
+            raise ValueError(
+                f"long_prefill_token_threshold={long_prefill_token_threshold} is negative: give 0 for off."
+            )
+        if not 0.0 <= watermark < 1.0:
+            raise ValueError(f"watermark={watermark} is not a fraction. Give 0 <= watermark < 1.")
         self.priority = policy == "priority"
         self.threshold = long_prefill_token_threshold
         self.watermark = watermark
@@ -151,6 +157,8 @@ class VllmScheduler:
         limits = replica.limits
         while waiting.size and budget > 0 and len(running) < limits.max_num_seqs:
             request = waiting.head
+            if request.swapped_tokens:  # by priority it may wait behind others: its KV comes back first, next time
+                return
             known = request.prompt_tokens + request.generated_tokens
             hit = replica.look_up(request)
             found = hit.blocks * block_tokens

@@ -52,6 +52,8 @@ class VirtualTokenCounter(Ordered):
         weights: dict[str, float] | None = None,
     ) -> None:
         super().__init__(base, base_args)
+        if not isinstance(weights, dict | None):
+            raise ValueError(f'VirtualTokenCounter: weights={weights!r} is no table: give JSON such as {{"tenant": 2}}')
         for name, value in {"w_p": w_p, "w_q": w_q, **{f"weight {k}": v for k, v in (weights or {}).items()}}.items():
             if isinstance(value, bool) or not isinstance(value, int | float) or not (isfinite(value) and value > 0):
                 raise ValueError(f"VirtualTokenCounter: {name}={value!r} is not a number above 0: give one")
