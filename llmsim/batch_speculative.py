@@ -232,10 +232,6 @@ class SpeculatingBatch(RunningBatch):
                 return step
         return steps
 
-    def steps_that_fit(self, steps: int, free_blocks: int) -> int:
-        """At most one: its iterations are taken one at a time, and policies ask about far ones."""
-        return min(steps, 1) if self.blocks_needed(1) <= free_blocks else 0
-
     def _next(self) -> list[int]:
         now = self._now
         if now is None:
