@@ -154,7 +154,7 @@ def scenarios_of(schedulers: tuple[str, ...], variants: tuple[str, ...], flags: 
             raise ValueError(f"--set {text} is given twice: leave one out")
         sides[text] = changed(next(iter(sides.values())), text)
     if len(sides) < 2:
-        raise ValueError("one side to compare: add another --scheduler NAME or --set FIELD=VALUE")
+        raise ValueError("one side to compare: add another --scheduler NAME or --set FIELD=VALUE (--set engine=sglang)")
     return {name: Scenario.from_dict(values, source=source).resolved() for name, values in sides.items()}
 
 

@@ -46,6 +46,9 @@ def report(comparison: Comparison) -> str:
     lines += ["", *wrap(_meaning(comparison), WIDTH)]
     for note in comparison.notes:
         lines += wrap(f"Note: {note}.", WIDTH)
+    for words, sides in _trust(comparison).items():
+        whose = "" if len(sides) == len(comparison.sides) else f" ({', '.join(sides)})"
+        lines += wrap(f"{words[0]}{whose}: {words[1]}", WIDTH)
     return "\n".join(lines)
 
 
@@ -82,6 +85,17 @@ def _change(change: Difference | None, factor: float, digits: int) -> str:
 def _signed(value: float, digits: int) -> str:
     rounded = round(value, digits)
     return f"{rounded:+.{digits}f}" if rounded else "0"
+
+
+def _trust(comparison: Comparison) -> dict[tuple[str, str], list[str]]:
+    """What each side's times rest on, and what it leaves out: once for all sides that say the same."""
+    said: dict[tuple[str, str], list[str]] = {}
+    for side in comparison.sides:
+        label = side.summary.get("calibration", {}).get("label")
+        for words in [("Cost model", label), *(("Caveat", line) for line in side.summary.get("caveats") or ())]:
+            if words[1]:
+                said.setdefault((words[0], str(words[1])), []).append(side.name)
+    return said
 
 
 def _meaning(comparison: Comparison) -> str:
