@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from math import inf, isfinite, isnan
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,7 @@ class Swap:
         self.copied_out_blocks = self.copied_in_blocks = 0
 
 
-class Aside:
+class Aside(ABC):
     """The part of `Engine` described above."""
 
     scheduler: Any
@@ -247,17 +248,20 @@ class Aside:
 
     # ------------------------------------------------------------------------------------ what Engine and Replica add
 
+    @abstractmethod
     def _vacate(self, request: Request) -> tuple[int, int]:
-        raise NotImplementedError
+        """Take a running request's slot; (tokens it holds blocks for, of them with known content)."""
 
+    @abstractmethod
     def _send_back(self, request: Request) -> None:
-        raise NotImplementedError
+        """A request that has given its blocks back waits again."""
 
-    def _cut(self, request: Request) -> None:
+    def _cut(self, request: Request) -> None:  # noqa: B027 - a hook: without a clock there is nothing to note
         """Called when a request stops decoding for now."""
 
-    def _turned_away(self, request: Request) -> None:
+    def _turned_away(self, request: Request) -> None:  # noqa: B027 - a hook, as above
         """Called when a waiting request leaves unserved."""
 
+    @abstractmethod
     def _error(self, what: str) -> PolicyError:
-        raise NotImplementedError
+        """Names the policy."""

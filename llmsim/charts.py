@@ -123,6 +123,13 @@ def roofline(
         .mark_circle(size=90, opacity=1)
         .encode(x, y, colour, tooltip=["phase", "size", "intensity", "tflops", "mfu", "mbu", "binds"]),
     ]
+    return framed(layers, title, subtitle)
+
+
+def framed(layers: Sequence[alt.Chart | alt.LayerChart], title: str, subtitle: str | list[str]) -> alt.LayerChart:
+    """Layers as one picture, in the style of all that stand alone."""
+    import altair as alt
+
     chart: alt.LayerChart = (
         alt.layer(*layers)
         .properties(

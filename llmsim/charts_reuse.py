@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llmsim.charts import HEIGHT, PALETTE, ROOF, WIDTH, _decades
+from llmsim.charts import PALETTE, ROOF, _decades, framed
 
 if TYPE_CHECKING:
     import altair as alt
@@ -41,16 +41,4 @@ def reuse_curves(points: pd.DataFrame, *, unlimited: float, title: str, subtitle
         .mark_line(strokeWidth=2, point=alt.OverlayMarkDef(size=45))
         .encode(x, y, colour, tooltip=tips),
     ]
-    chart: alt.LayerChart = (
-        alt.layer(*layers)
-        .properties(
-            width=WIDTH,
-            height=HEIGHT,
-            title=alt.TitleParams(
-                title, subtitle=subtitle, anchor="start", fontSize=16, subtitleFontSize=12, offset=14
-            ),
-        )
-        .configure_axis(labelFontSize=12, titleFontSize=13, titleFontWeight="normal", gridColor="#e2e8f0")
-        .configure_view(stroke=None)
-    )
-    return chart
+    return framed(layers, title, subtitle)

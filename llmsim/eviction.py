@@ -54,6 +54,7 @@ while they run; then it is what a cache that knew the trace would do, and no pro
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from math import inf, isnan
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -115,14 +116,15 @@ class LengthAware:
         return extent.hits, -extent.first_token
 
 
-class _Ageing:
+class _Ageing(ABC):
     """GreedyDual: keys grow with what was lost last, so content that is not used again falls behind new content."""
 
     def __init__(self) -> None:
         self.age = 0.0
 
+    @abstractmethod
     def worth(self, extent: Content) -> float:
-        raise NotImplementedError
+        """Of one use of the content."""
 
     def key(self, extent: Content, now_s: float) -> Any:
         return self.age + (extent.hits + 1) * self.worth(extent)

@@ -6,6 +6,7 @@ be read at once.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from heapq import heapify, heappop, heappush
 from math import inf
@@ -18,7 +19,7 @@ from llmsim.plugins import PolicyError
 STALE_ENTRIES = 1024  # a heap is made anew when it has so many more than twice the idle extents
 
 
-class Tips(KVCache):
+class Tips(KVCache, ABC):
     """A cache with the heap, empty until `follow` names the policy."""
 
     def follow(self, eviction: Any, clock: Callable[[], float]) -> None:
@@ -30,9 +31,9 @@ class Tips(KVCache):
         self._lifetime_s = getattr(eviction, "lifetime_s", None)
         self._future: Future | None = None
 
+    @abstractmethod
     def _lose(self, extent: Content, blocks: int) -> None:
         """Drop the last blocks of an idle extent."""
-        raise NotImplementedError
 
     # ------------------------------------------------------------------------------------------------------- tips
 

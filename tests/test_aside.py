@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import simpy
-from test_replica import AskedEveryTime, Recorded, Rule, admit, some_requests
+from test_replica import AskedEveryTime, Recorded, Rule, admit, some_requests, tokens_are_seen_when_iterations_end
 from test_twin import HOSTS, SteppedCost, gaps_of
 
 from llmsim.cost import Host
@@ -370,18 +370,7 @@ def test_gaps_of_requests_set_aside_are_those_of_each_request(seed: int, shared:
     cost = SteppedCost(Host(), GRAPHS, 1.0)
     kv = KVCache(2000, 16, prefix_block_tokens=16)
     replica = served(policy, requests, cost=cost, asynchronous=asynchronous, kv=kv, swap=Swap(120, 2e-4))
-    ends_s = replica.iterations.table()["gpu_end_s"]
-    token_s: dict[Request, list[float]] = {request: [] for request in requests}
-    for end_s, tokens in zip(ends_s, policy.tokens, strict=True):
-        for request in tokens:
-            token_s[request].append(float(end_s))
-    for request in requests:
-        assert len(token_s[request]) == request.output_tokens
-        assert request.first_token_s == pytest.approx(token_s[request][0], abs=ROUNDING_S)
-        assert request.finish_s == pytest.approx(token_s[request][-1], abs=ROUNDING_S)
-    expected = np.sort(np.concatenate([np.diff(times) for times in token_s.values()]))
-    np.testing.assert_allclose(gaps_of(replica), expected, rtol=0, atol=2 * ROUNDING_S)
-    assert replica.kv.free_blocks == replica.kv.total_blocks
+    tokens_are_seen_when_iterations_end(replica, requests, policy.tokens)
     assert replica.swap is not None
     assert replica.swap.free_blocks == replica.swap.blocks
     assert replica.swap.copied_out_blocks > replica.swap.copied_in_blocks - 1 > 0

@@ -384,6 +384,24 @@ class AskedEveryTime:
         return None
 
 
+def tokens_are_seen_when_iterations_end(
+    replica: Replica, requests: list[Request], tokens: Iterable[Iterable[Request]]
+) -> None:
+    """`tokens`: who made one in each iteration. The host takes no time; all blocks are back in the end."""
+    ends_s = replica.iterations.table()["gpu_end_s"]
+    token_s: dict[Request, list[float]] = {request: [] for request in requests}
+    for end_s, makers in zip(ends_s, tokens, strict=True):
+        for request in makers:
+            token_s[request].append(float(end_s))
+    for request in requests:
+        assert len(token_s[request]) == request.output_tokens
+        assert request.first_token_s == pytest.approx(token_s[request][0], abs=ROUNDING_S)
+        assert request.finish_s == pytest.approx(token_s[request][-1], abs=ROUNDING_S)
+    expected = np.sort(np.concatenate([np.diff(times) for times in token_s.values()]))
+    np.testing.assert_allclose(gaps_of(replica), expected, rtol=0, atol=2 * ROUNDING_S)
+    assert replica.kv.free_blocks == replica.kv.total_blocks
+
+
 def some_requests(seed: int, count: int = 80, rate: float = 25.0, prompt: int = 200, output: int = 60) -> list[Request]:
     random = Random(seed)
     at_s, requests = 0.0, []
@@ -549,18 +567,7 @@ def test_gaps_are_those_of_each_request(made: Callable[[], Recorded], asynchrono
     requests = some_requests(5, count=60, output=30)
     cost = SteppedCost(Host(), Graphs.of_engine(256, 8192), 1.0)
     replica = served(policy, requests, cost, asynchronous=asynchronous)
-    ends_s = replica.iterations.table()["gpu_end_s"]
-    token_s: dict[Request, list[float]] = {request: [] for request in requests}
-    for end_s, tokens in zip(ends_s, policy.tokens, strict=True):
-        for request in tokens:
-            token_s[request].append(float(end_s))
-    for request in requests:
-        assert len(token_s[request]) == request.output_tokens
-        assert request.first_token_s == pytest.approx(token_s[request][0], abs=ROUNDING_S)
-        assert request.finish_s == pytest.approx(token_s[request][-1], abs=ROUNDING_S)
-    expected = np.sort(np.concatenate([np.diff(times) for times in token_s.values()]))
-    np.testing.assert_allclose(gaps_of(replica), expected, rtol=0, atol=2 * ROUNDING_S)
-    assert replica.kv.free_blocks == replica.kv.total_blocks
+    tokens_are_seen_when_iterations_end(replica, requests, policy.tokens)
 
 
 def test_hold_is_exported_for_policies() -> None:

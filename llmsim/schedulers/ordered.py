@@ -14,6 +14,7 @@ policy=priority, or another order) or that keeps its own queue cannot be wrapped
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 from llmsim.schedulers import load_scheduler
@@ -27,7 +28,7 @@ OWN_QUEUES = {  # built-ins that do not take requests from the front of replica.
 }
 
 
-class Ordered:
+class Ordered(ABC):
     """A base policy whose queue has another order; `base` and `base_args` as `--scheduler` and its arguments."""
 
     def __init__(self, base: str = "vllm", base_args: dict[str, Any] | None = None) -> None:
@@ -42,9 +43,9 @@ class Ordered:
             raise AttributeError(name)
         return getattr(self.base, name)
 
+    @abstractmethod
     def order(self, request: Request) -> Any:
         """The queue's sort key, fixed while a request waits."""
-        raise NotImplementedError
 
     def schedule(self, replica: Replica, now_s: float) -> bool | None:
         answer: bool | None = self.base.schedule(replica, now_s)

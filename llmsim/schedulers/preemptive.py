@@ -20,6 +20,7 @@ A subclass gives `key(request)`, smaller is more urgent, which may change in tim
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
 from llmsim.queue import WaitingQueue
@@ -64,9 +65,9 @@ class Preemptive(Ordered):
 
     # ------------------------------------------------------------------------------------------------ for subclasses
 
+    @abstractmethod
     def key(self, request: Request) -> Key:
         """Smaller is more urgent."""
-        raise NotImplementedError
 
     def standing(self, request: Request) -> Key:
         """Among running requests; fixed while they run."""
