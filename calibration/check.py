@@ -3,7 +3,9 @@
 Only steps whose end is seen count (calibration.observe); where CUDA events timed a load, only those they timed, for the
 launch set the pace of the others. A recording of another model, dtype or tensor-parallel size than the profile was
 fitted to is judged by the profile scaled to it; its engine.json says which that is. A launch ratio away from 1 says how
-fast that host was at that hour: it is the `host_scale` to simulate it with.
+fast that host was at that hour: it is the `host_scale` to simulate it with. Steps of an engine that schedules
+synchronously are not judged one by one, for they hold the wait for their own results; `llmsim validate` judges them by
+what clients saw.
 """
 
 from __future__ import annotations
@@ -120,8 +122,10 @@ def check_profile(profile: Profile, recordings: Sequence[Recording], model: str 
         if any(name.startswith("grid_") for name in fitted):
             fitted.add("grid")
         bursts = {scenario.name for scenario in recording.scenarios if not spread(scenario)} | {"grid"}
+        waits = recording.engine.get("async_scheduling") is False  # steps and launches of it hold the wait for results
         for name, rows in groups.items():
-            checks.append(_check(cost, (recording.path.name, told, name, name in fitted), rows, name in bursts))
+            about = (recording.path.name, told, name, name in fitted)
+            checks.append(_check(cost, about, [] if waits else rows, name in bursts))
     return checks
 
 

@@ -19,16 +19,16 @@ from calibration.__main__ import main  # noqa: E402
 from calibration.check import Check, check_profile, report, step_points  # noqa: E402
 from calibration.check_kernels import check_kernels, split  # noqa: E402
 from calibration.fit import fit_cooling, gpu_seconds  # noqa: E402
-from calibration.fit_kernels import Judge, fit_kernels, preferred  # noqa: E402
+from calibration.fit_kernels import Judge, fit_kernels, preferred, steadier  # noqa: E402
 from calibration.kernel_profiles import read_kernels, same_gpu, without_engine  # noqa: E402
 from calibration.measure.rows import Row, write_parquet  # noqa: E402
 from calibration.observe import timed_on_gpu  # noqa: E402
 from calibration.steps import Scenario, StepRow, pair_steps, read_recording  # noqa: E402
 from llmsim.cost import WARM_S, WORKER_RETURN_S, Host, worker_host  # noqa: E402
 from llmsim.cost.graphs import Graphs  # noqa: E402
-from llmsim.cost.kernels import Kernels  # noqa: E402
+from llmsim.cost.kernels import Kernels, effective_rows  # noqa: E402
 from llmsim.cost.load import CostSettings  # noqa: E402
-from llmsim.cost.profile import ProfileCost, read_profile  # noqa: E402
+from llmsim.cost.profile import FP8_COOLING, ProfileCost, read_profile  # noqa: E402
 from llmsim.hardware import find_gpu, find_model  # noqa: E402
 
 GPU = find_gpu("h200-sxm")
@@ -505,3 +505,34 @@ def test_points_of_a_plot(two_gpus: tuple[Any, list[Check]], monkeypatch: pytest
     }
     monkeypatch.setattr("calibration.check.MOST_POINTS", 50)
     assert len(step_points(checks)) == 50
+
+
+def test_one_noisy_row_under_load_does_not_count_as_a_tile() -> None:
+    """1,032 rows timed 12 % long between rows of the same tile: taken at their level; the step to the tile stays."""
+    per_row = 1e-6
+    rows = sorted({*range(1, 25), 896, 960, 1024, 1025, 1032, 1040, 1056, 1088, 1152, 4096})
+    true = {t: per_row * float(effective_rows(np.array([t]))[0]) for t in rows}
+    settled = steadier(true | {1032: 1.12 * true[1032]})
+    assert settled[1032] == pytest.approx(true[1032])
+    assert settled == pytest.approx(true), "rows within a tile that agree keep their times"
+    few = {t: true[t] for t in rows[-6:]}
+    assert steadier(few) == few, "a shape timed at few rows has no neighbours to ask"
+    assert steadier({4096: 5.0} | true)[4096] == true[4096], "rows further off than half a tile do not count"
+    assert steadier(true | {8: 9.0})[8] == 9.0, "nor do rows timed cold change"
+
+
+@pytest.mark.parametrize(("quantization", "share"), [(None, 1.0), ("fp8", FP8_COOLING)])
+def test_decodes_lose_less_after_chunks_in_fp8(quantization: str | None, share: float) -> None:
+    profile = read_profile("h200-sxm")
+    settings = CostSettings(1, quantization or "bfloat16", "bfloat16", Graphs((1, 8, 512), 256))
+    cost = ProfileCost(profile, find_model("llama-3.1-8b"), GPU, settings)
+    assert cost.host.cool_share == pytest.approx(share * profile.host_clock.cool_share)
+
+
+def test_synchronous_steps_are_not_judged_one_by_one() -> None:
+    """They hold the wait for their results: a launch of 6 ms, steps 15 % long. Clients judge them."""
+    (folder,) = RECORDINGS.glob("*_sync")
+    checks = check_profile(read_profile("h200-sxm"), [read_recording(folder, ["poisson_1024_128_q8"])])
+    assert [(c.scenario, c.decode_steps, c.chunk_steps, c.launches) for c in checks] == [
+        ("poisson_1024_128_q8", 0, 0, 0)
+    ]
