@@ -49,7 +49,8 @@ def sides_of(
 
 def parted(words: Iterable[str]) -> tuple[list[str], list[str]]:
     """(schedulers, variants) of sides written in one list."""
-    schedulers, variants = [], []
+    schedulers: list[str] = []
+    variants: list[str] = []
     for word in (text.strip() for text in words):
         (variants if "=" in word else schedulers).append(word)
     return schedulers, variants
