@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from math import isinf
 from typing import TYPE_CHECKING
 
-from llmsim.charts import MUTED, SIDE_COLOURS, _ticks
+from llmsim.charts import MUTED, SIDE_COLOURS
+from llmsim.charts_policies import log_ticks
 
 if TYPE_CHECKING:
     import altair as alt
@@ -35,7 +36,7 @@ def hit_ratio_chart(points: pd.DataFrame, unlimited: float) -> alt.LayerChart:
     x = alt.X(
         "size:Q",
         scale=alt.Scale(type="log", domain=[low / 1.03, high * 1.03], nice=False),
-        axis=alt.Axis(title=title, values=_ticks(low, high), format=",~g"),
+        axis=alt.Axis(title=title, values=log_ticks(low, high), format=",~g"),
     )
     top = min(max([unlimited, *shown["hit_ratio"]]) * 1.08, 1.0)
     y = alt.Y(
@@ -116,7 +117,7 @@ def moved_chart(frame: pd.DataFrame) -> alt.Chart:
         alt.Chart(shown)
         .mark_bar()
         .encode(
-            x=alt.X("gib:Q", axis=alt.Axis(title="KV moved (GiB)", format=",~g")),
+            x=alt.X("gib:Q", axis=alt.Axis(title="KV moved (GiB)", format=",~f")),
             y=alt.Y("lane:N", sort=lanes, axis=alt.Axis(title=None, ticks=False, domain=False, labelLimit=260)),
             yOffset=alt.YOffset("direction:N", sort=["loaded", "written"]),
             color=alt.Color("direction:N", scale=colours, legend=alt.Legend(title=None, orient="top", symbolSize=110)),

@@ -8,10 +8,10 @@ them, by their order. Each chart's `description` says in words what it shows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import log10
+from math import ceil, floor, log10
 from typing import TYPE_CHECKING, Any
 
-from llmsim.charts import MUTED, SIDE_COLOURS, _ticks
+from llmsim.charts import MUTED, SIDE_COLOURS, _decades, _ticks
 
 if TYPE_CHECKING:
     import altair as alt
@@ -24,6 +24,17 @@ WIDE = 1.5  # differences beyond this fraction get a scale that is linear only n
 NEAR = 0.1  # up to here
 STEPS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 VERDICTS = {"better": "better, surely", "worse": "worse, surely", "unclear": "not told apart"}
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Decades on a long axis, 1-2-5 on a short one."""
+    decades = _decades(low, high)
+    if len(decades) > 3:
+        return _ticks(low, high)
+    powers = range(floor(log10(low)), ceil(log10(high)) + 1)
+    fine = [times * 10.0**power for power in powers for times in (1, 2, 5)]
+    inside = [tick for tick in fine if low <= tick <= high]
+    return inside if len(inside) >= 2 else _ticks(low, high)
 
 
 def side_colour(sides: Sequence[str], *, legend: bool = True) -> alt.Color:
@@ -123,7 +134,7 @@ def latency_chart(
     shown = frame[frame["latency"] == latency]
     low, high = (float(shown["value_ms"].min()), float(shown["value_ms"].max())) if len(shown) else (1.0, 10.0)
     low, high = max(low, 1e-3) / 1.1, max(high, target_ms or 0.0, 1e-3) * 1.1
-    ticks = _ticks(low, high) if log10(high / low) > 0.2 else []
+    ticks = log_ticks(low, high) if log10(high / low) > 0.2 else []
     scale = alt.Scale(type="log", domain=[low, high], nice=False, clamp=True)
     x = alt.X("value_ms:Q", scale=scale, axis=alt.Axis(title=f"{NAMES[latency]} (ms)", values=ticks, format=",~g"))
     y = alt.Y("share:Q", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(title="share of requests", format="%"))
@@ -151,10 +162,12 @@ def attainment_chart(frame: pd.DataFrame, sides: Sequence[str], attainment: floa
     import pandas as pd
 
     shown = _with_stability(frame[frame["slo_attainment"].notna()])
+    lowest = min([attainment, *shown["slo_attainment"]])
+    bottom = max(floor((lowest - 0.02) * 10) / 10, 0.0)
     y = alt.Y(
         "slo_attainment:Q",
-        scale=alt.Scale(domain=[0, 1.02], nice=False),
-        axis=alt.Axis(title="requests within the SLO", format="%", values=[0, 0.25, 0.5, 0.75, 1]),
+        scale=alt.Scale(domain=[bottom, 1.0 + 0.02 * (1.0 - bottom)], nice=False),
+        axis=alt.Axis(title="requests within the SLO", format="%", tickCount=6),
     )
     rule = alt.Chart(pd.DataFrame({"slo_attainment": [attainment]}))
     layers = [rule.mark_rule(color=MUTED, strokeDash=[5, 4], strokeWidth=1.5).encode(y), *_lines(shown, y, sides)]
@@ -260,7 +273,7 @@ def groups_chart(frame: pd.DataFrame, latency: str, sides: Sequence[str], what: 
     groups = list(dict.fromkeys(shown["group"]))
     low, high = (float(shown["p50_ms"].min()), float(shown["p99_ms"].max())) if len(shown) else (1.0, 10.0)
     low, high = max(low, 1e-3) / 1.25, max(high, 1e-3) * 1.25
-    axis = alt.Axis(title=f"{NAMES[latency]}, P50 to P99 (ms)", values=_ticks(low, high), format=",~g")
+    axis = alt.Axis(title=f"{NAMES[latency]}, P50 to P99 (ms)", values=log_ticks(low, high), format=",~g")
     scale = alt.Scale(type="log", domain=[low, high], nice=False)
     y = alt.Y("group:N", sort=groups, axis=alt.Axis(title=what, ticks=False, domain=False))
     offset = alt.YOffset(

@@ -29,7 +29,8 @@ from llmsim.scenario import (
     SCHEDULING_POLICIES,
     Scenario,
 )
-from llmsim.scenario_file import human_int, read_scenario, value_of
+from llmsim.scenario_file import human_int, read_scenario
+from llmsim.scenario_file import value_of as value_of
 
 CONTEXT = {
     "help_option_names": ["-h", "--help"],

@@ -12,11 +12,16 @@ Schedulers come first, in the order given; without any the first side is the sce
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import MISSING
+from dataclasses import fields as dataclass_fields
+from pathlib import Path
 from typing import Any
 
+from llmsim.engines import Own
 from llmsim.scenario import Scenario
 from llmsim.scenario_file import human_int, value_of
 
+PLUGINS = ("scheduler", "router", "eviction", "admission")
 DEFAULT_SIDE = "vllm"  # the scheduler of a scenario that names none
 
 
@@ -54,6 +59,49 @@ def parted(words: Iterable[str]) -> tuple[list[str], list[str]]:
     for word in (text.strip() for text in words):
         (variants if "=" in word else schedulers).append(word)
     return schedulers, variants
+
+
+def flags_of(words: Iterable[str]) -> list[str]:
+    """The same sides as flags of `llmsim compare`."""
+    schedulers, variants = parted(words)
+    named = [word for spec in schedulers for word in ("--scheduler", spec)]
+    return named + [word for text in variants for word in ("--set", text)]
+
+
+def base_of(scenario: Scenario, words: Iterable[str]) -> Scenario:
+    """The scenario whose flags stand beside those: without a scheduler of its own where sides name theirs."""
+    fields = given(scenario)
+    if parted(words)[0]:
+        fields.pop("scheduler", None)
+        fields.pop("scheduler_args", None)
+    return Scenario.from_dict(fields)
+
+
+def given(scenario: Scenario) -> dict[str, Any]:
+    """The fields of a scenario that are not as its engine has them, so that a side may have another engine."""
+    return {
+        field.name: value
+        for field in dataclass_fields(scenario)
+        if not isinstance(value := getattr(scenario, field.name), Own) and not _usual(field, value)
+    }
+
+
+def _usual(field: Any, value: Any) -> bool:
+    usual = (
+        field.default_factory() if field.default is MISSING and field.default_factory is not MISSING else field.default
+    )
+    return usual is not MISSING and not isinstance(usual, Own) and bool(value == usual)
+
+
+def stamps(scenarios: Iterable[Scenario]) -> tuple[tuple[str, int], ...]:
+    """(path, time of change in ns) of every file that a plug-in of a side is in, where it is."""
+    found: dict[str, int] = {}
+    for scenario in scenarios:
+        for kind in PLUGINS:
+            path, colon, _ = str(getattr(scenario, kind)).rpartition(":")
+            if colon and path.endswith(".py") and Path(path).is_file():
+                found[path] = Path(path).stat().st_mtime_ns
+    return tuple(sorted(found.items()))
 
 
 def _short(spec: str, specs: Sequence[str]) -> str:
