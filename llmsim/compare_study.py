@@ -137,7 +137,7 @@ def _calm(first: Side) -> str:
     if waited is None or waited > CALM:
         return ""
     return (
-        f"Under {first.name} requests wait for {waited:.1%} of their time: where nothing queues, the order of the queue "
+        f"Under {first.name} requests wait {waited:.1%} of their time: where nothing queues, the order of the queue "
         "hardly matters. Raise the rate to tell policies apart"
     )
 
