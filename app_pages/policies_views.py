@@ -72,7 +72,7 @@ def table(frame: Any, key: str) -> None:
 
 
 def drawn(drawing: Any, key: str) -> None:
-    shared.chart(drawing, key=key)
+    shared.chart(drawing, alt=drawing.description, key=key)
 
 
 def whole_or_sample(key: str, function: Any, study: Study, limit: int, *arguments: Any) -> Any:

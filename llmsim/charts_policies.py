@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 NAMES = {"ttft": "TTFT", "tpot": "TPOT", "e2el": "E2EL"}
 WORDS = {"mean": "mean", "p50": "P50", "p90": "P90", "p99": "P99"}
 FURNITURE, LEGEND = 75, 28  # pixels of title and axis, of a legend above the plot
+TENANT_COLOURS = (*SIDE_COLOURS[4:], *SIDE_COLOURS[1:4])  # those that sides have last, first
 ROW = 15  # pixels of a side in a row of intervals
 WIDE = 1.5  # differences beyond this fraction get a scale that is linear only near zero
 NEAR = 0.1  # up to here
@@ -267,7 +268,7 @@ def service_chart(frame: pd.DataFrame, side: str, tenants: Sequence[str], *, leg
     """
     import altair as alt
 
-    colours = [SIDE_COLOURS[(at + 1) % len(SIDE_COLOURS)] for at in range(len(tenants))]
+    colours = [TENANT_COLOURS[at % len(TENANT_COLOURS)] for at in range(len(tenants))]
     box = alt.Legend(title=None, orient="top", symbolSize=110, symbolOpacity=1) if legend else None
     colour = alt.Color("tenant:N", scale=alt.Scale(domain=list(tenants), range=colours), legend=box)
     top, last_s = float(frame["asked_tokens"].max()), float(frame["time_s"].max())
