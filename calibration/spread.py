@@ -1,39 +1,72 @@
-"""How far machines of one kind, and loads on one machine, are from a profile: standard deviations from recordings.
+"""How far machines of one kind, loads on one machine, and other models are from a profile: deviations from recordings.
 
 Of every load three ratios of recorded to expected seconds are taken as a touch-up takes them (calibration.touch_up):
 decode steps, steps with chunks, launches; schedules say nothing here. In logs, with loads j of machines i:
 
     runs      r^2  pooled variance of the loads about their machine's mean, less their squared standard errors
     machines  m^2  variance of the machines' means, less what loads alone make them differ by
+    models         of a model, precision or tensor-parallel size the profile was not fitted to but is carried to:
+                   mean square of its loads' logs (about no error, not about their mean: a prediction is not
+                   corrected by it), less their squared standard errors. Machine and hour are in it
 
 r holds what the profile gets wrong from load to load as well as the hour's chance, so it is above the spread of
 identical runs. From two machines m is hardly more than an order of magnitude; `count` says of how many it is.
+
+Where all requests were sent together no launch is counted: the GPU's queue is full then, launches wait for it (they
+took 0.7 to 5.9 times the profile's in five recorded loads of the kind), and say nothing about the host.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import log, sqrt
 
 import numpy as np
 
-from calibration.touch_up import Load, Ratio
+from calibration.steps import Scenario
+from calibration.touch_up import Load, Ratio, Seconds
 from llmsim.cost.profile import Deviation, Spread
 
 KINDS = ("gpu_decode", "gpu_chunk", "host")
+TOGETHER_S = 1.0  # a load whose requests were all sent within this is sent together
 
 
-def spread_of(machines: Sequence[Sequence[Load]]) -> Spread:
-    """`machines`: the loads recorded on each."""
+def launches_told(load: Load, scenario: Scenario) -> Load:
+    """The load, without its launches if those say nothing about the host."""
+    sent_s = [request.send_s for request in scenario.requests]
+    return load if max(sent_s) - min(sent_s) > TOGETHER_S else replace(load, launches=Seconds.of([]))
+
+
+def spread_of(machines: Sequence[Sequence[Load]], setups: Mapping[str, Sequence[Load]] | None = None) -> Spread:
+    """`machines`: the loads recorded on each; `setups`: of each setup the profile was carried to."""
     if len(machines) < 2 or max(len(loads) for loads in machines) < 2:
         counts = ", ".join(str(len(loads)) for loads in machines)
         raise ValueError(f"recordings: {counts} loads by machine; a spread needs two machines, and one with two loads")
     both = {kind: _deviations([_ratios(loads, kind) for loads in machines], kind) for kind in KINDS}
-    runs, between = ({kind: float(f"{both[kind][i]:.2g}") for kind in KINDS} for i in (0, 1))
+    runs, between = ({kind: _short(both[kind][i]) for kind in KINDS} for i in (0, 1))
     return Spread(
         runs=Deviation(**runs, count=sum(len(loads) for loads in machines)),
         machines=Deviation(**between, count=len(machines)),
+        models={name: _error(name, loads) for name, loads in sorted((setups or {}).items())},
     )
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.2g}")
+
+
+def _error(setup: str, loads: Sequence[Load]) -> Deviation:
+    found = {}
+    for kind in KINDS:
+        ratios = _ratios(loads, kind)
+        if not ratios:
+            raise ValueError(
+                f"recordings: {kind} of {setup} is seen in none of {len(loads)} loads. Record more of them"
+            )
+        squares = [log(ratio.value) ** 2 - (ratio.sd / ratio.value) ** 2 for ratio in ratios]
+        found[kind] = _short(sqrt(max(float(np.mean(squares)), 0.0)))
+    return Deviation(**found, count=len(loads))
 
 
 def _ratios(loads: Sequence[Load], kind: str) -> list[Ratio]:
