@@ -8,6 +8,10 @@ decode steps, steps with chunks, launches; schedules say nothing here. In logs, 
     models         of a model, precision or tensor-parallel size the profile was not fitted to but is carried to:
                    mean square of its loads' logs (about no error, not about their mean: a prediction is not
                    corrected by it), less their squared standard errors. Machine and hour are in it
+    sizes          iterations of one size (octaves of their tokens) beyond their load: variance of the medians of the
+                   octaves with 20 steps or more. The typical load's: the median over loads
+    steps          single iterations beyond their octave: a normal distribution's deviation with the same 5th and 95th
+                   percentile, so that a pause now and then does not count. The typical load's
 
 r holds what the profile gets wrong from load to load as well as the hour's chance, so it is above the spread of
 identical runs. From two machines m is hardly more than an order of magnitude; `count` says of how many it is.
@@ -18,15 +22,16 @@ took 0.7 to 5.9 times the profile's in five recorded loads of the kind), and say
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from math import log, sqrt
+from math import log, nan, sqrt
+from statistics import NormalDist
 
 import numpy as np
 
 from calibration.steps import Scenario
-from calibration.touch_up import Load, Ratio, Seconds
-from llmsim.cost.profile import Deviation, Spread
+from calibration.touch_up import FEWEST, Floats, Load, Ratio, Seconds
+from llmsim.cost.profile import Deviation, Spread, Within
 
 KINDS = ("gpu_decode", "gpu_chunk", "host")
 TOGETHER_S = 1.0  # a load whose requests were all sent within this is sent together
@@ -44,12 +49,49 @@ def spread_of(machines: Sequence[Sequence[Load]], setups: Mapping[str, Sequence[
         counts = ", ".join(str(len(loads)) for loads in machines)
         raise ValueError(f"recordings: {counts} loads by machine; a spread needs two machines, and one with two loads")
     both = {kind: _deviations([_ratios(loads, kind) for loads in machines], kind) for kind in KINDS}
+    own, carried = ([load for loads in group for load in loads] for group in (machines, (setups or {}).values()))
     runs, between = ({kind: _short(both[kind][i]) for kind in KINDS} for i in (0, 1))
     return Spread(
         runs=Deviation(**runs, count=sum(len(loads) for loads in machines)),
         machines=Deviation(**between, count=len(machines)),
         models={name: _error(name, loads) for name, loads in sorted((setups or {}).items())},
+        sizes=_within(own, _between_sizes),
+        carried_sizes=_within(carried, _between_sizes),
+        steps=_within([*own, *carried], _of_one_size),
     )
+
+
+def _within(loads: Sequence[Load], deviation: Callable[[Seconds], float]) -> Within | None:
+    """None where no load shows it."""
+    found = {}
+    for kind, part in (("decode", "decodes"), ("chunk", "chunks")):
+        values = [deviation(getattr(load, part)) for load in loads]
+        squares = [value**2 for value in values if value == value]
+        if not squares:
+            return None
+        found[kind] = _short(sqrt(float(np.median(squares))))
+    return Within(**found, count=len(loads))
+
+
+def _octaves(steps: Seconds) -> list[Floats]:
+    """Logs of recorded over expected seconds, for each octave of tokens that has enough steps."""
+    if not len(steps.tokens):
+        return []
+    ratios, octave = np.log(steps.recorded_s / steps.expected_s), np.round(np.log2(steps.tokens))
+    return [own for own in (ratios[octave == one] for one in np.unique(octave)) if len(own) >= FEWEST]
+
+
+def _between_sizes(steps: Seconds) -> float:
+    medians = [float(np.median(own)) for own in _octaves(steps)]
+    return float(np.std(medians, ddof=1)) if len(medians) > 1 else nan
+
+
+def _of_one_size(steps: Seconds) -> float:
+    octaves = _octaves(steps)
+    if not octaves:
+        return nan
+    low, high = np.percentile(np.concatenate([own - np.median(own) for own in octaves]), (5, 95))
+    return float(high - low) / (2 * NormalDist().inv_cdf(0.95))
 
 
 def _short(value: float) -> float:

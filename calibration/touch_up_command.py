@@ -139,9 +139,12 @@ def _observed(recording: Recording, cost: ProfileCost) -> list[Load]:
 
 def _table(found: Spread) -> str:
     rows = {"runs": found.runs, "machines": found.machines} | found.models
-    width = max(len(name) for name in rows) + 2
+    width = max(len(name) for name in (*rows, "carried sizes")) + 2
     lines = [f"{'relative sd':<{width}}" + "".join(f"{kind:>12}" for kind in KINDS) + f"{'of':>6}"]
     for name, deviation in rows.items():
         cells = "".join(f"{getattr(deviation, kind):>12.1%}" for kind in KINDS)
         lines.append(f"{name:<{width}}{cells}{deviation.count:>6}")
+    for label, within in (("sizes", found.sizes), ("carried sizes", found.carried_sizes), ("steps", found.steps)):
+        if within is not None:
+            lines.append(f"{label:<{width}}{within.decode:>12.1%}{within.chunk:>12.1%}{'-':>12}{within.count:>6}")
     return "\n".join(lines)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from llmsim.cost.scaled import ScaledCost
 from llmsim.gaps import GapRuns
 from llmsim.metrics import Result, latencies_s
 from llmsim.simulate import simulate
@@ -71,8 +70,7 @@ class Task:
         return map(self.one, drawn)
 
     def one(self, draw: Draw) -> Row:
-        cost = ScaledCost(self.cost, draw.factors)
-        result = simulate(self.trace, replace(self.scenario, seed=draw.seed), cost=cost)
+        result = simulate(self.trace, replace(self.scenario, seed=draw.seed), cost=draw.of(self.cost))
         summary = result.summary(self.goodput)
         values = {key: summary[key] for key in HEADLINE}
         for slo in self.slos:

@@ -8,6 +8,8 @@ steps, steps with prompts and launches:
     hour      `spread.runs`: loads on one machine: the hour, and what the profile misses from load to load
     model     `spread.models`: a model, precision or tensor-parallel size that the profile was carried to, beyond
               machine and hour. 0 for what it was fitted to
+    sizes     `spread.sizes`, and where it is carried `spread.carried_sizes`: iterations of one size beyond their load
+    steps     `spread.steps`: single iterations
 
 Two to four machines say little, so deviations of machine and hour are pooled over the shipped profiles:
 s^2 = sum of f_i s_i^2 / sum of f_i, with f_i degrees of freedom (machines less 1; loads less machines).
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from llmsim.cost import CostModel
     from llmsim.scenario import Scenario
 
+SOURCES = ("machine", "hour", "model", "sizes", "steps")
 KINDS = ("gpu_decode", "gpu_chunk", "host")
 
 
@@ -54,10 +57,12 @@ class Sources:
     machine: Source = NONE
     hour: Source = NONE
     model: Source = NONE
+    sizes: Source = NONE
+    steps: Source = NONE
     basis: str = "exact by definition"  # what they rest on, in words
 
     def to_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name)._asdict() for name in ("machine", "hour", "model")} | {"basis": self.basis}
+        return {name: getattr(self, name)._asdict() for name in SOURCES} | {"basis": self.basis}
 
 
 def shipped_profiles() -> list[Profile]:
@@ -94,10 +99,28 @@ def sources_of(scenario: Scenario, cost: CostModel, profiles: Sequence[Profile] 
     touched = own.provenance.touched
     if touched is not None:
         machine = Source(touched["gpu_sd"], touched["gpu_sd"], touched["host_sd"])
+    sizes = "carried_sizes" if _is_carried(cost) else "sizes"
     loads = sum(p.spread.runs.count for p in spreads if p.spread)
     machines = sum(p.spread.machines.count for p in spreads if p.spread)
     basis = f"{loads} loads on {machines} machines; {scenario.model}: {words}"
-    return Sources(machine, hour, model, basis + ("; touched up by this machine" if touched is not None else ""))
+    return Sources(
+        machine=machine,
+        hour=hour,
+        model=model,
+        sizes=_inside(spreads, sizes),
+        steps=_inside(spreads, "steps"),
+        basis=basis + ("; touched up by this machine" if touched is not None else ""),
+    )
+
+
+def _inside(spreads: Sequence[Profile], name: str) -> Source:
+    """Of iterations inside a load, pooled over the profiles that know it; 0 where none does."""
+    found = [within for p in spreads if (within := getattr(p.spread, name)) is not None]
+    loads = sum(within.count for within in found)
+    if not loads:
+        return NONE
+    kinds = ("decode", "chunk")
+    return Source(*(sqrt(sum(w.count * getattr(w, kind) ** 2 for w in found) / loads) for kind in kinds))
 
 
 def _is_carried(cost: CostModel) -> bool:

@@ -122,12 +122,23 @@ class Deviation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     count: int
 
 
+class Within(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Relative standard deviations of GPU seconds inside a load, and how many loads they rest on."""
+
+    decode: float
+    chunk: float
+    count: int
+
+
 class Spread(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """How far recordings are from the profile at random: what no better fit to one of them removes."""
 
     runs: Deviation  # loads of one machine, what the profile misses in each included
     machines: Deviation  # machines of a kind beyond that
     models: dict[str, Deviation] = {}  # setups it was carried to (`setup_name`): all of it, machine and hour included
+    sizes: Within | None = None  # iterations of one size beyond their load, of what it was fitted to
+    carried_sizes: Within | None = None  # and of what it was carried to
+    steps: Within | None = None  # single iterations beyond those of their size
 
 
 def setup_name(model: str, dtype: str, tensor_parallel: int) -> str:
