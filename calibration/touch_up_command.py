@@ -11,6 +11,7 @@ import click
 import msgspec
 
 from calibration.profiles import check_output, write_profile
+from calibration.recorded_on import RECORDED
 from calibration.spread import KINDS, launches_told, spread_of
 from calibration.steps import Recording, Scenario, read_recording
 from calibration.touch_up import (
@@ -81,11 +82,13 @@ def touch_up_command(
 @click.command("spread")
 @click.argument("profile")
 @click.option(
-    "--machine", "machines", multiple=True, required=True, help="Recording folders of one machine, comma separated."
+    "--machine",
+    "machines",
+    multiple=True,
+    help="Recording folders of one machine, comma separated. Repeatable. Default: those of this repository.",
 )
 @click.option(
     "--carried",
-    "carried",
     multiple=True,
     type=click.Path(path_type=Path),
     help="Recording folder of another model, precision or tensor-parallel size. Repeatable.",
@@ -97,9 +100,13 @@ def spread_command(profile: str, machines: tuple[str, ...], carried: tuple[Path,
     path, source = Path(profile), read_profile(profile)
     if record and path.suffix != ".json":
         raise ValueError(f"profile={profile}: --record needs the path of the .json file to write into")
-    loads = [
-        [load for folder in folders.split(",") for load in own_loads(Path(folder), profile)] for folders in machines
-    ]
+    groups = [tuple(map(Path, folders.split(","))) for folders in machines]
+    if not groups:
+        if source.name not in RECORDED or carried:
+            known = ", ".join(RECORDED)
+            raise ValueError(f"profile={profile}: no recordings here belong to it (to {known} they do). Give --machine")
+        groups, carried = list(RECORDED[source.name].machines), RECORDED[source.name].carried
+    loads = [[load for folder in folders for load in own_loads(folder, profile)] for folders in groups]
     found = spread_of(loads, carried_loads(carried, profile))
     click.echo(_table(found))
     if record:

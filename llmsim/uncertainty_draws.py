@@ -6,8 +6,8 @@
 
 z standard normal; m, h, s the deviations of machine, hour and model (`llmsim.uncertainty_sources`). On top of that
 iterations of one size are off by something of their own, and so is every single iteration (`llmsim.cost.scaled`).
-Each draw has a seed of its own for that, for launch noise and for whatever else is drawn. One draw is one machine in one
-hour: all its replicas are alike. Each z is drawn once from each of n equally likely slices (Latin hypercube: McKay,
+Each draw has a seed of its own for that, for launch noise and for whatever else is drawn. One draw is one machine in
+one hour: all its replicas are alike. Each z is drawn once from each of n equally likely slices (Latin hypercube: McKay,
 Beckman & Conover 1979), so that few draws cover it evenly.
 """
 
