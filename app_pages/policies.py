@@ -4,6 +4,7 @@ import streamlit as st
 
 from app_pages import policies_views as views
 from app_pages import shared
+from app_pages.policies_cache import cache
 from app_pages.promises import promises
 from llmsim import cli_list
 from llmsim.compare_sides import base_of, flags_of, given, parted, sides_of, stamps
@@ -56,7 +57,7 @@ if choice is None or scenario is None:
     st.stop()
 with shared.error_in_place():
     if view == CACHE:
-        views.cache(choice, scenario)
+        cache(choice, scenario)
     else:
         left, right = st.columns([5, 1], vertical_alignment="bottom")
         with left:
