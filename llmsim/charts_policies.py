@@ -1,7 +1,7 @@
 """Charts of policies side by side: differences with intervals, goodput against rate.
 
-Functions of a frame (`llmsim.compare_frames`, `compare_rates`) to a chart that is read on light and on dark. Sides have the same colour in all of
-them, by their order. Each chart's `description` says in words what it shows.
+Functions of a frame (`llmsim.compare_frames`, `compare_rates`) to a chart that is read on light and on dark. Sides have
+the same colour in all of them, by their order. Each chart's `description` says in words what it shows.
 """
 
 from __future__ import annotations
