@@ -14,6 +14,7 @@ FLOORS = {  # imports must go down; imports for type checkers only are exempt, t
     ),
     **dict.fromkeys(("replica", "scenario"), 3),
     "simulate": 4,
+    "uncertainty": 4.5,  # plan and compare build on it
     **dict.fromkeys(
         ("plan", "sweep", "testing", "validate", "oracle", "report", "runs", "fromvllm", "phases", "charts", "reuse"), 5
     ),
