@@ -22,18 +22,21 @@ if TYPE_CHECKING:
 Box = tuple[float, float, float, float]
 
 SUFFIXES = (".html", ".svg", ".png")
-PHASE_COLOURS = {"prefill": "#c2410c", "decode": "#1d4ed8"}
-# What colours mean, the same in all charts; each is read on white and on near-black
+# What a colour means, in every chart: each is at least 3:1 against white and against the dark theme's background.
 COLOURS = {
-    "baseline": "#71829a",
-    "candidate": "#f0532d",
-    "queue": "#94a3b8",
-    **PHASE_COLOURS,
+    "baseline": "#64748b",
+    "candidate": "#ea580c",
+    "queue": "#8593a8",  # waiting is no work: a grey, and apart from prefill also for the colour-blind
+    "prefill": "#c2410c",
+    "decode": "#2563eb",
     "preempted": "#be185d",
-    "slo": "#b7791f",
+    "slo": "#dc2626",
+    "good": "#059669",
+    "bad": "#dc2626",
     "text": "#6e7b90",
     "grid": "#94a3b8",
 }
+PHASE_COLOURS = {"prefill": "#c2410c", "decode": "#1d4ed8"}
 ROOF = "#475569"
 WIDTH, HEIGHT = 720, 440  # pixels of the plot
 DOT = 7  # radius of what a label keeps clear of
@@ -71,6 +74,17 @@ def save(chart: alt.LayerChart | alt.ConcatChart | alt.VConcatChart, path: Path,
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def png(chart: Any, ppi: int = 160) -> bytes:
+    """A chart as a picture. Raises ValueError when vl-convert is missing."""
+    if find_spec("vl_convert") is None:
+        raise ValueError('pictures need one more package: pip install "vl-convert-python>=1.7"')
+    import io
+
+    buffer = io.BytesIO()
+    chart.save(buffer, format="png", ppi=ppi)
+    return smaller(buffer.getvalue())
 
 
 def smaller(png: bytes) -> bytes:

@@ -1,0 +1,145 @@
+"""Charts of single requests, from the frames of `llmsim.views`: every request as a dot, the phases of some as a Gantt
+chart, the life of one. What is selected in them has a name: "brush" in the first, "request" in the second."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llmsim.charts import COLOURS
+from llmsim.charts_style import (
+    EXACT,
+    HEIGHT,
+    NUMBER,
+    SHORT_NUMBER,
+    WIDTH,
+    check,
+    labels_of,
+    log_y,
+    part_colour,
+    run_colour,
+    styled,
+    title_of,
+)
+
+if TYPE_CHECKING:
+    import altair as alt
+    import pandas as pd
+
+SHORT = {"ttft": "TTFT", "tpot": "TPOT", "e2el": "E2EL"}
+FEW = 5000  # dots that may be large
+GANTT_PX, STEP_PX = 480, 14  # height of a Gantt chart, at most; of one request in it, at most
+NAMED = 60  # requests of a Gantt chart whose ids are readable
+
+
+def scatter_chart(frame: pd.DataFrame) -> alt.Chart:
+    """`llmsim.views.scatter` as dots; a rectangle drawn over it is the parameter "brush", in the fields x and y."""
+    import altair as alt
+
+    from llmsim.views_base import MEASURES
+
+    check(frame)
+    labels = labels_of(frame)
+    first, second = MEASURES[frame.attrs["x"]], MEASURES[frame.attrs["y"]]
+    across = alt.Axis(title=first.heading, format=NUMBER)
+    x = alt.X("x:Q", scale=alt.Scale(nice=False, zero=False, padding=6), axis=across)
+    tips = [
+        alt.Tooltip("label:N", title="run"),
+        alt.Tooltip("id:Q", title="request", format="d"),
+        alt.Tooltip("x:Q", title=first.heading, format=EXACT),
+        alt.Tooltip("y:Q", title=second.heading, format=SHORT_NUMBER),
+        alt.Tooltip("prompt_tokens:Q", title="prompt (tokens)", format=","),
+        alt.Tooltip("output_tokens:Q", title="output (tokens)", format=","),
+    ]
+    brush = alt.selection_interval(name="brush", encodings=["x", "y"])
+    size, opacity = (26, 0.6) if len(frame) < FEW else (10, 0.35)
+    dots = alt.Chart(frame).mark_circle(size=size, opacity=opacity, clip=True)
+    colour = run_colour(labels, symbol="circle")
+    dots = dots.encode(x, log_y(frame["y"], "y", second.heading), colour, tooltip=tips).add_params(brush)
+    whole = dots.properties(width=WIDTH, height=HEIGHT, title=title_of(f"{second.title}, each request", frame))
+    said = f"{second.heading} against {first.heading}, a dot a request, for {', '.join(labels)}"
+    chart: alt.Chart = styled(whole, said)
+    return chart
+
+
+def gantt_chart(frame: pd.DataFrame) -> alt.Chart:
+    """`llmsim.views.gantt`: a line a request, the one sent first on top. A click selects a request: the parameter
+    "request", in the field id."""
+    import altair as alt
+
+    check(frame)
+    rows = int(frame["place"].max()) + 1 if len(frame) else 0
+    step_px = min(STEP_PX, GANTT_PX / max(rows, 1))
+    picked = alt.selection_point(name="request", fields=["id"])
+    x = alt.X(
+        "begin_s:Q",
+        scale=alt.Scale(zero=False, nice=False),
+        axis=alt.Axis(title="Simulated time (s)", format=NUMBER),
+    )
+    names = alt.Axis(title="Request (id)", labels=rows <= NAMED, ticks=False, grid=False, domain=False)
+    y = alt.Y("id:O", sort=alt.SortField("place"), axis=names)
+    bars = alt.Chart(frame).mark_bar(height={"band": 0.8 if step_px > 4 else 1.0})
+    bars = bars.encode(
+        x,
+        y,
+        part_colour("phase", list(dict.fromkeys(frame["phase"]))),
+        alt.X2("end_s:Q"),
+        opacity=alt.condition(picked, alt.value(1.0), alt.value(0.35)),
+        tooltip=_gantt_tips(),
+    ).add_params(picked)
+    titled = title_of(f"Phases of {rows:,} request{'s' * (rows != 1)}", frame)
+    whole = bars.properties(width=WIDTH, height=max(40, round(step_px * rows)), title=titled)
+    said = f"Queue, prefill and decode of {rows} requests over simulated time, a line a request"
+    chart: alt.Chart = styled(whole, said)
+    return chart
+
+
+def _gantt_tips() -> list[alt.Tooltip]:
+    import altair as alt
+
+    return [
+        alt.Tooltip("id:Q", title="request", format="d"),
+        alt.Tooltip("phase:N", title="phase"),
+        alt.Tooltip("begin_s:Q", title="from (s)", format=",.3f"),
+        alt.Tooltip("end_s:Q", title="to (s)", format=",.3f"),
+        *(alt.Tooltip(f"{name}_ms:Q", title=f"{short} (ms)", format=SHORT_NUMBER) for name, short in SHORT.items()),
+        alt.Tooltip("preempted_ms:Q", title="preempted (ms)", format=SHORT_NUMBER),
+        alt.Tooltip("prompt_tokens:Q", title="prompt (tokens)", format=","),
+        alt.Tooltip("output_tokens:Q", title="output (tokens)", format=","),
+        alt.Tooltip("replica:Q", title="replica", format="d"),
+    ]
+
+
+def life_chart(frame: pd.DataFrame) -> alt.LayerChart:
+    """`llmsim.views.life`: one request, a line a phase with its length; the reason is in the tooltip."""
+    import altair as alt
+
+    check(frame)
+    phases = list(dict.fromkeys(frame["phase"]))
+    texts = [f"{ms:,.4g} ms ({part:.0%})" for ms, part in zip(frame["duration_ms"], frame["share"], strict=True)]
+    shown = frame.assign(text=texts)
+    low_s, high_s = float(frame["begin_s"].min()), float(frame["end_s"].max())
+    room_s = (high_s - low_s) * 0.22 or 1.0  # for the text of the last phase
+    x = alt.X(
+        "begin_s:Q",
+        scale=alt.Scale(domain=[low_s, high_s + room_s], nice=False),
+        axis=alt.Axis(title="Simulated time (s)", format=NUMBER),
+    )
+    y = alt.Y("phase:N", sort=phases, axis=alt.Axis(title=None, grid=False, ticks=False, labelFontSize=12))
+    tips = [
+        alt.Tooltip("phase:N", title="phase"),
+        alt.Tooltip("begin_s:Q", title="from (s)", format=",.3f"),
+        alt.Tooltip("end_s:Q", title="to (s)", format=",.3f"),
+        alt.Tooltip("duration_ms:Q", title="length (ms)", format=SHORT_NUMBER),
+        alt.Tooltip("reason:N", title="why"),
+    ]
+    bars = alt.Chart(shown).mark_bar(height=18, cornerRadius=2)
+    bars = bars.encode(x, y, part_colour("phase", phases, legend=False), alt.X2("end_s:Q"), tooltip=tips)
+    text = alt.Chart(shown).mark_text(align="left", dx=6, color=COLOURS["text"])
+    text = text.encode(alt.X("end_s:Q"), y, text="text:N", tooltip=tips)
+    row = frame.iloc[0]
+    tokens = f"{int(row['prompt_tokens']):,} prompt and {int(row['output_tokens']):,} output tokens"
+    titled = title_of(f"Request {int(row['id'])}", frame, f"{tokens}, replica {int(row['replica'])}")
+    whole = alt.layer(bars, text).properties(width=WIDTH, height=34 * len(phases), title=titled)
+    lengths = ", ".join(f"{phase} {words}" for phase, words in zip(shown["phase"], texts, strict=True))
+    chart: alt.LayerChart = styled(whole, f"Phases of request {int(row['id'])} over simulated time: {lengths}")
+    return chart
