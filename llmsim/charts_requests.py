@@ -35,18 +35,15 @@ def scatter_chart(frame: pd.DataFrame) -> alt.Chart:
     """`llmsim.views.scatter` as dots; a rectangle drawn over it is the parameter "brush", in the fields x and y."""
     import altair as alt
 
-    from llmsim.views_base import MEASURES
-
     check(frame)
-    labels = labels_of(frame)
-    first, second = MEASURES[frame.attrs["x"]], MEASURES[frame.attrs["y"]]
-    across = alt.Axis(title=first.heading, format=NUMBER)
+    labels, first, second = labels_of(frame), frame.attrs["headings"]["x"], frame.attrs["headings"]["y"]
+    across = alt.Axis(title=first, format=NUMBER)
     x = alt.X("x:Q", scale=alt.Scale(nice=False, zero=False, padding=6), axis=across)
     tips = [
         alt.Tooltip("label:N", title="run"),
         alt.Tooltip("id:Q", title="request", format="d"),
-        alt.Tooltip("x:Q", title=first.heading, format=EXACT),
-        alt.Tooltip("y:Q", title=second.heading, format=SHORT_NUMBER),
+        alt.Tooltip("x:Q", title=first, format=EXACT),
+        alt.Tooltip("y:Q", title=second, format=SHORT_NUMBER),
         alt.Tooltip("prompt_tokens:Q", title="prompt (tokens)", format=","),
         alt.Tooltip("output_tokens:Q", title="output (tokens)", format=","),
     ]
@@ -54,9 +51,11 @@ def scatter_chart(frame: pd.DataFrame) -> alt.Chart:
     size, opacity = (26, 0.6) if len(frame) < FEW else (10, 0.35)
     dots = alt.Chart(frame).mark_circle(size=size, opacity=opacity, clip=True)
     colour = run_colour(labels, symbol="circle")
-    dots = dots.encode(x, log_y(frame["y"], "y", second.heading), colour, tooltip=tips).add_params(brush)
-    whole = dots.properties(width=WIDTH, height=HEIGHT, title=title_of(f"{second.title}, each request", frame))
-    said = f"{second.heading} against {first.heading}, a dot a request, for {', '.join(labels)}"
+    dots = dots.encode(x, log_y(frame["y"], "y", second), colour, tooltip=tips).add_params(brush)
+    whole = dots.properties(
+        width=WIDTH, height=HEIGHT, title=title_of(f"{frame.attrs['titles']['y']}, each request", frame)
+    )
+    said = f"{second} against {first}, a dot a request, for {', '.join(labels)}"
     chart: alt.Chart = styled(whole, said)
     return chart
 

@@ -56,25 +56,25 @@ def ecdf_chart(frame: pd.DataFrame, slo_ms: float | None = None, title: str | No
     """`llmsim.views.ecdf` as curves over a logarithmic axis, runs overlaid, the SLO a dashed line."""
     import altair as alt
 
-    from llmsim.views_base import MEASURES
-
     check(frame)
-    measure, labels = MEASURES[frame.attrs["measure"]], labels_of(frame)
-    x = log_x(frame["value"], "value", measure.heading, slo_ms)
+    labels, heading, unit = labels_of(frame), frame.attrs["headings"]["value"], frame.attrs["units"]["value"]
+    x = log_x(frame["value"], "value", heading, slo_ms)
     y = alt.Y("share:Q", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(title="Share of requests", format=".0%"))
     tips = [
         alt.Tooltip("label:N", title="run"),
-        alt.Tooltip("value:Q", title=f"at most ({measure.unit})", format=SHORT_NUMBER),
+        alt.Tooltip("value:Q", title=f"at most ({unit})", format=SHORT_NUMBER),
         alt.Tooltip("share:Q", title="share of requests", format=".2%"),
         alt.Tooltip("requests:Q", title="requests", format=","),
     ]
     line = alt.Chart(frame).mark_line(strokeWidth=2.5, interpolate="step-after", clip=True)
     layers: list[Any] = [line.encode(x, y, run_colour(labels), tooltip=tips)]
-    said = f"Cumulative share of requests by {measure.heading}, for {', '.join(labels)}"
+    said = f"Cumulative share of requests by {heading}, for {', '.join(labels)}"
     if slo_ms is not None:
-        layers += _goal(x, slo_ms, f"SLO {slo_ms:g} {measure.unit}")
-        said += f", with the SLO of {slo_ms:g} {measure.unit}"
-    whole = alt.layer(*layers).properties(width=WIDTH, height=HEIGHT, title=title_of(title or measure.title, frame))
+        layers += _goal(x, slo_ms, f"SLO {slo_ms:g} {unit}")
+        said += f", with the SLO of {slo_ms:g} {unit}"
+    whole = alt.layer(*layers).properties(
+        width=WIDTH, height=HEIGHT, title=title_of(title or frame.attrs["titles"]["value"], frame)
+    )
     chart: alt.LayerChart = styled(whole, said)
     return chart
 

@@ -59,7 +59,17 @@ def ecdf(runs: Mapping[str, Run | Result], metric: str = "ttft", points: int = 2
         if kept.size < last.size:
             notes.append(f"{label}: {kept.size:,} of {there.size:,} requests drawn, the extremes among them")
         notes.append(_without(label, every, metric))
-    return frame_of(parts, notes, measure=metric)
+    return frame_of(parts, notes, measure=metric, **_named(value=metric))
+
+
+def _named(**measures: str) -> dict[str, dict[str, str]]:
+    """What charts call the columns: title, unit and both as a heading."""
+    known = {column: MEASURES[name] for column, name in measures.items()}
+    return {
+        "titles": {column: measure.title for column, measure in known.items()},
+        "units": {column: measure.unit for column, measure in known.items()},
+        "headings": {column: measure.heading for column, measure in known.items()},
+    }
 
 
 def _ranks(last: NDArray[np.int64], points: int) -> NDArray[np.int64]:
@@ -127,7 +137,7 @@ def scatter(
         notes.append(_without(label, up, y))
     names = ("label", "id", "x", "y", "prompt_tokens", "output_tokens")
     joined: dict[str, Any] = {name: np.concatenate([part[name] for part in parts]) if parts else [] for name in names}
-    return frame_of(joined, notes, x=x, y=y)
+    return frame_of(joined, notes, x=x, y=y, **_named(x=x, y=y))
 
 
 def _thinned(across: Floats, up: Floats, most: int) -> NDArray[np.int64]:
