@@ -1,5 +1,6 @@
 """Charts of single requests, from the frames of `llmsim.views`: every request as a dot, the phases of some as a Gantt
-chart, the life of one. What is selected in them has a name: "brush" in the first, "request" in the second."""
+chart, both linked, the life of one. What is selected has a name: "brush" among the dots, "request" in the Gantt chart.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from llmsim.charts_style import (
     EXACT,
     HEIGHT,
     NUMBER,
+    PARTS,
     SHORT_NUMBER,
     WIDTH,
     check,
@@ -27,8 +29,8 @@ if TYPE_CHECKING:
 
 SHORT = {"ttft": "TTFT", "tpot": "TPOT", "e2el": "E2EL"}
 FEW = 5000  # dots that may be large
-GANTT_PX, STEP_PX = 480, 14  # height of a Gantt chart, at most; of one request in it, at most
-NAMED = 60  # requests of a Gantt chart whose ids are readable
+GANTT_PX, STEP_PX = 500, 14  # height of a Gantt chart, at most; of one request in it, at most
+NAMED = 40  # requests of a Gantt chart whose ids are readable
 
 
 def scatter_chart(frame: pd.DataFrame) -> alt.Chart:
@@ -60,6 +62,71 @@ def scatter_chart(frame: pd.DataFrame) -> alt.Chart:
     return chart
 
 
+def linked_chart(frame: pd.DataFrame) -> alt.VConcatChart:
+    """`llmsim.views.linked`: every request as a dot, and the phases of the slowest among those in the brush below; it
+    works in a page that no program serves."""
+    import altair as alt
+
+    check(frame)
+    brush = alt.selection_interval(name="brush", encodings=["x", "y"])
+    x = alt.X(
+        "arrival_s:Q",
+        scale=alt.Scale(nice=False, zero=False, padding=6),
+        axis=alt.Axis(title="Sent at (s of simulated time)", format=NUMBER),
+    )
+    dots = alt.Chart(frame).mark_circle(size=24, clip=True)
+    labels = labels_of(frame)
+    dots = dots.encode(
+        x,
+        log_y(frame["ttft_ms"], "ttft_ms", "Time to first token, TTFT (ms)"),
+        run_colour(labels, symbol="circle"),
+        opacity=alt.condition(brush, alt.value(0.7), alt.value(0.1)),
+        tooltip=_dot_tips(),
+    )
+    above = dots.add_params(brush).properties(width=WIDTH, height=HEIGHT)
+    slowest = (
+        alt.Chart(frame)
+        .transform_filter(brush)
+        .transform_window(rank="row_number()", sort=[alt.SortField("e2el_ms", order="descending")])
+        .transform_filter(f"datum.rank <= {NAMED}")
+    )
+    time = alt.X(
+        "begin_s:Q", scale=alt.Scale(zero=False, nice=False), axis=alt.Axis(title="Simulated time (s)", format=NUMBER)
+    )
+    y = alt.Y(
+        "name:N",
+        sort=alt.SortField("arrival_s"),
+        axis=alt.Axis(title="Slowest in the brush", ticks=False, grid=False, domain=False, labelLimit=150),
+    )
+    instants = ("arrival_s", "scheduled_s", "first_token_s", "finish_s")
+    layers = [
+        slowest.transform_calculate(begin_s=f"datum.{begin}", end_s=f"datum.{end}", phase=f"'{phase}'")
+        .mark_bar(height={"band": 0.8})
+        .encode(time, y, part_colour("phase", PARTS[:3]), alt.X2("end_s:Q"), tooltip=_gantt_tips())
+        for phase, begin, end in zip(PARTS, instants, instants[1:], strict=False)
+    ]
+    below = alt.layer(*layers).properties(width=WIDTH, height=alt.Step(STEP_PX - 2))
+    hint = "Draw a rectangle over the dots to choose requests; a click beside it takes all again"
+    whole = alt.vconcat(above, below, spacing=14).resolve_scale(color="independent")
+    whole = whole.properties(title=title_of("Requests, and the phases of the slowest", frame, hint))
+    said = f"TTFT against the time of sending, a dot a request, for {', '.join(labels)}; phases of the slowest"
+    chart: alt.VConcatChart = styled(whole, said)
+    return chart
+
+
+def _dot_tips() -> list[alt.Tooltip]:
+    import altair as alt
+
+    return [
+        alt.Tooltip("label:N", title="run"),
+        alt.Tooltip("id:Q", title="request", format="d"),
+        alt.Tooltip("arrival_s:Q", title="sent at (s)", format=",.3f"),
+        *(alt.Tooltip(f"{name}_ms:Q", title=f"{short} (ms)", format=SHORT_NUMBER) for name, short in SHORT.items()),
+        alt.Tooltip("prompt_tokens:Q", title="prompt (tokens)", format=","),
+        alt.Tooltip("output_tokens:Q", title="output (tokens)", format=","),
+    ]
+
+
 def gantt_chart(frame: pd.DataFrame) -> alt.Chart:
     """`llmsim.views.gantt`: a line a request, the one sent first on top. A click selects a request: the parameter
     "request", in the field id."""
@@ -74,7 +141,8 @@ def gantt_chart(frame: pd.DataFrame) -> alt.Chart:
         scale=alt.Scale(zero=False, nice=False),
         axis=alt.Axis(title="Simulated time (s)", format=NUMBER),
     )
-    names = alt.Axis(title="Request (id)", labels=rows <= NAMED, ticks=False, grid=False, domain=False)
+    title = "Request (id)" if rows <= NAMED else "Requests, in the order in which they were sent"
+    names = alt.Axis(title=title, labels=rows <= NAMED, ticks=False, grid=False, domain=False)
     y = alt.Y("id:O", sort=alt.SortField("place"), axis=names)
     bars = alt.Chart(frame).mark_bar(height={"band": 0.8 if step_px > 4 else 1.0})
     bars = bars.encode(

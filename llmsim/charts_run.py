@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from llmsim.charts import COLOURS
-from llmsim.charts_requests import gantt_chart, life_chart, scatter_chart
+from llmsim.charts_requests import gantt_chart, life_chart, linked_chart, scatter_chart
 from llmsim.charts_style import (
     EXACT,
     HEIGHT,
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import altair as alt
     import pandas as pd
 
-__all__ = ["ecdf_chart", "gantt_chart", "life_chart", "scatter_chart", "strip_chart", "where_chart"]
+__all__ = ["ecdf_chart", "gantt_chart", "life_chart", "linked_chart", "scatter_chart", "strip_chart", "where_chart"]
 
 DASHES = {"P50": [1, 0], "P90": [5, 3], "P99": [2, 2]}
 # The title of an axis, written above it from left to right

@@ -103,3 +103,32 @@ def log_x(values: pd.Series[float], name: str, title: str, also: float | None = 
     else:
         scale = alt.Scale(type="log", domain=[min(shown) / 1.1, max(shown) * 1.1], nice=False)
     return alt.X(f"{name}:Q", scale=scale, axis=axis)
+
+
+def sized(chart: Any, width: int, height: int | None = None) -> dict[str, Any]:
+    """The chart's Vega-Lite document with its panels this many pixels wide (`height`: of a chart of one panel)."""
+    import altair as alt
+
+    with alt.data_transformers.enable("default", max_rows=None):
+        document: dict[str, Any] = chart.to_dict()
+    for panel in document.get("vconcat", [document]):
+        panel["width"] = width
+    if height is not None and "vconcat" not in document:
+        document["height"] = height
+    document["datasets"] = {name: [_brief(row) for row in rows] for name, rows in document["datasets"].items()}
+    return document
+
+
+def _brief(row: dict[str, Any]) -> dict[str, Any]:
+    """Nine digits of a number are more than a chart shows, and half of the bytes."""
+    return {name: float(f"{value:.9g}") if isinstance(value, float) else value for name, value in row.items()}
+
+
+def javascript() -> str:
+    """Vega, Vega-Lite and Vega-Embed as one script that defines `vegaEmbed`: what draws charts without a network."""
+    import altair as alt
+    import vl_convert
+
+    version = alt.SCHEMA_VERSION.removeprefix("v").rsplit(".", 1)[0]
+    script: str = vl_convert.javascript_bundle(vl_version=version)
+    return script.replace("</script", "<\\/script")

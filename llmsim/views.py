@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from llmsim.metrics import breakdown_s, latencies_s
 from llmsim.report import fewest_samples
 from llmsim.views_base import MEASURES, PARTS, POINTS, Floats, frame_of, summary_of, values
-from llmsim.views_requests import gantt, life, within
+from llmsim.views_requests import INSTANTS, gantt, life, rows_of, within
 from llmsim.views_strip import strip
 
 if TYPE_CHECKING:
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from llmsim.runs import Run
 
 __all__ = [
-    "KPIS", "MEASURES", "PARTS", "POINTS", "Kpi", "ecdf", "gantt", "kpis", "life", "scatter", "strip", "values",
-    "where", "within",
+    "KPIS", "MEASURES", "PARTS", "POINTS", "Kpi", "ecdf", "gantt", "kpis", "life", "linked", "scatter", "strip",
+    "values", "where", "within",
 ]  # fmt: skip
 
 
@@ -138,6 +138,27 @@ def scatter(
     names = ("label", "id", "x", "y", "prompt_tokens", "output_tokens")
     joined: dict[str, Any] = {name: np.concatenate([part[name] for part in parts]) if parts else [] for name in names}
     return frame_of(joined, notes, x=x, y=y, **_named(x=x, y=y))
+
+
+def linked(runs: Mapping[str, Run | Result], points: int = POINTS) -> pd.DataFrame:
+    """Requests with all that a page needs which no program serves: `label`, `id`, `name` (the id, and the run where
+    there are several), the four instants in seconds, `ttft_ms`, `tpot_ms`, `e2el_ms`, `preempted_ms`, `prompt_tokens`,
+    `output_tokens`, `replica`; thinned as `scatter` thins arrival and TTFT."""
+    chosen = scatter(runs, "arrival_s", "ttft", points)
+    parts = []
+    for label, run in runs.items():
+        rows = rows_of(run, chosen["id"][chosen["label"] == label].to_numpy())
+        names = [f"{request} ({label})" if len(runs) > 1 else str(request) for request in run.requests["id"][rows]]
+        facts = {
+            name: run.requests[name][rows] for name in ("id", *INSTANTS, "prompt_tokens", "output_tokens", "replica")
+        }
+        latency_ms = {f"{name}_ms": values(run, name)[rows] for name in ("ttft", "tpot", "e2el", "preempted")}
+        parts.append(
+            {"label": np.full(rows.size, label, dtype=object), "name": np.array(names, dtype=object)}
+            | facts
+            | latency_ms
+        )
+    return frame_of({name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, chosen.attrs["notes"])
 
 
 def _thinned(across: Floats, up: Floats, most: int) -> NDArray[np.int64]:
