@@ -60,13 +60,13 @@ def title_of(text: str, frame: pd.DataFrame, *more: str) -> alt.TitleParams:
     return alt.TitleParams(text, subtitle=lines) if lines else alt.TitleParams(text)
 
 
-def run_colour(labels: Sequence[str], *, legend: bool = True, symbol: str = "stroke") -> alt.Color:
-    """A colour for each run; no legend where there is one run only."""
+def run_colour(labels: Sequence[str], *, symbol: str = "stroke") -> alt.Color:
+    """A colour for each run; no legend where there is one run only. Panels of one chart share it."""
     import altair as alt
 
     shown = alt.Legend(title=None, orient="top", symbolType=symbol, symbolStrokeWidth=3)
     scale = alt.Scale(domain=list(labels), range=run_colours(labels))
-    return alt.Color("label:N", scale=scale, legend=shown if legend and len(labels) > 1 else None)
+    return alt.Color("label:N", scale=scale, legend=shown if len(labels) > 1 else None)
 
 
 def part_colour(field: str, parts: Sequence[str] = PARTS, *, legend: bool = True) -> alt.Color:
@@ -97,12 +97,12 @@ def log_x(values: pd.Series[float], name: str, title: str, also: float | None = 
     positive = values[values > 0]
     shown = [float(positive.min()), float(positive.max())] if len(positive) else [1.0, 10.0]
     shown += [also] if also else []
-    axis = alt.Axis(title=title, format=NUMBER, tickCount=6, labelOverlap=True)
+    low, high = min(shown) / 1.1, max(shown) * 1.1
     if len(positive) < len(values):
-        scale = alt.Scale(type="symlog", constant=shown[0], domain=[0.0, max(shown) * 1.1], nice=False)
-    else:
-        scale = alt.Scale(type="log", domain=[min(shown) / 1.1, max(shown) * 1.1], nice=False)
-    return alt.X(f"{name}:Q", scale=scale, axis=axis)
+        scale = alt.Scale(type="symlog", constant=min(shown), domain=[0.0, high], nice=False)
+        return alt.X(f"{name}:Q", scale=scale, axis=alt.Axis(title=title, format=NUMBER, tickCount=6))
+    axis = alt.Axis(title=title, format=NUMBER, values=_ticks(low, high), labelOverlap=True)
+    return alt.X(f"{name}:Q", scale=alt.Scale(type="log", domain=[low, high], nice=False), axis=axis)
 
 
 def sized(chart: Any, width: int, height: int | None = None) -> dict[str, Any]:

@@ -21,11 +21,13 @@ from llmsim.metrics import WALL_KEYS
 from llmsim.report import report, trust
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from llmsim.runs import Run
 
 LATENCIES = ("ttft", "tpot", "e2el")
 ECDF_POINTS, SLICES, DOTS = 400, 200, 2000  # enough for the eye; the file stays below 2 MB
-WIDE_PX, PANEL_PX = 960, 270
+WIDE_PX, PANEL_PX = 960, 260
 POLICY = "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; img-src data: blob:"
 
 
@@ -47,13 +49,15 @@ def page(runs: Mapping[str, Run], title: str | None = None) -> str:
     if not runs:
         raise ValueError("no run to report: give the folder that 'llmsim replay --out' wrote")
     name = title or f"llmsim: {_traces(runs)}"
-    charts = dict(_charts(runs))
+    curves, notes = _curves(runs)
+    charts = dict(_charts(runs, curves))
+    about = ["Share of requests with at most a latency; the axis is logarithmic", *notes]
     body = [
         f"<h1>{escape(name)}</h1>",
         *_settings(runs),
         *_numbers(runs),
         "<h2>Latency</h2>",
-        "<p class='soft'>Share of requests with at most a latency; the axis is logarithmic.</p>",
+        f"<p class='soft'>{escape('; '.join(about))}.</p>",
         "<div class='row'>" + "".join(_figure(key, charts) for key in LATENCIES) + "</div>",
         *(_figure(key, charts) for key in ("where", "strip", "requests")),
         *_printed(runs),
@@ -77,13 +81,21 @@ def _text(name: str) -> str:
 # ---- charts ---------------------------------------------------------------------------------------------------------
 
 
-def _charts(runs: Mapping[str, Run]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _curves(runs: Mapping[str, Run]) -> tuple[dict[str, pd.DataFrame], list[str]]:
+    """What the small panels draw, and their notes, which go below the heading: there is no room in a panel."""
+    curves = {metric: views.ecdf(runs, metric, ECDF_POINTS) for metric in LATENCIES}
+    notes = [note for frame in curves.values() for note in frame.attrs["notes"]]
+    for frame in curves.values():
+        frame.attrs["notes"] = []
+    return curves, list(dict.fromkeys(notes))
+
+
+def _charts(runs: Mapping[str, Run], curves: Mapping[str, pd.DataFrame]) -> Iterator[tuple[str, dict[str, Any]]]:
     from llmsim import charts_run
     from llmsim.charts_style import sized
 
     targets = common_targets(runs)
-    for metric in LATENCIES:
-        frame = views.ecdf(runs, metric, ECDF_POINTS)
+    for metric, frame in curves.items():
         if len(frame):
             yield metric, sized(charts_run.ecdf_chart(frame, targets.get(metric)), PANEL_PX, 220)
     yield "where", sized(charts_run.where_chart(views.where(runs)), WIDE_PX - 120)
@@ -151,7 +163,7 @@ def _numbers(runs: Mapping[str, Run]) -> Iterator[str]:
     heads = "".join(f"<th scope='col'>{escape(name)}</th>" for name in names)
     yield f"<thead><tr><th scope='col'>Metric</th>{heads}</tr></thead><tbody>"
     for key, kpi in rows.items():
-        cells = [f"<td>{_shown(kpi.baseline)}</td>"]
+        cells = [f"<td>{_shown(kpi.baseline, kpi.unit)}</td>"]
         for column in columns if others else ():
             cells.append(_cell(next((one for one in column if one.key == key), None)))
         star = f' <abbr title="{escape(kpi.few)}">*</abbr>' if kpi.few else ""
@@ -166,11 +178,10 @@ def _cell(kpi: views.Kpi | None) -> str:
     if kpi is None or kpi.candidate is None:
         return "<td>-</td>"
     if kpi.delta is None:
-        return f"<td>{_shown(kpi.candidate)}</td>"
-    change = f"{kpi.relative:+.1%}" if kpi.relative is not None else f"{kpi.delta:+,.4g}"
+        return f"<td>{_shown(kpi.candidate, kpi.unit)}</td>"
     judged = "" if kpi.better is None or not kpi.delta else " better" if _is_better(kpi) else " worse"
     word = f" {judged.strip()}" if judged else ""
-    return f"<td>{_shown(kpi.candidate)} <span class='delta{judged}'>{change}{word}</span></td>"
+    return f"<td>{_shown(kpi.candidate, kpi.unit)} <span class='delta{judged}'>{_change(kpi)}{word}</span></td>"
 
 
 def _is_better(kpi: views.Kpi) -> bool:
@@ -178,9 +189,17 @@ def _is_better(kpi: views.Kpi) -> bool:
     return (kpi.delta < 0) == (kpi.better == "lower")
 
 
-def _shown(value: float | None) -> str:
+def _change(kpi: views.Kpi) -> str:
+    if kpi.relative is None:
+        return f"{kpi.delta:+,.4g}"
+    return f"× {1 + kpi.relative:,.3g}" if kpi.relative > 9 else f"{kpi.relative:+.1%}"
+
+
+def _shown(value: float | None, unit: str) -> str:
     if value is None:
         return "-"
+    if unit == "%":  # 99.95 is not 100
+        return f"{value:.2f}"
     return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.3g}"
 
 

@@ -46,7 +46,7 @@ def ecdf(runs: Mapping[str, Run | Result], metric: str = "ttft", points: int = 2
     """
     share_of_points = max(min(points, POINTS // max(len(runs), 1)), 4)
     parts: dict[str, list[Any]] = {"label": [], "value": [], "share": [], "requests": []}
-    notes = []
+    notes, thinned = [], False
     for label, run in runs.items():
         every = values(run, metric)
         there = np.sort(every[np.isfinite(every)])
@@ -56,9 +56,10 @@ def ecdf(runs: Mapping[str, Run | Result], metric: str = "ttft", points: int = 2
         parts["value"] += there[kept].tolist()
         parts["share"] += ((kept + 1) / max(there.size, 1)).tolist()
         parts["requests"] += [there.size] * kept.size
-        if kept.size < last.size:
-            notes.append(f"{label}: {kept.size:,} of {there.size:,} requests drawn, the extremes among them")
+        thinned = thinned or kept.size < last.size
         notes.append(_without(label, every, metric))
+    if thinned:
+        notes.insert(0, f"up to {share_of_points:,} points a curve, the extremes among them")
     return frame_of(parts, notes, measure=metric, **_named(value=metric))
 
 
@@ -123,18 +124,17 @@ def scatter(
     """
     most = max(min(points, POINTS) // max(len(runs), 1), 4)
     parts: list[dict[str, Any]] = []
-    notes = []
+    notes, drawn, whole = [], 0, 0
     for label, run in runs.items():
         across, up = values(run, x), values(run, y)
         there = np.flatnonzero(np.isfinite(across) & np.isfinite(up))
         kept = there[_thinned(across[there], up[there], most)]
         facts = {name: run.requests[name][kept] for name in ("id", "prompt_tokens", "output_tokens")}
         parts.append({"label": np.full(kept.size, label, dtype=object), "x": across[kept], "y": up[kept], **facts})
-        if kept.size < there.size:
-            notes.append(
-                f"{label}: {kept.size:,} of {there.size:,} requests drawn, the extremes of each moment among them"
-            )
+        drawn, whole = drawn + kept.size, whole + there.size
         notes.append(_without(label, up, y))
+    if drawn < whole:
+        notes.insert(0, f"{drawn:,} of {whole:,} requests drawn, the extremes of each moment among them")
     names = ("label", "id", "x", "y", "prompt_tokens", "output_tokens")
     joined: dict[str, Any] = {name: np.concatenate([part[name] for part in parts]) if parts else [] for name in names}
     return frame_of(joined, notes, x=x, y=y, **_named(x=x, y=y))
