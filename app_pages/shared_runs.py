@@ -14,14 +14,13 @@ import pandas as pd
 import streamlit as st
 
 from app_pages.shared_output import show_error
-from llmsim.choice import Replay, TraceChoice, replay, replay_all
+from llmsim.choice import Replay, TraceChoice, quick_requests, replay, replay_all
 from llmsim.command_line import argv_of
 from llmsim.jobs import Job
 from llmsim.jobs_store import Store, remove_stale
 from llmsim.runs import Run
 from llmsim.scenario import Scenario
 
-SAMPLE = 20_000  # requests that are simulated at once, at most
 EVERY_S = 0.5  # between two looks at a job
 
 
@@ -49,8 +48,8 @@ def given_runs() -> list[Path]:
 
 
 def sample_of(choice: TraceChoice) -> int:
-    """Requests of a quick answer: all up to 20,000, fewer where answers are long."""
-    return SAMPLE
+    """Requests of a quick answer: at most 20,000, fewer where answers are long."""
+    return quick_requests(choice.load())
 
 
 def sampled(choice: TraceChoice) -> str:
@@ -79,13 +78,24 @@ def _ensure(choice: TraceChoice, scenario: Scenario, limit: int | None) -> Path:
         return replay(Replay(choice, scenario, folder, tuple(_command(choice, scenario)), limit))
 
 
+def answers(key: str, choice: TraceChoice, scenarios: Mapping[str, Scenario]) -> dict[str, Path]:
+    """A quick answer now; the whole trace where that is more, on a button, with progress and Stop."""
+    if quick_requests(choice.load()) < len(choice.load()):
+        whole = full_runs(key, choice, scenarios)
+        if whole is not None:
+            st.caption(f"On all {len(choice.load()):,} requests.")
+            return whole
+    st.caption(f"Quick answer on {sampled(choice)}.")
+    return quick_runs(choice, scenarios)
+
+
 def key_of(choice: TraceChoice, scenario: Scenario, limit: int | None) -> str:
     text = json.dumps([choice.facts(), scenario.to_dict(), limit], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 def _command(choice: TraceChoice, scenario: Scenario) -> Sequence[str]:
-    return argv_of(scenario, trace=choice.command_line())
+    return argv_of(scenario, trace=choice.shown())
 
 
 def full_run(key: str, choice: TraceChoice, scenario: Scenario) -> Path | None:

@@ -22,21 +22,18 @@ if TYPE_CHECKING:
 Box = tuple[float, float, float, float]
 
 SUFFIXES = (".html", ".svg", ".png")
-# What a colour means, in every chart: each is at least 3:1 against white and against the dark theme's background.
+PHASE_COLOURS = {"prefill": "#c2410c", "decode": "#1d4ed8"}
+# What colours mean, the same in all charts; each is read on white and on near-black
 COLOURS = {
-    "baseline": "#64748b",
-    "candidate": "#ea580c",
-    "queue": "#8593a8",  # waiting is no work: a grey, and apart from prefill also for the colour-blind
-    "prefill": "#c2410c",
-    "decode": "#2563eb",
+    "baseline": "#71829a",
+    "candidate": "#f0532d",
+    "queue": "#8593a8",
+    **PHASE_COLOURS,
     "preempted": "#be185d",
-    "slo": "#dc2626",
-    "good": "#059669",
-    "bad": "#dc2626",
+    "slo": "#b7791f",
     "text": "#6e7b90",
     "grid": "#94a3b8",
 }
-PHASE_COLOURS = {"prefill": "#c2410c", "decode": "#1d4ed8"}
 ROOF = "#475569"
 WIDTH, HEIGHT = 720, 440  # pixels of the plot
 DOT = 7  # radius of what a label keeps clear of

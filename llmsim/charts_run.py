@@ -99,11 +99,11 @@ def strip_chart(frame: pd.DataFrame) -> alt.VConcatChart:
 
     check(frame)
     labels = labels_of(frame)
-    panels = [_panel(frame, labels, *panel) for panel in PANELS]
+    panels = [_panel(frame, labels, *panel, legend=panel == PANELS[0]) for panel in PANELS]
     panels.append(_ttft_panel(frame, labels))
     whole = alt.vconcat(*panels, spacing=8).properties(title=title_of("Over simulated time", frame))
     said = f"Requests, KV cache usage, tokens per second and TTFT over simulated time, for {', '.join(labels)}"
-    chart: alt.VConcatChart = styled(whole.resolve_scale(x="shared"), said)
+    chart: alt.VConcatChart = styled(whole.resolve_scale(x="shared", color="independent"), said)
     return chart
 
 
@@ -115,10 +115,10 @@ def _time(frame: pd.DataFrame, *, last: bool = False) -> alt.X:
     return alt.X("time_s:Q", scale=alt.Scale(domain=domain, nice=False), axis=axis)
 
 
-def _panel(frame: pd.DataFrame, labels: Sequence[str], field: str, title: str, form: str) -> Any:
+def _panel(frame: pd.DataFrame, labels: Sequence[str], field: str, title: str, form: str, *, legend: bool) -> Any:
     import altair as alt
 
-    x, colour = _time(frame), run_colour(labels)
+    x, colour = _time(frame), run_colour(labels, legend=legend)
     y = alt.Y(f"{field}:Q", axis=alt.Axis(title=title, format=form, tickCount=3, **ABOVE), scale=alt.Scale(zero=True))
     shown = ".1%" if "%" in form else SHORT_NUMBER
     tips = [
@@ -157,9 +157,8 @@ def _ttft_panel(frame: pd.DataFrame, labels: Sequence[str]) -> Any:
         alt.Tooltip("ttft_requests:Q", title="of requests", format=","),
     ]
     line = alt.Chart(long).mark_line(strokeWidth=1.6, interpolate="step-after")
-    return line.encode(_time(frame, last=True), y, run_colour(labels), dash, tooltip=tips).properties(
-        width=WIDTH, height=110
-    )
+    colour = run_colour(labels, legend=False)
+    return line.encode(_time(frame, last=True), y, colour, dash, tooltip=tips).properties(width=WIDTH, height=110)
 
 
 def where_chart(frame: pd.DataFrame) -> alt.VConcatChart:
@@ -168,14 +167,14 @@ def where_chart(frame: pd.DataFrame) -> alt.VConcatChart:
 
     check(frame)
     labels, groups = labels_of(frame), list(dict.fromkeys(frame["group"]))
-    blocks = [_stacked(frame[frame["group"] == group], labels, group) for group in groups]
+    blocks = [_stacked(frame[frame["group"] == group], labels, group, legend=group == groups[0]) for group in groups]
     whole = alt.vconcat(*blocks, spacing=10).properties(title=title_of("Where end-to-end latency went", frame))
     said = f"Mean end-to-end latency split into queue, prefill, decode and preempted, for {', '.join(labels)}"
-    chart: alt.VConcatChart = styled(whole, said)
+    chart: alt.VConcatChart = styled(whole.resolve_scale(color="independent"), said)
     return chart
 
 
-def _stacked(part: pd.DataFrame, labels: Sequence[str], group: str) -> Any:
+def _stacked(part: pd.DataFrame, labels: Sequence[str], group: str, *, legend: bool) -> Any:
     import altair as alt
 
     tips = [
@@ -188,7 +187,7 @@ def _stacked(part: pd.DataFrame, labels: Sequence[str], group: str) -> Any:
     x = alt.X("begin_ms:Q", axis=alt.Axis(title=f"Mean E2EL of {group} (ms)", format=NUMBER, tickCount=7))
     y = alt.Y("label:N", sort=list(labels), axis=alt.Axis(title=None, labelLimit=160))
     bars = alt.Chart(part).mark_bar(height={"band": 0.72})
-    bars = bars.encode(x, y, part_colour("part"), alt.X2("end_ms:Q"), tooltip=tips)
+    bars = bars.encode(x, y, part_colour("part", legend=legend), alt.X2("end_ms:Q"), tooltip=tips)
     wide = part[(part["end_ms"] - part["begin_ms"]) > 0.06 * part["end_ms"].max()]
     wide = wide.assign(middle_ms=(wide["begin_ms"] + wide["end_ms"]) / 2)
     # on the bars, whose colours do not depend on the page's: near-black on the light one, near-white on the others

@@ -60,13 +60,13 @@ def title_of(text: str, frame: pd.DataFrame, *more: str) -> alt.TitleParams:
     return alt.TitleParams(text, subtitle=lines) if lines else alt.TitleParams(text)
 
 
-def run_colour(labels: Sequence[str], *, symbol: str = "stroke") -> alt.Color:
-    """A colour for each run; no legend where there is one run only. Panels of one chart share it."""
+def run_colour(labels: Sequence[str], *, legend: bool = True, symbol: str = "stroke") -> alt.Color:
+    """A colour for each run; no legend where there is one run only."""
     import altair as alt
 
     shown = alt.Legend(title=None, orient="top", symbolType=symbol, symbolStrokeWidth=3)
     scale = alt.Scale(domain=list(labels), range=run_colours(labels))
-    return alt.Color("label:N", scale=scale, legend=shown if len(labels) > 1 else None)
+    return alt.Color("label:N", scale=scale, legend=shown if legend and len(labels) > 1 else None)
 
 
 def part_colour(field: str, parts: Sequence[str] = PARTS, *, legend: bool = True) -> alt.Color:
