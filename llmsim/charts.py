@@ -27,7 +27,7 @@ PHASE_COLOURS = {"prefill": "#c2410c", "decode": "#1d4ed8"}
 COLOURS = {
     "baseline": "#71829a",
     "candidate": "#f0532d",
-    "queue": "#94a3b8",
+    "queue": "#8593a8",
     **PHASE_COLOURS,
     "preempted": "#be185d",
     "slo": "#b7791f",
