@@ -20,6 +20,7 @@ FLOORS = {  # imports must go down; imports for type checkers only are exempt, t
     ),
     **dict.fromkeys(("whatif", "speculation"), 5),
     "compare": 5,
+    "compare_study": 5.2,  # also looks at what a cache finds
     **dict.fromkeys(("choice", "jobs"), 5.5),
     "views": 5.5,
     "cli": 6,
