@@ -1,8 +1,9 @@
 """The command `llmsim`: which commands there are, and what becomes of an error.
 
-Exit status: 0 done; 1 `validate` found a difference; 3 `plan` found nothing that meets the SLOs; 2 the input is wrong or a file cannot be read or written (one line
-on stderr, no traceback); 130 interrupted; 141 the reader of the output went away. An exception that is none of these,
-such as one raised inside a user's policy, keeps its traceback and ends with 70.
+Exit status: 0 done; 1 `validate` found a difference; 2 the input is wrong or a file cannot be read or written (one line
+on stderr, no traceback); 3 `plan` found nothing that meets the SLOs; 130 interrupted; 141 the reader of the output went
+away. An exception that is none of these, such as one raised inside a user's policy, keeps its traceback and ends with
+70.
 
 Only click is imported here: a command's own module is loaded when that command runs, so `llmsim --help` stays fast.
 """
