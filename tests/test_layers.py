@@ -16,18 +16,19 @@ FLOORS = {  # imports must go down; imports for type checkers only are exempt, t
     "simulate": 4,
     "uncertainty": 4.5,  # plan and compare build on it
     **dict.fromkeys(
-        ("plan", "sweep", "testing", "validate", "oracle", "report", "runs", "fromvllm", "phases", "charts", "reuse"), 5
+        ("sweep", "testing", "validate", "oracle", "report", "runs", "fromvllm", "phases", "charts", "reuse"), 5
     ),
     **dict.fromkeys(("whatif", "speculation"), 5),
     "compare": 5,
     "compare_study": 5.2,  # also looks at what a cache finds
     **dict.fromkeys(("choice", "jobs"), 5.5),
     "views": 5.5,
+    "plan": 5.7,  # says what it found as reports do, and writes a folder as runs do
     "cli": 6,
     "__main__": 7,
 }
 ROOMS = {  # modules that share a room may import each other, as may the files of a package and `room_*` modules
-    **dict.fromkeys(("readers", "classes", "predictions"), "trace"),
+    **dict.fromkeys(("readers", "classes", "predictions", "rescale"), "trace"),
     **dict.fromkeys(("radixcache", "content", "contiguous", "evicting", "eviction", "tiers", "tips"), "kvcache"),
     **dict.fromkeys(("caches",), "simulate"),
     "admission": "schedulers",  # both plan with schedulers/estimate.py
