@@ -1,8 +1,8 @@
 """A burst of prompts that meets a decoding batch, iteration by iteration on both clocks: what chunked prefill does.
 
-`decodes` requests with `context_tokens` cached each are decoding when `prompts` prompts of `prompt_tokens` arrive at once,
-at 0 s. The engine's scheduler cuts them into chunks: an iteration computes at most max_num_batched_tokens tokens, the
-decodes' included. The engine is the one of every other replay (`llmsim.simulate`, launch jitter off); iterations are
+`decodes` requests with `context_tokens` cached each are decoding when `prompts` prompts of `prompt_tokens` arrive at
+once, at 0 s. The engine's scheduler cuts them into chunks: an iteration computes at most max_num_batched_tokens
+tokens, the decodes' included. The engine is the one of every other replay (`llmsim.simulate`, launch jitter off); iterations are
 taken one at a time and noted as they are launched:
 
     schedule    of iteration k on the host, S(k) to x0(k)
@@ -157,9 +157,9 @@ class Burst:
         return pd.DataFrame(rows, columns=["lane", "part", "iteration", "begin_s", "end_s", "mode", "tokens"])
 
     def requests(self) -> pd.DataFrame:
-        """lane, kind, iteration, request, tokens, requests, computed_tokens, begin_s, end_s: what each gets computed.
+        """lane, kind, iteration, request, tokens, requests, computed_tokens, begin_s, end_s: what is computed for each.
 
-        A lane for each prompt of the burst and one for the batch that decodes. The decodes of an iteration count from the
+        A lane for each prompt of the burst and one for the batch that decodes. Decodes of an iteration last from the
         GPU's start of it to its end, and so do the chunks: they are computed together.
         """
         import pandas as pd
@@ -201,8 +201,8 @@ def burst(
 ) -> Burst:
     """Simulate it; `token_budget` replaces scenario.max_num_batched_tokens.
 
-    Raises ValueError for what no engine would start with, for a budget that the decodes fill by themselves, and for more
-    than `MOST_ITERATIONS` iterations.
+    Raises ValueError for what no engine would start with, for a budget that the decodes fill by themselves, and for
+    more than `MOST_ITERATIONS` iterations.
     """
     budget = scenario.max_num_batched_tokens if token_budget is None else token_budget
     engine = Engine.of(replace(scenario, max_num_batched_tokens=budget, replicas=1, concurrency=None))
@@ -235,16 +235,16 @@ def _decoding(engine: Engine, prompts: int, prompt_tokens: int, decodes: int, co
     budget = s.max_num_batched_tokens
     if decodes >= min(budget, s.max_num_seqs):
         raise ValueError(
-            f"decodes={decodes} fill an iteration: max_num_batched_tokens={budget} and max_num_seqs={s.max_num_seqs} leave "
-            "no room for a prompt. Give fewer decodes or a larger token budget"
+            f"decodes={decodes} fill an iteration: max_num_batched_tokens={budget} and max_num_seqs={s.max_num_seqs} "
+            "leave no room for a prompt. Give fewer decodes or a larger token budget"
         )
     room = min(budget - decodes, engine.chunk_tokens)
     before = decodes * ceil(context_tokens / room)
     iterations = before + prompts * ceil(prompt_tokens / room)
     if iterations > MOST_ITERATIONS:
         raise ValueError(
-            f"max_num_batched_tokens={budget} cuts {prompts} prompts of {prompt_tokens:,} tokens beside {decodes} decodes "
-            f"of {context_tokens:,} into some {iterations:,} iterations, more than {MOST_ITERATIONS:,}: raise it"
+            f"max_num_batched_tokens={budget} cuts {prompts} prompts of {prompt_tokens:,} tokens beside "
+            f"{decodes} decodes of {context_tokens:,} into some {iterations:,} iterations, more than {MOST_ITERATIONS:,}: raise it"
         )
     if decodes:
         check_decodes(engine, [decodes], context_tokens)

@@ -10,8 +10,8 @@
                grow with the tokens), `attention_s` (with the square of a prompt, and with the tokens cached),
                gpu_s = rest_s + attention_s, and wall_s on both clocks
 
-Everything is `llmsim.phases`': a point of a curve is the point that `llmsim phases` prints. In `prefill_growth` the chunks
-of a prompt are each taken on a rested GPU, so gpu_s of several chunks is a few per cent below that of the point.
+Everything is `llmsim.phases`': a point of a curve is the point that `llmsim phases` prints. In `prefill_growth` the
+chunks of a prompt are each taken on a rested GPU, so gpu_s of several chunks is a few per cent below the point's.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ POINTS = 48  # of a curve
 
 
 class Moves(NamedTuple):
-    """`frame`: the columns of a `Point`, and `by`, `value` (in words), `order`, `here` (the setting itself), and the roof:
-    `peak_flops_per_s`, `peak_bytes_per_s`. `left_out`: settings that cannot be, with the reason, a line each."""
+    """`frame`: the columns of a `Point`, and `by`, `value` (in words), `order`, `here` (the setting itself), and the
+    roof: `peak_flops_per_s`, `peak_bytes_per_s`. `left_out`: settings that cannot be, with the reason, a line each."""
 
     frame: pd.DataFrame
     left_out: tuple[str, ...]

@@ -196,7 +196,7 @@ class Fleet:
         policy: Callable[[], Any] | None = None,
         make: Callable[..., Replica] | None = None,
     ) -> None:
-        """`policy` makes a scheduler for each replica instead of the one that the scenario names, `make` the replicas."""
+        """`policy` makes a scheduler for each replica instead of the one the scenario names, `make` the replicas."""
         self.trace, self.scenario = trace, scenario.resolved()
         s = self.scenario
         assert s.max_num_seqs is not None and s.max_num_batched_tokens is not None and s.max_model_len is not None
