@@ -21,6 +21,8 @@ from llmsim.simulate import blocks_of
 OWN = "engine's own"
 SEQS = [OWN, 1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048]
 TOKENS = [OWN, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768]
+MEMORY = [OWN, *(share / 100 for share in range(50, 99, 2))]
+SWITCH = ("on", "off")
 WIDGETS = (
     "model", "gpu", "tp", "replicas", "engine", "scheduler", "seqs", "tokens", "memory", "weights", "kv", "router",
     "prefixes", "chunks", "more",
@@ -30,17 +32,31 @@ WIDGETS = (
 def scenario_picker(key: str, label: str = "", *, follows: str | None = None) -> Scenario | None:
     """A model, a GPU, an engine and its settings; None after showing what is wrong with them, in place.
 
-    `follows`: the key of another picker, drawn after this one. A widget here that shows the same as its counterpart
+    `follows`: the key of another picker, drawn before this one. A widget here that shows the same as its counterpart
     there goes along when that one changes.
     """
     if label:
         st.markdown(f"**{label}**")
+    if follows is not None:
+        _follow(key, follows)
     values = _hardware(key) | _engine(key) | _details(key)
     try:
         return _made(values, st.session_state.get(f"{key}_more", ""))
     except (ValueError, FileNotFoundError, PolicyError) as error:
         show_error(error)
         return None
+
+
+def _follow(key: str, leader: str) -> None:
+    """Carry over what changed there since the last time, where both were alike before."""
+    state = st.session_state
+    seen: dict[str, Any] = state.setdefault(f"{key}_seen", {})
+    for name in WIDGETS:
+        now, before = state.get(f"{leader}_{name}"), seen.get(name)
+        if name in seen and now is not None and now != before and state.get(f"{key}_{name}", before) == before:
+            state[f"{key}_{name}"] = now
+        if now is not None:
+            seen[name] = now
 
 
 def _made(values: dict[str, Any], more: str) -> Scenario:
@@ -93,12 +109,12 @@ def _details(key: str) -> dict[str, Any]:
         left, right = st.columns(2)
         with left:
             weights = _select("Weights", ["as published", *QUANTIZATIONS], key, "weights", "as published")
-            prefixes = st.toggle("Prefix caching", True, key=f"{key}_prefixes", bind="query-params")
+            prefixes = _select("Prefix caching", SWITCH, key, "prefixes", "on")
         with right:
             kv = _select("KV cache", list(KV_CACHE_DTYPES), key, "kv", "auto")
-            chunks = st.toggle("Chunked prefill", True, key=f"{key}_chunks", bind="query-params")
+            chunks = _select("Chunked prefill", SWITCH, key, "chunks", "on")
         router = _select("Router", list(ROUTERS), key, "router", "round_robin")
-        memory = _slide("Share of GPU memory", [OWN, *(share / 100 for share in range(50, 99, 2))], key, "memory")
+        memory = _slide("Share of GPU memory", MEMORY, key, "memory")
         st.text_input(
             "Other settings",
             key=f"{key}_more",
@@ -112,19 +128,21 @@ def _details(key: str) -> dict[str, Any]:
         "router": router,
         "gpu_memory_utilization": memory,
     }
-    if not prefixes:  # on is the engine's business: some have none
+    if prefixes == "off":  # on is the engine's business: some have none
         values["enable_prefix_caching"] = False
-    if not chunks:
+    if chunks == "off":
         values["enable_chunked_prefill"] = False
     return values
 
 
 def _select(label: str, options: Sequence[Any], key: str, name: str, usual: Any) -> Any:
-    return st.selectbox(label, options, options.index(usual), key=f"{key}_{name}", bind="query-params")
+    """The usual one comes first: a default elsewhere could not be carried over from another picker."""
+    ordered = [usual, *(option for option in options if option != usual)]
+    return st.selectbox(label, ordered, key=f"{key}_{name}", bind="query-params")
 
 
 def _slide(label: str, options: Sequence[Any], key: str, name: str) -> Any:
-    return _own(st.select_slider(label, options, OWN, key=f"{key}_{name}", bind="query-params"))
+    return _own(st.select_slider(label, options, key=f"{key}_{name}", bind="query-params"))
 
 
 def _own(value: Any) -> Any:

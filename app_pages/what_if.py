@@ -11,10 +11,10 @@ with st.sidebar:
     with shared.error_in_place():
         choice = shared.trace_picker()
     candidate_tab, baseline_tab = st.tabs(["Candidate", "Baseline"])
-    with candidate_tab:
-        candidate = shared.scenario_picker("cand", follows="base")
     with baseline_tab:
         baseline = shared.scenario_picker("base")
+    with candidate_tab:
+        candidate = shared.scenario_picker("cand", follows="base")
 if choice is None or baseline is None or candidate is None:
     st.stop()
 with shared.error_in_place():
