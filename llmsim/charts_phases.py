@@ -22,7 +22,10 @@ PARTS = {"prefill": ("#fb923c", "#c2410c"), "decode": ("#60a5fa", "#1d4ed8")}  #
 PROMPT_SHADES = ("#c2410c", "#f59e0b", "#9a3412", "#fb923c", "#d97706", "#7c2d12", "#ea580c", "#fdba74")
 HOST_SHADES = {"schedule": "#94a3b8", "launch": "#64748b", "update": "#cbd5e1"}
 HEIGHT_SMALL = 280
-LANE = 26  # pixels of a lane of the timeline
+LANE = 24  # pixels of a lane of the timeline
+AROUND = 80  # of axis and legend, which a page takes from the height
+CLOCKS = ("host", "worker", "GPU")
+EXTENT: dict[str, Any] = {"minExtent": 78, "maxExtent": 78}  # of y axes that have to begin at the same place
 LEAST_SHARE = 0.045  # of the width: bars as wide as that have their tokens written in them
 
 
@@ -123,7 +126,9 @@ def growth_chart(
     x = alt.X(f"{across}:Q", axis=alt.Axis(title=title or across, format=",d"), scale=alt.Scale(nice=False, zero=True))
     y = alt.Y("ms:Q", title="GPU time (ms)", stack="zero")
     scale = alt.Scale(domain=list(names.values()), range=list(PARTS[phase]))
-    colour = alt.Color("part:N", scale=scale, legend=alt.Legend(title=None, orient="top", symbolOpacity=1))
+    colour = alt.Color(
+        "part:N", scale=scale, legend=alt.Legend(title=None, orient="top", symbolOpacity=1, labelLimit=320)
+    )
     area = (
         alt.Chart(parts)
         .mark_area(opacity=0.9)
@@ -170,21 +175,79 @@ def _outside(growth: pd.DataFrame, across: str, x: alt.X) -> list[alt.Chart]:
     ]
 
 
-def burst_chart(clocks: pd.DataFrame, requests: pd.DataFrame, token_budget: int) -> alt.VConcatChart:
-    """A burst on both clocks, the tokens of its iterations against the budget, and what each request gets computed."""
+def burst_chart(clocks: pd.DataFrame, requests: pd.DataFrame) -> alt.LayerChart:
+    """A burst on both clocks, and below what each request gets computed: `Burst.clocks` and `Burst.requests`."""
+    import altair as alt
+    import pandas as pd
+
+    own = requests.assign(
+        part=requests["lane"].where(requests["kind"] == "prefill", "decode"), order=requests["request"]
+    )
+    busy = clocks.assign(order=[CLOCKS.index(lane) - len(CLOCKS) - 1 for lane in clocks["lane"]])
+    frame = _in_ms(pd.concat([busy, own], ignore_index=True))
+    lanes = frame.sort_values("order")["lane"].unique().tolist()
+    x = _burst_x(clocks)
+    y = alt.Y(
+        "lane:N",
+        sort=lanes,
+        scale=alt.Scale(paddingInner=0.22, paddingOuter=0.1),
+        axis=alt.Axis(title=None, ticks=False, domain=False, **EXTENT),
+    )
+    tips = [
+        "lane",
+        "part",
+        "iteration:Q",
+        "mode",
+        _tip("tokens", "tokens", ",d"),
+        _tip("begin_ms", "begins (ms)", ".2f"),
+    ]
+    tips += [_tip("lasts_ms", "lasts (ms)", ".2f"), _tip("computed_tokens", "computed before (tokens)", ",d")]
+    bars = alt.Chart(frame).mark_bar(stroke="white", strokeWidth=0.4)
+    wide = frame[frame["part"].str.startswith("prompt") & (frame["lasts_ms"] >= LEAST_SHARE * _span_ms(frame))]
+    wide = wide.assign(middle_ms=(wide["begin_ms"] + wide["end_ms"]) / 2)
+    words = alt.Chart(wide).mark_text(color="white", fontSize=11, fontWeight="bold")
+    layers = [
+        bars.encode(x, alt.X2("end_ms:Q"), y, _part_colour(requests), tooltip=tips),
+        words.encode(alt.X("middle_ms:Q"), y, text=alt.Text("tokens:Q", format=",d")),
+    ]
+    return alt.LayerChart(layer=layers).properties(width=WIDTH, height=LANE * len(lanes) + AROUND)
+
+
+def tokens_chart(clocks: pd.DataFrame, requests: pd.DataFrame, token_budget: int) -> alt.LayerChart:
+    """The tokens of a burst's iterations, chunks on top of decodes, up to the budget: a column as wide as it lasts."""
+    import altair as alt
+    import pandas as pd
+
+    frame = _in_ms(requests.assign(part=requests["lane"].where(requests["kind"] == "prefill", "decode")))
+    several = {"begin_ms": "first", "end_ms": "first", "tokens": "sum"}
+    decodes = frame[frame["kind"] == "decode"].groupby("iteration", as_index=False).agg(several)
+    stacked = pd.concat([decodes.assign(request=0, part="decode"), frame[frame["kind"] == "prefill"]])
+    stacked = stacked.sort_values(["iteration", "request"])
+    top = stacked.groupby("iteration")["tokens"].cumsum()
+    stacked = stacked.assign(top=top, bottom=top - stacked["tokens"])
+    x = _burst_x(clocks)
+    scale = alt.Scale(domain=[0, 1.15 * max(token_budget, int(top.max()))], nice=False)
+    y = alt.Y("bottom:Q", scale=scale, axis=alt.Axis(title="Tokens", tickCount=4, titleX=-64, **EXTENT))
+    told = {"bottom": [token_budget], "text": [f"token budget {token_budget:,}"], "begin_ms": [frame["begin_ms"].min()]}
+    line = alt.Chart(pd.DataFrame(told))
+    tips = ["part", "iteration:Q", _tip("tokens", "tokens", ",d")]
+    layers = [
+        alt.Chart(stacked)
+        .mark_rect(stroke="white", strokeWidth=0.4)
+        .encode(x, alt.X2("end_ms:Q"), y, alt.Y2("top:Q"), _part_colour(requests, legend=False), tooltip=tips),
+        line.mark_rule(color=GREY, strokeDash=[5, 4]).encode(y),
+        line.mark_text(color=GREY, align="left", dx=4, dy=-7, fontSize=11).encode(x, y, text="text:N"),
+    ]
+    return alt.LayerChart(layer=layers).properties(width=WIDTH, height=90 + AROUND)
+
+
+def _burst_x(clocks: pd.DataFrame) -> alt.X:
+    """The same for both charts of a burst, so that they can stand one above the other."""
     import altair as alt
 
-    begin_ms, end_ms = 1e3 * clocks["begin_s"].min(), 1e3 * clocks["end_s"].max()
-    scale = alt.Scale(domain=[begin_ms, end_ms], nice=False)
-    x = alt.X("begin_ms:Q", scale=scale, axis=alt.Axis(title=None, labels=False, ticks=False, domain=False))
-    below = alt.X("begin_ms:Q", scale=scale, title="Time since the burst came (ms)")
-    panels = [
-        _clocks(_in_ms(clocks), x),
-        _tokens(_in_ms(requests), x, token_budget),
-        _lanes(_in_ms(requests), below, end_ms - begin_ms),
-    ]
-    chart: alt.VConcatChart = alt.VConcatChart(vconcat=panels, spacing=6).resolve_scale(color="independent", x="shared")
-    return chart
+    scale = alt.Scale(domain=[1e3 * clocks["begin_s"].min(), 1e3 * clocks["end_s"].max()], nice=False)
+    title = "Time since the burst came (ms)"
+    return alt.X("begin_ms:Q", scale=scale, axis=alt.Axis(title=title, tickCount=12, orient="bottom"))
 
 
 def _in_ms(frame: pd.DataFrame) -> pd.DataFrame:
@@ -192,110 +255,23 @@ def _in_ms(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(begin_ms=begin_ms, end_ms=end_ms, lasts_ms=end_ms - begin_ms)
 
 
-def _clocks(frame: pd.DataFrame, x: alt.X) -> alt.Chart:
+def _span_ms(frame: pd.DataFrame) -> float:
+    return float(frame["end_ms"].max() - frame["begin_ms"].min())
+
+
+def _part_colour(requests: pd.DataFrame, *, legend: bool = True) -> alt.Color:
+    """The host in greys, decodes blue, prompts in shades of prefill's colour."""
     import altair as alt
 
-    lanes = [lane for lane in ("host", "worker", "GPU") if (frame["lane"] == lane).any()]
-    shades = HOST_SHADES | PHASE_COLOURS
-    colour = alt.Color(
-        "part:N",
-        scale=alt.Scale(domain=list(shades), range=list(shades.values())),
-        legend=alt.Legend(title=None, orient="top", symbolType="square", symbolOpacity=1),
-    )
-    y = alt.Y("lane:N", sort=lanes, axis=alt.Axis(title=None, ticks=False, domain=False))
-    tips = ["lane", "part", "iteration", "mode", _tip("tokens", "tokens", ",d"), _tip("begin_ms", "begins (ms)", ".2f")]
-    chart: alt.Chart = (
-        alt.Chart(frame, height=LANE * len(lanes))
-        .mark_bar(height=LANE - 8, stroke="white", strokeWidth=0.4)
-        .encode(x, alt.X2("end_ms:Q"), y, colour, tooltip=[*tips, _tip("lasts_ms", "lasts (ms)", ".2f")])
-    )
-    return chart
-
-
-def _tokens(frame: pd.DataFrame, x: alt.X, token_budget: int) -> alt.LayerChart:
-    """A column an iteration, as wide as it lasts: chunks on top of decodes, up to the budget."""
-    import altair as alt
-    import pandas as pd
-
-    decodes = (
-        frame[frame["kind"] == "decode"]
-        .groupby("iteration", as_index=False)
-        .agg(begin_ms=("begin_ms", "first"), end_ms=("end_ms", "first"), tokens=("tokens", "sum"))
-    )
-    stacked = pd.concat(
-        [decodes.assign(request=0, what="decodes"), frame[frame["kind"] == "prefill"].assign(what=frame["lane"])]
-    )
-    stacked = stacked.sort_values(["iteration", "request"])
-    top = stacked.groupby("iteration")["tokens"].cumsum()
-    stacked = stacked.assign(top=top, bottom=top - stacked["tokens"])
-    y = alt.Y(
-        "bottom:Q", title="tokens", scale=alt.Scale(domain=[0, max(token_budget, int(top.max())) * 1.12], nice=False)
-    )
-    line = alt.Chart(
-        pd.DataFrame(
-            {
-                "bottom": [token_budget],
-                "text": [f"token budget {token_budget:,}"],
-                "begin_ms": [frame["begin_ms"].min()],
-            }
-        )
-    )
-    layers = [
-        alt.Chart(stacked).mark_rect(stroke="white", strokeWidth=0.4).encode(
-            x, alt.X2("end_ms:Q"), y, alt.Y2("top:Q"), _prompt_colour(frame, "what"),
-            tooltip=["iteration", "what", _tip("tokens", "tokens", ",d")],
-        ),
-        line.mark_rule(color=GREY, strokeDash=[5, 4]).encode(y),
-        line.mark_text(color=GREY, align="left", dx=4, dy=-7, fontSize=11).encode(x, y, text="text:N"),
-    ]  # fmt: skip
-    return alt.LayerChart(layer=layers).properties(height=110)
-
-
-def _lanes(frame: pd.DataFrame, x: alt.X, span_ms: float) -> alt.LayerChart:
-    import altair as alt
-
-    lanes = sorted(
-        frame["lane"].unique(),
-        key=lambda lane: (lane.startswith("prompt"), int(lane.split()[-1]) if lane.startswith("prompt") else 0),
-    )
-    shown = frame.assign(what=frame["lane"].where(frame["kind"] == "prefill", "decodes"))
-    y = alt.Y("lane:N", sort=lanes, axis=alt.Axis(title=None, ticks=False, domain=False))
-    tips = [
-        "lane",
-        "kind",
-        "iteration",
-        _tip("tokens", "tokens", ",d"),
-        _tip("computed_tokens", "computed before", ",d"),
-    ]
-    bars = (
-        alt.Chart(shown)
-        .mark_bar(height=LANE - 8, stroke="white", strokeWidth=0.4)
-        .encode(
-            x,
-            alt.X2("end_ms:Q"),
-            y,
-            _prompt_colour(frame, "what"),
-            tooltip=[*tips, _tip("lasts_ms", "lasts (ms)", ".2f")],
-        )
-    )
-    wide = shown[(shown["kind"] == "prefill") & (shown["lasts_ms"] >= LEAST_SHARE * span_ms)]
-    wide = wide.assign(middle_ms=(wide["begin_ms"] + wide["end_ms"]) / 2)
-    words = (
-        alt.Chart(wide)
-        .mark_text(color="white", fontSize=11, fontWeight="bold")
-        .encode(alt.X("middle_ms:Q"), y, text=alt.Text("tokens:Q", format=",d"))
-    )
-    return alt.LayerChart(layer=[bars, words]).properties(height=LANE * len(lanes))
-
-
-def _prompt_colour(frame: pd.DataFrame, field: str) -> alt.Color:
-    """Decodes blue; prompts in shades of prefill's colour."""
-    import altair as alt
-
-    numbers = sorted(int(number) for number in frame.loc[frame["request"] > 0, "request"].unique())
-    domain = ["decodes", *(f"prompt {number}" for number in numbers)]
-    shades = [PHASE_COLOURS["decode"], *(PROMPT_SHADES[(number - 1) % len(PROMPT_SHADES)] for number in numbers)]
-    return alt.Color(f"{field}:N", scale=alt.Scale(domain=domain, range=shades), legend=None)
+    numbers = sorted(int(number) for number in requests.loc[requests["request"] > 0, "request"].unique())
+    prompts = {f"prompt {n}": PROMPT_SHADES[(n - 1) % len(PROMPT_SHADES)] for n in numbers}
+    shades = HOST_SHADES | PHASE_COLOURS | prompts
+    shown = alt.Legend(
+        title=None, orient="top", symbolType="square", symbolOpacity=1, symbolStrokeWidth=0,
+        values=[*HOST_SHADES, *PHASE_COLOURS],
+    )  # fmt: skip
+    scale = alt.Scale(domain=list(shades), range=list(shades.values()))
+    return alt.Color("part:N", scale=scale, legend=shown if legend else None)
 
 
 def budgets_chart(budgets: pd.DataFrame, token_budget: int) -> alt.LayerChart:
@@ -320,7 +296,9 @@ def budgets_chart(budgets: pd.DataFrame, token_budget: int) -> alt.LayerChart:
     axis = alt.Axis(title="Time (ms)", values=_ticks(low, high), format=",~g")
     y = alt.Y("ms:Q", scale=alt.Scale(type="log", domain=[low, high], nice=False), axis=axis)
     scale = alt.Scale(domain=list(names.values()), range=list(PHASE_COLOURS.values()))
-    colour = alt.Color("what:N", scale=scale, legend=alt.Legend(title=None, orient="top", symbolOpacity=1))
+    colour = alt.Color(
+        "what:N", scale=scale, legend=alt.Legend(title=None, orient="top", symbolOpacity=1, labelLimit=320)
+    )
     tips = ["what", _tip("token_budget", "token budget", ",d"), _tip("ms", "ms", ".1f")]
     lines = (
         alt.Chart(long)

@@ -296,6 +296,13 @@ def compare(
     )
 
 
+def batches_beside(scenario: Scenario, batch: int, context_tokens: int) -> list[int]:
+    """`batch` among the usual ones that fit with so many tokens cached each."""
+    engine = Engine.of(scenario)
+    check_decodes(engine, [batch], context_tokens)
+    return sorted({batch, *_within(BATCHES, engine.largest_batch(context_tokens + 1))})
+
+
 def prefill_point(engine: Engine, tokens: int) -> Point:
     """A prompt by itself, on an idle engine."""
     log = _replay(engine, 1, 1, tokens, 1).iterations

@@ -2,8 +2,8 @@
 
 `decodes` requests with `context_tokens` cached each are decoding when `prompts` prompts of `prompt_tokens` arrive at
 once, at 0 s. The engine's scheduler cuts them into chunks: an iteration computes at most max_num_batched_tokens
-tokens, the decodes' included. The engine is the one of every other replay (`llmsim.simulate`, launch jitter off); iterations are
-taken one at a time and noted as they are launched:
+tokens, the decodes' included. The engine is the one of every other replay (`llmsim.simulate`, launch jitter off);
+iterations are taken one at a time and noted as they are launched:
 
     schedule    of iteration k on the host, S(k) to x0(k)
     launch      x0(k) to L(k); with tensor parallelism by a worker
@@ -244,7 +244,8 @@ def _decoding(engine: Engine, prompts: int, prompt_tokens: int, decodes: int, co
     if iterations > MOST_ITERATIONS:
         raise ValueError(
             f"max_num_batched_tokens={budget} cuts {prompts} prompts of {prompt_tokens:,} tokens beside "
-            f"{decodes} decodes of {context_tokens:,} into some {iterations:,} iterations, more than {MOST_ITERATIONS:,}: raise it"
+            f"{decodes} decodes of {context_tokens:,} into some {iterations:,} iterations, more than "
+            f"{MOST_ITERATIONS:,}: raise it"
         )
     if decodes:
         check_decodes(engine, [decodes], context_tokens)
@@ -322,3 +323,56 @@ def _gaps_s(result: Result, arrival_s: float, last_ttft_s: float) -> tuple[Any, 
 def _from(one: Noted, zero_s: float) -> Noted:
     times = ("schedule_s", "scheduled_s", "launch_s", "launched_s", "gpu_begin_s", "gpu_end_s")
     return one._replace(**{name: getattr(one, name) - zero_s for name in times})
+
+
+def cards(one: Burst) -> list[dict[str, str]]:
+    """A burst in six numbers: label, value, help."""
+    told = (
+        ("mean TTFT", _ms(one.mean_ttft_s), "Of the burst's prompts, from its arrival."),
+        ("last TTFT", _ms(one.last_ttft_s), "Of the prompt that waits longest."),
+        ("gap before", _ms(one.steady_gap_s), "Between two tokens of the decodes before the burst, median."),
+        (
+            "longest gap",
+            _ms(one.longest_gap_s),
+            "Between two tokens of anyone, from the burst to its last first token.",
+        ),
+        ("iterations", f"{one.iterations:,}", "That compute prompts of the burst."),
+        ("chunks", f"{one.chunks:,}", "Into which its prompts are cut."),
+    )
+    return [{"label": label, "value": value, "help": why} for label, value, why in told]
+
+
+def _ms(seconds: float | None) -> str:
+    return "–" if seconds is None else f"{1e3 * seconds:,.1f} ms"
+
+
+LEGEND = (
+    "Bars of the GPU: how long the chunks of an iteration take by themselves, and what its decodes add. Below, what "
+    "each request gets computed, with the tokens of its chunks; an iteration ends for all at once, so all wait for it."
+)
+
+
+def left_out(one: Burst) -> str:
+    """That not all is shown, if so."""
+    return f" {one.left_out:,} further iterations are not drawn." if one.left_out else ""
+
+
+def in_words(one: Burst) -> str:
+    """For who cannot see the chart."""
+    gaps = f", their longest gap {_ms(one.longest_gap_s)} instead of {_ms(one.steady_gap_s)}" if one.decodes else ""
+    return (
+        f"Timeline of a burst: {one.prompts} prompts of {one.prompt_tokens:,} tokens cut into {one.chunks} chunks over "
+        f"{one.iterations} iterations by a budget of {one.token_budget:,} tokens, beside {one.decodes} decodes{gaps}"
+    )
+
+
+def budgets_in_words(table: pd.DataFrame) -> str:
+    """For who cannot see the chart."""
+    least, most = table.iloc[0], table.iloc[-1]
+    gaps = ""
+    if table["longest_gap_s"].notna().any():
+        gaps = f", the longest gap from {_ms(least['longest_gap_s'])} to {_ms(most['longest_gap_s'])}"
+    return (
+        f"From a budget of {least['token_budget']:,.0f} tokens to {most['token_budget']:,.0f}, mean TTFT goes from "
+        f"{_ms(least['mean_ttft_s'])} to {_ms(most['mean_ttft_s'])}{gaps}"
+    )

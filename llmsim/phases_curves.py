@@ -4,7 +4,7 @@
                batch              of the decode step: 1, 2, 4, … as far as they fit; the prefill stays where it is
                context            tokens cached of each decode, and of the prompt: 128, 256, … as far as they fit
                precision          of weights and KV cache
-               tensor_parallel    GPUs of the replica; work and rates are those of one GPU
+               gpus               of the replica (tensor parallelism); work and rates are those of one GPU
     prefill_growth, decode_by_context, decode_by_batch
                seconds over prompt length, context and batch: `rest_s` (linear layers and what lies between them, which
                grow with the tokens), `attention_s` (with the square of a prompt, and with the tokens cached),
@@ -28,7 +28,7 @@ from llmsim.scenario import Scenario
 if TYPE_CHECKING:
     import pandas as pd
 
-BY = ("batch", "context", "precision", "tensor_parallel")
+BY = ("batch", "context", "precision", "gpus")
 PRECISIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("bf16", {"quantization": None, "kv_cache_dtype": "auto"}),
     ("fp8", {"quantization": "fp8", "kv_cache_dtype": "auto"}),
@@ -38,6 +38,7 @@ PRECISIONS: tuple[tuple[str, dict[str, Any]], ...] = (
 GPUS = (1, 2, 4, 8)
 SHORTEST = 128  # tokens of a context or prompt that moves
 POINTS = 48  # of a curve
+REACH, REACH_AT_LEAST = 3, 8192  # how far curves go: times the setting, and tokens
 
 
 class Moves(NamedTuple):
@@ -46,6 +47,8 @@ class Moves(NamedTuple):
 
     frame: pd.DataFrame
     left_out: tuple[str, ...]
+    prefill: Point  # the setting itself
+    decode: Point
 
 
 def moves(scenario: Scenario, by: str, *, prompt_tokens: int, batch: int, context_tokens: int) -> Moves:
@@ -58,7 +61,7 @@ def moves(scenario: Scenario, by: str, *, prompt_tokens: int, batch: int, contex
     here = {"prefill": prefill_point(engine, prompt_tokens), "decode": decode_point(engine, batch, context_tokens)}
     left_out: list[str] = []
     rows: list[tuple[str, int, bool, Engine, Point]] = []
-    if by in ("precision", "tensor_parallel"):
+    if by in ("precision", "gpus"):
         for order, (value, other) in enumerate(_other_engines(scenario, engine, by, batch, context_tokens, left_out)):
             same = other is engine
             points = here.values() if same else _both(other, prompt_tokens, batch, context_tokens)
@@ -72,15 +75,15 @@ def moves(scenario: Scenario, by: str, *, prompt_tokens: int, batch: int, contex
         | {"peak_flops_per_s": of.peak_flops_per_s, "peak_bytes_per_s": of.gpu.bandwidth_bytes_per_s}
         for value, order, same, of, point in rows
     ]
-    return Moves(pd.DataFrame(records), tuple(left_out))
+    return Moves(pd.DataFrame(records), tuple(left_out), **here)
 
 
-def prefill_growth(scenario: Scenario, most_tokens: int, points: int = POINTS) -> pd.DataFrame:
-    """prompt_tokens, rest_s, attention_s, gpu_s, wall_s, outside_measured; up to `most_tokens` or what fits."""
+def prefill_growth(scenario: Scenario, prompt_tokens: int, points: int = POINTS) -> pd.DataFrame:
+    """prompt_tokens and `GROWN`, to well beyond the given length or what fits."""
     import pandas as pd
 
     engine = _engine(scenario)
-    most = min(most_tokens, engine.context_tokens - 1, engine.kv_cache_tokens - 1)
+    most = min(_beyond(prompt_tokens), engine.context_tokens - 1, engine.kv_cache_tokens - 1)
     rows = []
     for tokens in _whole(np.linspace(max(most / points, 2), most, points)):
         gpu_s, attention_s = engine.prefill_s(tokens)
@@ -92,10 +95,10 @@ def prefill_growth(scenario: Scenario, most_tokens: int, points: int = POINTS) -
 GROWN = ("rest_s", "attention_s", "gpu_s", "wall_s", "outside_measured")
 
 
-def decode_by_context(scenario: Scenario, batch: int, most_tokens: int, points: int = POINTS) -> pd.DataFrame:
-    """context_tokens and `GROWN` of a step of `batch` requests, up to `most_tokens` each, or what fits."""
+def decode_by_context(scenario: Scenario, batch: int, context_tokens: int, points: int = POINTS) -> pd.DataFrame:
+    """context_tokens and `GROWN` of a step of `batch` requests, to well beyond the given context or what fits."""
     engine = _engine(scenario, [batch])
-    most = min(most_tokens, engine.context_tokens - 1, _longest(engine, batch))
+    most = min(_beyond(context_tokens), engine.context_tokens - 1, _longest(engine, batch))
     contexts = _whole(np.linspace(max(most / points, 1), most, points))
     return _steps(engine, "context_tokens", contexts, [(batch, context) for context in contexts])
 
@@ -105,6 +108,10 @@ def decode_by_batch(scenario: Scenario, context_tokens: int, points: int = POINT
     engine = _engine(scenario, [1], context_tokens)
     batches = _whole(np.linspace(1, engine.largest_batch(context_tokens + 1), points))
     return _steps(engine, "batch", batches, [(batch, context_tokens) for batch in batches])
+
+
+def _beyond(tokens: int) -> int:
+    return max(REACH * tokens, REACH_AT_LEAST)
 
 
 def _steps(engine: Engine, name: str, values: Sequence[int], steps: Sequence[tuple[int, int]]) -> pd.DataFrame:

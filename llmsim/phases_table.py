@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from llmsim.phases import Phases, Point, Served
+    from llmsim.phases_curves import Moves
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,30 @@ def served_table(outcome: Phases) -> Table:
     )
 
 
+BESIDE = (
+    "binds",
+    "intensity (FLOP/byte)",
+    "MFU (%)",
+    "MBU (%)",
+    "GPU time (ms)",
+    "wall time (ms)",
+    "paced by",
+    "tokens/s",
+)
+
+
+def beside(prefill: Point, decode: Point) -> pd.DataFrame:
+    """One point of each phase, in the words of `points_table`."""
+    import pandas as pd
+
+    rows = {name.strip(): text for name, text in ROWS}
+    heads = (f"prefill, {prefill.size:,} tokens", f"decode, batch {decode.size:,}")
+    columns = {
+        head: [rows[name](point) for name in BESIDE] for head, point in zip(heads, (prefill, decode), strict=True)
+    }
+    return pd.DataFrame(columns, index=pd.Index(BESIDE, name="of one GPU"))
+
+
 def setting(outcome: Phases) -> tuple[str, ...]:
     """What was compared, on what, by which cost model."""
     return (
@@ -104,6 +129,40 @@ def legend(outcome: Phases) -> str:
         "Of one GPU. Prefill: a prompt by itself. Decode: a step of so many requests, "
         f"{outcome.of_phase('decode')[0].context_tokens:,} tokens cached each. Paced by the host: its launch, not the "
         "GPU's work, decides when the step ends."
+    )
+
+
+def served_legend(outcome: Phases) -> str:
+    """What the columns of `served_table` are."""
+    return (
+        f"Means of requests of {outcome.prompt_tokens:,} prompt and {outcome.output_tokens:,} answer tokens: one "
+        "alone, and an engine that always has as many under way. Shares of TTFT, of E2EL, and of the GPU's busy time."
+    )
+
+
+def moves_in_words(moves: Moves, by: str) -> str:
+    """The roofline for who cannot see it."""
+    told = []
+    for phase, own in moves.frame.groupby("phase", sort=False):
+        ends = [own.sort_values("order").iloc[place] for place in (0, -1)]
+        told.append(
+            f"{phase} from "
+            + " to ".join(
+                f"{end['value']} at {_digits(end['intensity_flops_per_byte'])} FLOP/byte and "
+                f"{_digits(end['flops_per_s'] / 1e12)} TFLOP/s"
+                for end in ends
+            )
+        )
+    return f"Roofline, by {by.replace('_', ' ')}: {'; '.join(told)}"
+
+
+def growth_in_words(growth: pd.DataFrame, across: str) -> str:
+    """A chart of growth for who cannot see it."""
+    first, last = growth.iloc[0], growth.iloc[-1]
+    return (
+        f"GPU time over {across.replace('_', ' ')}: {1e3 * first['gpu_s']:.3g} ms at {first[across]:,.0f}, "
+        f"{1e3 * last['gpu_s']:.3g} ms at {last[across]:,.0f}, of it attention "
+        f"{first['attention_s'] / first['gpu_s']:.0%} and {last['attention_s'] / last['gpu_s']:.0%}"
     )
 
 
