@@ -30,7 +30,15 @@ if TYPE_CHECKING:
     from llmsim.trace import Trace
 
 NO_ANSWER = 3  # exit status: nothing meets the SLOs
-TAKEN = ("gpu", "tensor_parallel", "engine", "replicas", "concurrency", "rate", "time_scale")  # flags of our own, or none
+TAKEN = (
+    "gpu",
+    "tensor_parallel",
+    "engine",
+    "replicas",
+    "concurrency",
+    "rate",
+    "time_scale",
+)  # flags of our own, or none
 DRAWN_LATER = ("spread", "assign_classes", "predict")  # drawn for what is loaded: a window would draw them differently
 PROGRESS_AFTER_S = 2.0
 

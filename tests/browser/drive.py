@@ -192,7 +192,7 @@ class Window:
 
     def choose_theme(self, name: str) -> None:
         self.page.get_by_test_id("stMainMenu").click()
-        self.page.get_by_test_id("stMainMenuPopover").get_by_text(name, exact=True).click()
+        self.page.get_by_test_id(f"stMainMenuItem-theme-{name}").click()
         self.page.keyboard.press("Escape")
         self.page.wait_for_timeout(500)
 
