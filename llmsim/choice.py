@@ -205,15 +205,17 @@ class Replay:
 def replay_all(todo: Sequence[Replay], progress: Callable[[float, float, str], None] | None = None) -> list[Path]:
     """One after the other; `progress(requests answered, requests in all, words)`."""
     sizes = [min(one.choice.size(), one.limit or one.choice.size()) for one in todo]
-    folders = []
-    for index, one in enumerate(todo):
-        before, whole = sum(sizes[:index]), sum(sizes)
+    folders: list[Path] = []
 
-        def told(done: int, _: int, simulated_s: float, before: int = before, whole: int = whole) -> None:
-            if progress is not None:
-                progress(before + done, whole, f"requests answered, {simulated_s:,.0f} s simulated")
+    def told(done: int, _: int = 0, simulated_s: float = 0.0) -> None:
+        if progress is not None:
+            words = f"requests answered, {simulated_s:,.0f} s simulated"
+            progress(sum(sizes[: len(folders)]) + done, sum(sizes), words)
 
+    for one in todo:
+        told(0)
         folders.append(replay(one, told))
+    told(0)
     return folders
 
 
