@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import altair
@@ -125,7 +126,13 @@ def _shown(value: float | None) -> str:
     return f"{value:,.1f}" if abs(value) < 100 else f"{value:,.0f}"
 
 
-def footer(key: str, *, commands: Sequence[Sequence[str] | None], frames: dict[str, pd.DataFrame]) -> None:
+def footer(
+    key: str,
+    *,
+    commands: Sequence[Sequence[str] | None],
+    frames: dict[str, pd.DataFrame],
+    drawings: Mapping[str, Any] | None = None,
+) -> None:
     """What every page ends with: the same for a terminal, and everything to take along."""
     left, right = st.columns([4, 1])
     with left:
@@ -134,6 +141,8 @@ def footer(key: str, *, commands: Sequence[Sequence[str] | None], frames: dict[s
         files: Files = {}
         for name, frame in frames.items():
             files |= _frame_files(frame, f"{key}_{name}")
+        for name, drawing in (drawings or {}).items():
+            files[f"{key}_{name}.png"] = partial(_png, drawing)
         downloads(key, files)
 
 

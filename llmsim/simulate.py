@@ -194,8 +194,9 @@ class Fleet:
         cost: CostModel | None = None,
         progress: Callable[[int, int, float], None] | None = None,
         policy: Callable[[], Any] | None = None,
+        make: Callable[..., Replica] | None = None,
     ) -> None:
-        """`policy` makes a scheduler for each replica instead of the one that the scenario names."""
+        """`policy` makes a scheduler for each replica instead of the one the scenario names, `make` the replicas."""
         self.trace, self.scenario = trace, scenario.resolved()
         s = self.scenario
         assert s.max_num_seqs is not None and s.max_num_batched_tokens is not None and s.max_model_len is not None
@@ -228,7 +229,7 @@ class Fleet:
         self._ints = {name: array("q", [0]) * n for name in INT_COLUMNS}
         limits = Limits(s.max_num_seqs, s.max_num_batched_tokens)
         self.replicas: list[Replica] = []
-        make = replica_class(s)
+        make = make or replica_class(s)
         for index in range(s.replicas):
             kv = cache_of(s, self.blocks - 1, trace.block_tokens)  # block 0 is vLLM's null block
             self.replicas.append(
