@@ -29,7 +29,7 @@ ROOMS = {  # modules that share a room may import each other, as may the files o
     **dict.fromkeys(("radixcache", "content", "contiguous", "evicting", "eviction", "tiers", "tips"), "kvcache"),
     **dict.fromkeys(("caches",), "simulate"),
     "admission": "schedulers",  # both plan with schedulers/estimate.py
-    **dict.fromkeys(("gaps", "rates", "utilisation", "timeline", "groups"), "metrics"),
+    **dict.fromkeys(("gaps", "rates", "utilisation", "timeline", "groups", "slo"), "metrics"),
     **dict.fromkeys(("aside",), "engine"),
     **dict.fromkeys(("recorded", "benchmark_result"), "recording"),
     "command_line": "cli",
