@@ -63,6 +63,7 @@ class Span:
     prompt_tokens: int = 0  # of others, in the same iterations
     who: int = -1  # whose lack of the resource held the queue up, or for whom it was preempted
     blocks: tuple[int, int] = (0, 0)  # free and needed, when the wait began
+    preemptions: int = 0  # in the replica, while it waited
 
     @property
     def length_s(self) -> float:
@@ -91,10 +92,17 @@ class Life:
     ahead: int  # requests that waited when it became schedulable
     preempted_for: tuple[int, ...] = field(default=())
 
-    def parts_s(self) -> dict[str, float]:
+    def of(self, metric: str) -> tuple[Span, ...]:
+        """The spans that a latency consists of: e2el all, ttft those to the first token, tpot those after it."""
+        first_s = self.facts["first_token_s"]
+        if metric == "e2el":
+            return self.spans
+        return tuple(span for span in self.spans if (span.start_s < first_s) == (metric == "ttft"))
+
+    def parts_s(self, metric: str = "e2el") -> dict[str, float]:
         """Seconds by part: PHASE.KIND for waits (with `.REASON`), PHASE.KIND.own, .decodes, .prompts, .host else."""
         parts: dict[str, float] = {}
-        for span in self.spans:
+        for span in self.of(metric):
             name = f"{span.phase}.{span.kind}"
             if span.iterations:
                 pieces = {"own": span.own_s, "decodes": span.decodes_s, "prompts": span.prompts_s, "host": span.host_s}
@@ -157,7 +165,12 @@ class _Walk:
         self._iterate(row, trail.end_row + 1)
         self._step_to(self.finish_s, "handout")
         self._name_phases()
-        return Life(self.request, self.facts, tuple(merged(self.spans)), trail.ahead, tuple(self.preempted_for))
+        spans = tuple(merged(self.spans))
+        waits = self.recorder.tables()[2]
+        for span in spans:
+            if span.kind == "queue":
+                span.preemptions = int(waits["preempted"][self.recorder.waits_between(span.start_s, span.end_s)].sum())
+        return Life(self.request, self.facts, spans, trail.ahead, tuple(self.preempted_for))
 
     def _step_to(self, end_s: float, kind: str, reason: str = "", **facts: Any) -> Span | None:
         """What it did until `end_s`; nothing if that is past."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from random import Random
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from test_conservation import POLICIES, ROWS, trace_of
+from test_conservation import POLICIES, trace_of
 from test_twin import HOSTS, SteppedCost
 
 from llmsim.cost.graphs import Graphs
@@ -35,6 +34,7 @@ MORE_POLICIES: list[dict[str, Any]] = [
     {"scheduler": "tensorrt-llm"},
     {"scheduler": "slo-chunk"},
     {"engine": "sglang"},
+    {"scheduler": "vllm", "enable_prefix_caching": True, "kv_tiers": "cpu:1GiB:2GB/s:10us"},
 ]
 
 
@@ -75,41 +75,31 @@ def check_same(one: Result, other: Result) -> None:
             assert column.tobytes() == getattr(other, table)[name].tobytes(), (table, name)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
-@given(
-    rows=ROWS,
-    policy=st.sampled_from(MORE_POLICIES),
-    spare_blocks=st.sampled_from([1, 5, 30, 5000]),
-    host=st.sampled_from(sorted(HOSTS)),
-    asynchronous=st.booleans(),
-    shared=st.booleans(),
-    replicas=st.sampled_from([1, 1, 2]),
-    concurrency=st.sampled_from([None, None, 4]),
-    seqs=st.sampled_from([3, 64]),
-)
-def test_a_path_is_whole_and_looking_changes_nothing(
-    rows: list[tuple[float, int, int, int, int]],
-    policy: dict[str, Any],
-    spare_blocks: int,
-    host: str,
-    asynchronous: bool,
-    shared: bool,
-    replicas: int,
-    concurrency: int | None,
-    seqs: int,
-) -> None:
+def drawn(random: Random, policy: dict[str, Any]) -> tuple[Trace, Scenario, Any]:
+    """A trace of bursts, a scenario of that policy, and what makes its cost model."""
+    rows = [
+        (random.choice([0.0, 0.0, 0.001, 0.01, 0.05, 1.0]), random.randint(1, 600), random.randint(1, 120),
+         random.randrange(3), random.randrange(11))
+        for _ in range(random.randint(1, 60))
+    ]  # fmt: skip
+    shared, seqs, replicas = random.random() < 0.5, random.choice([3, 64]), random.choice([1, 1, 2])
     longest = max(-(-(prompt + output) // 16) for _, prompt, output, _, _ in rows)
-    fields = policy | {"enable_prefix_caching": shared} if "engine" not in policy else policy
+    blocks = longest + 1 + random.choice([1, 5, 30, 30, 5000])
+    own = {} if "engine" in policy else {"enable_prefix_caching": shared, "async_scheduling": random.random() < 0.7}
     scenario = Scenario(
-        model="llama-3.1-8b", gpu="h100-sxm", num_gpu_blocks_override=(longest + 1 + spare_blocks) * (16 if "engine" in policy else 1),
-        max_num_seqs=seqs, max_num_batched_tokens=300, async_scheduling=asynchronous, replicas=replicas,
-        concurrency=concurrency, router="least_outstanding" if replicas > 1 else "round_robin", **fields,
+        model="llama-3.1-8b", gpu="h100-sxm", num_gpu_blocks_override=blocks * (16 if "engine" in policy else 1),
+        max_num_seqs=seqs, max_num_batched_tokens=300, replicas=replicas,
+        concurrency=random.choice([None, None, 4]), router="least_outstanding" if replicas > 1 else "round_robin",
+        **(own | policy),
     )  # fmt: skip
-    trace = trace_of(rows, shared)
+    host = HOSTS[random.choice(sorted(HOSTS))]
+    return trace_of(rows, shared), scenario, lambda: SteppedCost(host, Graphs.of_engine(seqs, 300), 1.0)
 
-    def cost() -> SteppedCost:
-        return SteppedCost(HOSTS[host], Graphs.of_engine(seqs, 300), 1.0)
 
-    result, lives = explained(trace, scenario, cost())
-    check_same(simulate(trace, scenario, cost=cost()), result)
-    check_whole(result, lives)
+@pytest.mark.parametrize("policy", MORE_POLICIES, ids=str)
+def test_a_path_is_whole_and_looking_changes_nothing(policy: dict[str, Any]) -> None:
+    for seed in range(14):
+        trace, scenario, cost = drawn(Random(f"{policy} {seed}"), policy)
+        result, lives = explained(trace, scenario, cost())
+        check_same(simulate(trace, scenario, cost=cost()), result)
+        check_whole(result, lives)
