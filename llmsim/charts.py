@@ -22,6 +22,18 @@ if TYPE_CHECKING:
 Box = tuple[float, float, float, float]
 
 SUFFIXES = (".html", ".svg", ".png")
+# What a colour means, in every chart: each is at least 3:1 against white and against the dark theme's background.
+COLOURS = {
+    "baseline": "#64748b",
+    "candidate": "#ea580c",
+    "queue": "#a16207",
+    "prefill": "#c2410c",
+    "decode": "#2563eb",
+    "preempted": "#be185d",
+    "slo": "#dc2626",
+    "good": "#059669",
+    "bad": "#dc2626",
+}
 PHASE_COLOURS = {"prefill": "#c2410c", "decode": "#1d4ed8"}
 ROOF = "#475569"
 WIDTH, HEIGHT = 720, 440  # pixels of the plot
@@ -60,6 +72,17 @@ def save(chart: alt.LayerChart | alt.ConcatChart | alt.VConcatChart, path: Path,
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def png(chart: Any, ppi: int = 160) -> bytes:
+    """A chart as a picture. Raises ValueError when vl-convert is missing."""
+    if find_spec("vl_convert") is None:
+        raise ValueError('pictures need one more package: pip install "vl-convert-python>=1.7"')
+    import io
+
+    buffer = io.BytesIO()
+    chart.save(buffer, format="png", ppi=ppi)
+    return smaller(buffer.getvalue())
 
 
 def smaller(png: bytes) -> bytes:

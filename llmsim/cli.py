@@ -35,6 +35,7 @@ COMMANDS = {
     "from-vllm": ("llmsim.cli_tools:from_vllm", "Translate a 'vllm serve' command line into a scenario."),
     "validate": ("llmsim.cli_tools:validate", "Check llmsim against recordings of a real engine."),
     "trace": ("llmsim.cli_trace:trace", "Describe, convert and synthesise traces."),
+    "dashboard": ("llmsim.cli_dashboard:dashboard", "Explore what-ifs in a browser."),
 }
 
 

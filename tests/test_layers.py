@@ -19,6 +19,7 @@ FLOORS = {  # imports must go down; imports for type checkers only are exempt, t
     ),
     **dict.fromkeys(("whatif", "speculation"), 5),
     "compare": 5,
+    **dict.fromkeys(("choice", "jobs"), 5.5),
     "cli": 6,
     "__main__": 7,
 }
@@ -30,6 +31,7 @@ ROOMS = {  # modules that share a room may import each other, as may the files o
     **dict.fromkeys(("gaps", "rates", "utilisation", "timeline", "groups"), "metrics"),
     **dict.fromkeys(("aside",), "engine"),
     **dict.fromkeys(("recorded", "benchmark_result"), "recording"),
+    "command_line": "cli",
 }
 FORBIDDEN = {"torch", "streamlit"}
 ALTAIR_ROOMS = {"charts"}
