@@ -5,10 +5,10 @@
     found = sweep("chunks.yaml", out="sweeps/chunks", jobs=2)
     found.frame()[["max_num_batched_tokens", "rate", "p99_ttft_ms"]]
 
-What is in the folder is the same, byte for byte, whatever the number of jobs, the executor, the shards, and how often it
-was stopped and resumed: parts are cut by the number of the run (llmsim.sweep_store), and a row is a function of its run
-(llmsim.sweep_work). Differences between scenarios at the same trace, options and seed are paired: they replay the same
-requests.
+What is in the folder is the same, byte for byte, whatever the number of jobs, the executor, the shards, and how often
+it was stopped and resumed: parts are cut by the number of the run (llmsim.sweep_store), and a row is a function of its
+run (llmsim.sweep_work). Differences between scenarios at the same trace, options and seed are paired: they replay the
+same requests.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from llmsim.runs import versions
 from llmsim.sweep_columns import columns_of
 from llmsim.sweep_files import digests, used_files
 from llmsim.sweep_local import Done, in_process, in_processes
-from llmsim.sweep_spec import Spec, read_spec
+from llmsim.sweep_spec import Spec
 from llmsim.sweep_store import Part, Store, part_files, parts_of, runs_per_part
 from llmsim.sweep_work import Work
+from llmsim.sweep_yaml import read_spec
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -78,7 +79,7 @@ def sweep(
     spec: Spec | str | Path | Mapping[str, Any],
     *,
     out: str | Path,
-    jobs: int = 1,
+    jobs: int | None = None,
     executor: str = "local",
     shard: tuple[int, int] | str | None = None,
     resume: bool = False,
@@ -86,15 +87,16 @@ def sweep(
 ) -> SweepResult:
     """Do the runs that a specification (a YAML file, or a dict of its shape) lists and `out` does not hold yet.
 
-    `jobs` runs are under way at a time, each in a process of its own; 1: in this process. `executor="ray"`: on the Ray
-    cluster that RAY_ADDRESS names, else on one started here. `shard=(i, n)` or "i/n": the i-th of n disjoint parts of
-    the work; all may write to one folder. `progress(done, total, seconds left or None)` is told of every run.
+    `jobs` runs are under way at a time, each in a process of its own; 1 and None: in this process. `executor="ray"`:
+    on the Ray cluster that RAY_ADDRESS names, else on one started here; `jobs=None`: on all its CPUs. `shard=(i, n)` or
+    "i/n": the i-th of n disjoint parts of the work; all may write to one folder.
+    `progress(done, total, seconds left or None)` is told of every run.
 
     Raises ValueError or FileNotFoundError for a specification that is wrong, a file it names that is not there, and a
     folder that holds something else. A run that cannot be is a row with its `error`.
     """
     checked = spec if isinstance(spec, Spec) else read_spec(spec)
-    if jobs < 1:
+    if jobs is not None and jobs < 1:
         raise ValueError(f"jobs={jobs}: give 1 or more")
     if executor not in EXECUTORS:
         raise ValueError(f"executor={executor!r} is not one of {', '.join(EXECUTORS)}")
@@ -109,27 +111,29 @@ def sweep(
         if executor == "ray":
             from llmsim.sweep_ray import on_ray
 
-            _keep(on_ray(works, jobs, list(files)), store, todo, progress)
+            _keep(on_ray(works, jobs, files), store, todo, progress)
         else:
-            _keep(in_process(works) if jobs == 1 else in_processes(works, jobs), store, todo, progress)
+            done = in_processes(works, jobs) if jobs is not None and jobs > 1 else in_process(works)
+            _keep(done, store, todo, progress)
     finally:
         store.close()
     return read_sweep(out)
 
 
 def _keep(done: Iterator[Done], store: Store, todo: _Todo, progress: Progress | None) -> None:
-    started_s, finished = time.monotonic(), 0
+    first_s, finished = 0.0, 0
     for _, row, _ in done:
         store.keep(row)
         finished += 1
-        if progress is not None:
-            progress(todo.found + finished, todo.total, _left_s(started_s, finished, todo))
-
-
-def _left_s(started_s: float, finished: int, todo: _Todo) -> float | None:
-    """By the mean of the runs of this session; the runs of parts that were complete take nothing."""
-    remaining = todo.total - todo.found - finished
-    return (time.monotonic() - started_s) / finished * remaining
+        if progress is None:
+            continue
+        now_s = time.monotonic()
+        if finished == 1:
+            first_s = now_s  # starting workers or a cluster is no part of a run
+            progress(todo.found + 1, todo.total, None)
+            continue
+        left = todo.total - todo.found - finished
+        progress(todo.found + finished, todo.total, (now_s - first_s) / (finished - 1) * left)
 
 
 class _Todo:

@@ -37,8 +37,8 @@ def setting_files(settings: Mapping[str, Any]) -> Iterator[str]:
         if colon and path.endswith(".py"):
             yield path
     for name in ("model", "cost"):
-        path = Path(str(settings.get(name) or ""))
-        for file in (path, path / "config.json"):
+        place = Path(str(settings.get(name) or ""))
+        for file in (place, place / "config.json"):
             if file.is_file():
                 yield str(file)
 

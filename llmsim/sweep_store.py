@@ -110,6 +110,15 @@ class Store:
             self._finish(journal)
         return missing
 
+    @staticmethod
+    def journalled(folder: Path, part: Part) -> set[int]:
+        """Runs of a part that its journal holds; changes nothing."""
+        try:
+            lines = (folder / f"_{part.name}.jsonl").read_bytes().splitlines(keepends=True)
+        except OSError:
+            return set()
+        return {row.run for line in lines if (row := _row(line)) is not None}
+
     def is_complete(self, part: Part) -> bool:
         """Whether its file is there and whole; one that is not is taken away."""
         path = self.folder / f"{part.name}.parquet"
