@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import Any
 
+from llmsim.runs_origin import PLUGINS
 from llmsim.scenario import Scenario
 
-PLUGINS = tuple(name.removesuffix("_args") for name in Scenario.__dataclass_fields__ if name.endswith("_args"))
 TRACE_OPTIONS = {  # of load_trace: the kind of value; its `model` is the scenario's here, so it is trace_model
     "format": "str", "columns": "dict[str, Any]", "time_unit": "str", "rate": "float", "time_scale": "float",
     "start_s": "float", "duration_s": "float", "limit": "int", "failed": "str", "trace_model": "str",

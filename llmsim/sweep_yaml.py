@@ -31,10 +31,11 @@ from pathlib import Path
 from typing import Any
 
 from llmsim.metrics import TARGETS
+from llmsim.runs_origin import PLUGINS
 from llmsim.scenario import Scenario
 from llmsim.scenario_file import human_int, read_scenario
 from llmsim.sweep_nodes import Nodes
-from llmsim.sweep_spec import KINDS, PLUGINS, TRACE_OPTIONS, Axis, Point, Spec
+from llmsim.sweep_spec import KINDS, TRACE_OPTIONS, Axis, Point, Spec
 
 AXES = ("scenarios", "linked", "grid", "seeds")
 SECTIONS = ("trace", "scenario", "goodput", *AXES)

@@ -12,7 +12,8 @@ FLOORS = {  # imports must go down; imports for type checkers only are exempt, t
     **dict.fromkeys(
         ("schedulers", "routers", "engine", "engines", "macrostep", "metrics", "recording", "synth", "compression"), 2
     ),
-    **dict.fromkeys(("replica", "scenario", "runs"), 3),
+    **dict.fromkeys(("replica", "scenario"), 3),
+    "runs": 3.5,
     **dict.fromkeys(("simulate", "flags"), 4),
     **dict.fromkeys(
         ("plan", "sweep", "testing", "validate", "oracle", "report", "rerun", "fromvllm", "phases", "charts", "reuse"), 5
