@@ -16,9 +16,9 @@ FLOORS = {  # imports must go down; imports for type checkers only are exempt, t
     "runs": 3.5,
     **dict.fromkeys(("simulate", "flags"), 4),
     **dict.fromkeys(
-        ("plan", "sweep", "testing", "validate", "oracle", "report", "rerun", "fromvllm", "phases", "charts", "reuse"), 5
+        ("plan", "sweep", "testing", "validate", "oracle", "report", "rerun", "fromvllm", "phases", "charts"), 5
     ),
-    **dict.fromkeys(("whatif", "speculation"), 5),
+    **dict.fromkeys(("whatif", "speculation", "reuse"), 5),
     "compare": 5,
     **dict.fromkeys(("choice", "jobs"), 5.5),
     "cli": 6,
