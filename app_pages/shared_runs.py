@@ -14,14 +14,13 @@ import pandas as pd
 import streamlit as st
 
 from app_pages.shared_output import show_error
-from llmsim.choice import Replay, TraceChoice, replay, replay_all
+from llmsim.choice import Replay, TraceChoice, quick_requests, replay, replay_all
 from llmsim.command_line import argv_of
 from llmsim.jobs import Job
 from llmsim.jobs_store import Store, remove_stale
 from llmsim.runs import Run
 from llmsim.scenario import Scenario
 
-SAMPLE = 20_000  # requests that are simulated at once, at most
 EVERY_S = 0.5  # between two looks at a job
 
 
@@ -49,8 +48,8 @@ def given_runs() -> list[Path]:
 
 
 def sample_of(choice: TraceChoice) -> int:
-    """Requests of a quick answer: all up to 20,000, fewer where answers are long."""
-    return SAMPLE
+    """Requests of a quick answer: at most 20,000, fewer where answers are long."""
+    return quick_requests(choice.load())
 
 
 def sampled(choice: TraceChoice) -> str:
@@ -85,7 +84,7 @@ def key_of(choice: TraceChoice, scenario: Scenario, limit: int | None) -> str:
 
 
 def _command(choice: TraceChoice, scenario: Scenario) -> Sequence[str]:
-    return argv_of(scenario, trace=choice.command_line())
+    return argv_of(scenario, trace=choice.shown())
 
 
 def full_run(key: str, choice: TraceChoice, scenario: Scenario) -> Path | None:

@@ -22,25 +22,29 @@ if TYPE_CHECKING:
 Box = tuple[float, float, float, float]
 
 SUFFIXES = (".html", ".svg", ".png")
-# What a colour means, in every chart: each is at least 3:1 against white and against the dark theme's background.
-COLOURS = {
-    "baseline": "#64748b",
-    "candidate": "#ea580c",
-    "queue": "#a16207",
-    "prefill": "#c2410c",
-    "decode": "#2563eb",
-    "preempted": "#be185d",
-    "slo": "#dc2626",
-    "good": "#059669",
-    "bad": "#dc2626",
-}
 PHASE_COLOURS = {"prefill": "#c2410c", "decode": "#1d4ed8"}
+# What colours mean, the same in all charts; each is read on white and on near-black
+COLOURS = {
+    "baseline": "#71829a",
+    "candidate": "#f0532d",
+    "queue": "#94a3b8",
+    **PHASE_COLOURS,
+    "preempted": "#be185d",
+    "slo": "#b7791f",
+    "text": "#6e7b90",
+    "grid": "#94a3b8",
+}
 ROOF = "#475569"
 WIDTH, HEIGHT = 720, 440  # pixels of the plot
 DOT = 7  # radius of what a label keeps clear of
 LETTER, LINE = 6.6, 14  # of a label
 PANEL = 210  # pixels of a parity plot's side
 PALETTE = ("#1d4ed8", "#c2410c", "#047857", "#7c3aed", "#be185d", "#a16207")
+# sides of a comparison, the first one's first; 3.5 to 1 or more against white and against the dark theme's background
+SIDE_COLOURS = (
+    "#7186a0", "#e8590c", "#3b82f6", "#12926b", "#a25ee8", "#b7791f", "#db4a93", "#0e93a8", "#6f8f1a", "#a56a4a",
+)  # fmt: skip
+MUTED = "#7c8796"  # rules, limits and what is less important, on light and dark
 WITHIN = 0.1  # of the measured time: the dashed lines beside a parity plot's diagonal
 SHIFTS = (0, -26, *range(4, 200, 4))  # pixels down from its place below and right of its point, in order of preference
 
@@ -166,6 +170,13 @@ def framed(layers: Sequence[alt.Chart | alt.LayerChart], title: str, subtitle: s
         .configure_view(stroke=None)
     )
     return chart
+
+
+def run_colours(labels: Sequence[str]) -> list[str]:
+    """A colour for each run of a chart: one alone or the first is the baseline, the second the candidate."""
+    more = [colour for colour in PALETTE if colour not in PHASE_COLOURS.values()] + ["#0891b2", "#65a30d", "#9f1239"]
+    known = [COLOURS["baseline"], COLOURS["candidate"], *more]
+    return [known[at % len(known)] for at in range(len(labels))]
 
 
 def _log_x(field: str, low: float, high: float, title: str) -> alt.X:

@@ -10,11 +10,14 @@ The file is read once and kept (the last `KEPT` files), so that stretching a tra
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from llmsim.scenario import Scenario
 from llmsim.trace import Trace, limited, load_trace, time_scaled
@@ -27,6 +30,8 @@ SHIPPED = {
     "shared_prefixes.csv": "24 long system prompts, shared",
     "sessions.jsonl": "220 conversations whose turns wait for the answer",
 }
+QUICK_REQUESTS = 20_000  # of a quick answer, at most
+QUICK_TOKENS = 2_000_000  # output tokens + 100 a request: 0.3 s on one core
 OVER_CONTEXT = ("error", "drop", "truncate")
 
 
@@ -100,6 +105,13 @@ class TraceChoice:
             words += ["--over-context", self.over_context]
         return words
 
+    def shown(self) -> list[str]:
+        """`command_line`, with the path as it is seen from the current folder."""
+        words = self.command_line()
+        with suppress(ValueError):
+            words[0] = str(Path(words[0]).relative_to(Path.cwd()))
+        return words
+
     def before(self) -> list[str] | None:
         """The command that makes the trace first, if it has to be made."""
         if self.synthesis is None:
@@ -149,6 +161,16 @@ def _read(
     if synthesis is not None:
         return synthesis.make()
     return load_trace(path, over_context=over_context, context_tokens=context_tokens, seed=seed)
+
+
+def quick_requests(trace: Trace) -> int:
+    """How many of the first requests are simulated in well under a second: all of them, or a round number."""
+    work = np.cumsum(trace.output_tokens + 100)
+    fit = min(int(np.searchsorted(work, QUICK_TOKENS, side="right")), QUICK_REQUESTS)
+    if fit >= len(trace):
+        return len(trace)
+    rounded = 10 ** max(len(str(fit)) - 2, 0)
+    return max(fit // rounded * rounded, 1)
 
 
 @dataclass(frozen=True)

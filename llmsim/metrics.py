@@ -244,6 +244,13 @@ def _throughput(result: Result, done: Columns, duration_s: float) -> dict[str, A
 def _goodput(
     result: Result, done: Columns, latency_s: dict[str, Floats], targets: dict[str, float] | None
 ) -> dict[str, Any]:
+    return goodput_of(done, latency_s, targets, result.requests["id"].size, result.duration_s)
+
+
+def goodput_of(
+    done: Columns, latency_s: dict[str, Floats], targets: dict[str, float] | None, sent: int, duration_s: float
+) -> dict[str, Any]:
+    """What `targets` (milliseconds) make of the requests that completed, `done`, of all that were `sent`."""
     if not targets:
         return {"request_goodput": None, "slo": None, "slo_attainment": None, "goodput_tok_s": None}
     good = np.ones(done["id"].size, dtype=bool)
@@ -251,11 +258,10 @@ def _goodput(
         if name not in TARGETS:
             raise ValueError(f"goodput: {name!r} is not a per-request latency; use {', '.join(TARGETS)}")
         good &= np.nan_to_num(latency_s[name], nan=0.0) * 1e3 <= target_ms
-    duration_s = result.duration_s
     return {
         "request_goodput": _ratio(good.sum(), duration_s),
         "slo": dict(targets),
-        "slo_attainment": _ratio(good.sum(), result.requests["id"].size),
+        "slo_attainment": _ratio(good.sum(), sent),
         "goodput_tok_s": _ratio(done["output_tokens"][good].sum(), duration_s),
     }
 

@@ -21,6 +21,7 @@ FLOORS = {  # imports must go down; imports for type checkers only are exempt, t
     **dict.fromkeys(("whatif", "speculation", "reuse"), 5),
     "compare": 5,
     **dict.fromkeys(("choice", "jobs"), 5.5),
+    "views": 5.5,
     "cli": 6,
     "__main__": 7,
 }
@@ -29,10 +30,11 @@ ROOMS = {  # modules that share a room may import each other, as may the files o
     **dict.fromkeys(("radixcache", "content", "contiguous", "evicting", "eviction", "tiers", "tips"), "kvcache"),
     **dict.fromkeys(("caches",), "simulate"),
     "admission": "schedulers",  # both plan with schedulers/estimate.py
-    **dict.fromkeys(("gaps", "rates", "utilisation", "timeline", "groups"), "metrics"),
+    **dict.fromkeys(("gaps", "rates", "utilisation", "timeline", "groups", "slo"), "metrics"),
     **dict.fromkeys(("aside",), "engine"),
     **dict.fromkeys(("recorded", "benchmark_result"), "recording"),
     **dict.fromkeys(("cli_options", "command_line"), "flags"),
+    "html_report": "views",
 }
 FORBIDDEN = {"torch", "streamlit"}
 ALTAIR_ROOMS = {"charts"}
