@@ -13,11 +13,12 @@ FLOORS = {  # imports must go down; imports for type checkers only are exempt, t
         ("schedulers", "routers", "engine", "engines", "macrostep", "metrics", "recording", "synth", "compression"), 2
     ),
     **dict.fromkeys(("replica", "scenario"), 3),
-    "simulate": 4,
+    "runs": 3.5,
+    **dict.fromkeys(("simulate", "flags"), 4),
     **dict.fromkeys(
-        ("plan", "sweep", "testing", "validate", "oracle", "report", "runs", "fromvllm", "phases", "charts", "reuse"), 5
+        ("plan", "sweep", "testing", "validate", "oracle", "report", "rerun", "fromvllm", "phases", "charts"), 5
     ),
-    **dict.fromkeys(("whatif", "speculation"), 5),
+    **dict.fromkeys(("whatif", "speculation", "reuse"), 5),
     "compare": 5,
     **dict.fromkeys(("choice", "jobs"), 5.5),
     "views": 5.5,
@@ -32,7 +33,7 @@ ROOMS = {  # modules that share a room may import each other, as may the files o
     **dict.fromkeys(("gaps", "rates", "utilisation", "timeline", "groups", "slo"), "metrics"),
     **dict.fromkeys(("aside",), "engine"),
     **dict.fromkeys(("recorded", "benchmark_result"), "recording"),
-    "command_line": "cli",
+    **dict.fromkeys(("cli_options", "command_line"), "flags"),
     "html_report": "views",
 }
 FORBIDDEN = {"torch", "streamlit"}
