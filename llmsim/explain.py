@@ -32,7 +32,9 @@ from llmsim.explain_knobs import Knob, tried
 from llmsim.explain_life import Life, life_of
 from llmsim.explain_prices import Prices
 from llmsim.explain_record import Recorder
+from llmsim.explain_source import check_repeated
 from llmsim.metrics import TARGETS, Columns, Result, json_safe, latencies_s
+from llmsim.runs import Run
 from llmsim.scenario import Scenario
 from llmsim.simulate import simulate
 from llmsim.trace import Trace
@@ -103,12 +105,14 @@ def explain(
     scenario: Scenario,
     tail: Tail | Callable[[Columns], Tail],
     *,
+    run: Run | None = None,
     knobs: bool = True,
     jobs: int = 1,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Explanation:
     """Explain the requests that `tail` names, or chooses when it is given the requests of a plain replay.
 
+    `run`: the run that this is a repetition of, whose numbers have to come out again; `progress(done, total, words)`.
     Raises ValueError for a request that was rejected, and for a tail without requests.
     """
     tell = progress or (lambda done, total, words: None)
@@ -117,6 +121,8 @@ def explain(
         tail = tail(simulate(trace, scenario).requests)
     tell(1, 2, "replay with an observer")
     result, lives = observed_lives(trace, scenario, tail.ids)
+    if run is not None:
+        check_repeated(run, result.requests)
     latency_s = latencies_s(result.requests)[tail.metric]
     parts_s = mean_parts([life.parts_s(tail.metric) for life in lives])
     causes_s = by_cause(parts_s)

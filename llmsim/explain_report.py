@@ -67,8 +67,8 @@ def _path(life: Life, tail: Tail) -> Iterator[str]:
     more = facts["output_tokens"] - 1
     tpot = f", TPOT {1e3 * (e2el_s - ttft_s) / more:,.2f} ms" if more else ""
     yield from _wrapped(
-        f"Request {life.request}: {facts['prompt_tokens']:,} prompt + {facts['output_tokens']:,} output tokens, sent at "
-        f"{facts['arrival_s']:.3f} s to replica {facts['replica']}: E2EL {_time(e2el_s)}, TTFT {_time(ttft_s)}{tpot}"
+        f"Request {life.request}: {facts['prompt_tokens']:,} prompt + {facts['output_tokens']:,} output tokens, sent "
+        f"at {facts['arrival_s']:.3f} s to replica {facts['replica']}: E2EL {_time(e2el_s)}, TTFT {_time(ttft_s)}{tpot}"
     )
     yield ""
     yield f"{'from':>12}{'seconds':>11}{'share':>8}  what"
@@ -97,12 +97,17 @@ def _stay(stay: list[Span], life: Life, e2el_s: float) -> list[str]:
 def _queued(stay: list[Span], life: Life) -> str:
     first = stay[0]
     if first.phase == "preempted":
-        nth = sum(1 for span in life.spans if span.phase == "preempted" and span.kind == "queue")
-        who = ", ".join(str(one) for one in dict.fromkeys(life.preempted_for) if one >= 0)
-        head = f"preempted ({_times(nth)} in all{f', for request {who}' if who else ''}), queued again"
+        head = f"preempted ({_times(len(life.preempted_for))} in all{_for_whom(life)}), queued again"
     else:
         head = f"queued behind {life.ahead:,} requests" if life.ahead else "queued, first in line"
     return f"{head}: {'; '.join(_reasons(stay))}"
+
+
+def _for_whom(life: Life) -> str:
+    others = [str(one) for one in dict.fromkeys(life.preempted_for) if one >= 0]
+    listed = f", for request {', '.join(others[:5])}{' …' if len(others) > 5 else ''}" if others else ""
+    own = life.preempted_for.count(-1)
+    return listed + (f", {_times(own)} as the one that found no block itself" if own else "")
 
 
 def _reasons(stay: Sequence[Span]) -> Iterator[str]:
@@ -199,7 +204,9 @@ def _cause(explanation: Explanation) -> Iterator[str]:
         if s >= 0.05 * total_s
     ]
     more = f"; then {', '.join(others)}" if others else ""
-    text = f"Cause: {CAUSES[cause]}: {_percent(seconds / total_s).strip()} of the time{_when(explanation, cause)}{more}."
+    text = (
+        f"Cause: {CAUSES[cause]}: {_percent(seconds / total_s).strip()} of the time{_when(explanation, cause)}{more}."
+    )
     yield from _wrapped(text)
 
 
@@ -221,7 +228,9 @@ def _knobs(explanation: Explanation) -> Iterator[str]:
         return
     whose = "its" if len(explanation.lives) == 1 else "their mean"
     yield ""
-    yield from _wrapped(f"Tried, each by a replay of the same trace: {whose} {name}, and the P99 {name} of all requests")
+    yield from _wrapped(
+        f"Tried, each by a replay of the same trace: {whose} {name}, and the P99 {name} of all requests"
+    )
     yield ""
     width = max(len(knob.setting) for knob in knobs)
     unit, unit99 = _unit(knobs[0].before_s), _unit(knobs[0].p99_before_s)
@@ -247,7 +256,11 @@ def _verdict(explanation: Explanation) -> str:
     same = next((knob for knob in explanation.knobs if knob.helps and knob.more_gpus <= 0), None)
     if best.more_gpus > 0:
         text += f", with {best.more_gpus} more GPU{'s' if best.more_gpus > 1 else ''}"
-        text += f"; without more: {same.about} ({same.setting}), {_change(same)}" if same else "; without more GPUs none does"
+        text += (
+            f"; without more: {same.about} ({same.setting}), {_change(same)}"
+            if same
+            else "; without more GPUs none does"
+        )
     return text + "."
 
 

@@ -18,8 +18,10 @@ FLOORS = {  # imports must go down; imports for type checkers only are exempt, t
     **dict.fromkeys(
         ("plan", "sweep", "testing", "validate", "oracle", "report", "rerun", "fromvllm", "phases", "charts"), 5
     ),
-    **dict.fromkeys(("whatif", "speculation", "reuse"), 5),
+    "reuse": 4.5,
+    **dict.fromkeys(("whatif", "speculation"), 5),
     "compare": 5,
+    "explain": 5.2,  # tries changes of what-ifs
     **dict.fromkeys(("choice", "jobs"), 5.5),
     "views": 5.5,
     "cli": 6,
@@ -32,6 +34,7 @@ ROOMS = {  # modules that share a room may import each other, as may the files o
     "admission": "schedulers",  # both plan with schedulers/estimate.py
     **dict.fromkeys(("gaps", "rates", "utilisation", "timeline", "groups", "slo"), "metrics"),
     **dict.fromkeys(("aside",), "engine"),
+    "observed": "replica",
     **dict.fromkeys(("recorded", "benchmark_result"), "recording"),
     **dict.fromkeys(("cli_options", "command_line"), "flags"),
     "html_report": "views",
