@@ -38,6 +38,7 @@ ROOMS = {  # modules that share a room may import each other, as may the files o
     **dict.fromkeys(("recorded", "benchmark_result"), "recording"),
     **dict.fromkeys(("cli_options", "command_line"), "flags"),
     "html_report": "views",
+    "comparing": "compare",
 }
 FORBIDDEN = {"torch", "streamlit"}
 ALTAIR_ROOMS = {"charts"}
