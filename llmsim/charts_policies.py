@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from math import ceil, floor, log10
 from typing import TYPE_CHECKING, Any
 
-from llmsim.charts import MUTED, SIDE_COLOURS, _decades, _ticks
+from llmsim.charts import COLOURS, SIDE_COLOURS, _decades, _ticks
+from llmsim.charts_run import WIDTH, styled
 
 if TYPE_CHECKING:
     import altair as alt
@@ -19,11 +20,31 @@ if TYPE_CHECKING:
 
 NAMES = {"ttft": "TTFT", "tpot": "TPOT", "e2el": "E2EL"}
 WORDS = {"mean": "mean", "p50": "P50", "p90": "P90", "p99": "P99"}
+FURNITURE, LEGEND = 75, 28  # pixels of title and axis, of a legend above the plot
+TENANT_COLOURS = (*SIDE_COLOURS[4:], *SIDE_COLOURS[1:4])  # those that sides have last, first
 ROW = 15  # pixels of a side in a row of intervals
 WIDE = 1.5  # differences beyond this fraction get a scale that is linear only near zero
 NEAR = 0.1  # up to here
 STEPS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 VERDICTS = {"better": "better, surely", "worse": "worse, surely", "unclear": "not told apart"}
+
+
+def finished(layers: Sequence[Any], title: str, height: float, said: str, *, legend: bool = False) -> alt.LayerChart:
+    """Layers as one chart in the common look; `said` describes it to those who cannot see it.
+
+    `height`: pixels of the plot. A page fits title, legend and axis into the height of the chart, so it has room for
+    them.
+    """
+    import altair as alt
+
+    whole = height + FURNITURE + (LEGEND if legend else 0)
+    chart: alt.LayerChart = styled(alt.LayerChart(layer=list(layers), width=WIDTH, height=whole, title=title), said)
+    return chart
+
+
+def colours_of(sides: Sequence[str]) -> dict[str, str]:
+    """The colour of each side, the same in every chart that is given the same sides."""
+    return {side: SIDE_COLOURS[at % len(SIDE_COLOURS)] for at, side in enumerate(sides)}
 
 
 def log_ticks(low: float, high: float) -> list[float]:
@@ -38,10 +59,9 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def side_colour(sides: Sequence[str], *, legend: bool = True) -> alt.Color:
-    """The colour of each side, the same in every chart that is given the same sides."""
     import altair as alt
 
-    colours = [SIDE_COLOURS[at % len(SIDE_COLOURS)] for at in range(len(sides))]
+    colours = list(colours_of(sides).values())
     box = alt.Legend(title=None, orient="top", symbolSize=110, symbolOpacity=1, labelLimit=320, columns=4)
     return alt.Color("side:N", scale=alt.Scale(domain=list(sides), range=colours), legend=box if legend else None)
 
@@ -76,15 +96,20 @@ def differences_chart(frame: pd.DataFrame, latency: str, sides: Sequence[str]) -
         alt.Tooltip("said:N", title="verdict"),
     ]
     base = alt.Chart(shown)
-    zero = alt.Chart(pd.DataFrame({"at": [0.0]})).mark_rule(color=MUTED, strokeWidth=1.5).encode(x=x.copy_at("at"))
+    zero = (
+        alt.Chart(pd.DataFrame({"at": [0.0]}))
+        .mark_rule(color=COLOURS["text"], strokeWidth=1.5)
+        .encode(x=x.copy_at("at"))
+    )
     bars = base.mark_rule(strokeWidth=2.5).encode(
         x=x.copy_at("low_share"), x2="high_share:Q", y=y, yOffset=offset, color=colour, tooltip=tips
     )
     dots = base.mark_point(size=55, strokeWidth=2, opacity=1).encode(
         x=x.copy_at("change_share"), y=y, yOffset=offset, color=colour, fill=fill, tooltip=tips
     )
-    chart = alt.LayerChart(layer=[zero, bars, dots], height=len(words) * (ROW * max(len(others), 1) + 14))
-    return chart.properties(description=_differences_said(shown, latency, sides[0]))
+    height = len(words) * (ROW * max(len(others), 1) + 14)
+    said = _differences_said(shown, latency, sides[0])
+    return finished([zero, bars, dots], f"{NAMES[latency]}, 95 % intervals", height, said)
 
 
 class _Axis:
@@ -144,9 +169,9 @@ def latency_chart(
     said = f"Distribution of {NAMES[latency]} by side: share of requests with at most each latency"
     if target_ms is not None:
         mark = alt.Chart(pd.DataFrame({"value_ms": [target_ms]}))
-        layers.append(mark.mark_rule(color=MUTED, strokeDash=[5, 4], strokeWidth=1.5).encode(x))
+        layers.append(mark.mark_rule(color=COLOURS["slo"], strokeDash=[5, 4], strokeWidth=1.5).encode(x))
         said += f"; dashed: the SLO of {target_ms:g} ms"
-    return alt.LayerChart(layer=layers, height=190).properties(description=said + ".")
+    return finished(layers, f"{NAMES[latency]} of requests", 130, said + ".")
 
 
 # ---- goodput against rate -------------------------------------------------------------------------------------------
@@ -170,11 +195,14 @@ def attainment_chart(frame: pd.DataFrame, sides: Sequence[str], attainment: floa
         axis=alt.Axis(title="requests within the SLO", format="%", tickCount=6),
     )
     rule = alt.Chart(pd.DataFrame({"slo_attainment": [attainment]}))
-    layers = [rule.mark_rule(color=MUTED, strokeDash=[5, 4], strokeWidth=1.5).encode(y), *_lines(shown, y, sides)]
+    layers = [
+        rule.mark_rule(color=COLOURS["slo"], strokeDash=[5, 4], strokeWidth=1.5).encode(y),
+        *_lines(shown, y, sides),
+    ]
     said = (
         f"SLO attainment against the rate of requests, a line for each of {', '.join(sides)}; dashed: {attainment:.4g}"
     )
-    return alt.LayerChart(layer=layers, height=300).properties(description=said + ".")
+    return finished(layers, "Within the SLO", 220, said + ".", legend=True)
 
 
 def goodput_chart(frame: pd.DataFrame, sides: Sequence[str]) -> alt.LayerChart:
@@ -186,10 +214,12 @@ def goodput_chart(frame: pd.DataFrame, sides: Sequence[str]) -> alt.LayerChart:
     high = float(shown["rate"].max()) if len(shown) else 1.0
     y = alt.Y("request_goodput:Q", axis=alt.Axis(title="goodput (requests/s)"), scale=alt.Scale(domainMin=0))
     diagonal = alt.Chart(pd.DataFrame({"rate": [0.0, high], "request_goodput": [0.0, high]}))
-    dashed = diagonal.mark_line(color=MUTED, strokeDash=[5, 4], strokeWidth=1.5, clip=True).encode(_rate_axis(shown), y)
+    dashed = diagonal.mark_line(color=COLOURS["text"], strokeDash=[5, 4], strokeWidth=1.5, clip=True).encode(
+        _rate_axis(shown), y
+    )
     said = f"Goodput against the rate of requests, a line for each of {', '.join(sides)}; dashed: all within the SLO"
     layers = [dashed, *_lines(shown, y, sides, legend=False)]
-    return alt.LayerChart(layer=layers, height=300).properties(description=said + ".")
+    return finished(layers, "Goodput", 220 + LEGEND, said + ".")
 
 
 def _with_stability(frame: pd.DataFrame) -> pd.DataFrame:
@@ -238,7 +268,7 @@ def service_chart(frame: pd.DataFrame, side: str, tenants: Sequence[str], *, leg
     """
     import altair as alt
 
-    colours = [SIDE_COLOURS[(at + 1) % len(SIDE_COLOURS)] for at in range(len(tenants))]
+    colours = [TENANT_COLOURS[at % len(TENANT_COLOURS)] for at in range(len(tenants))]
     box = alt.Legend(title=None, orient="top", symbolSize=110, symbolOpacity=1) if legend else None
     colour = alt.Color("tenant:N", scale=alt.Scale(domain=list(tenants), range=colours), legend=box)
     top, last_s = float(frame["asked_tokens"].max()), float(frame["time_s"].max())
@@ -262,7 +292,7 @@ def service_chart(frame: pd.DataFrame, side: str, tenants: Sequence[str], *, leg
         ),
     ]
     said = f"Service received over time under {side} by tenant {', '.join(tenants)}; dashed: what each had asked for."
-    return alt.LayerChart(layer=layers, height=230).properties(description=said)
+    return finished(layers, side, 150, said, legend=legend)
 
 
 def groups_chart(frame: pd.DataFrame, latency: str, sides: Sequence[str], what: str) -> alt.LayerChart:
@@ -300,4 +330,4 @@ def groups_chart(frame: pd.DataFrame, latency: str, sides: Sequence[str], what: 
     ]
     said = f"{NAMES[latency]} by {what}: from P50 (dot) to P99 (tick) under each of {', '.join(sides)}."
     height = len(groups) * (ROW * len(sides) + 12)
-    return alt.LayerChart(layer=layers, height=height).properties(description=said)
+    return finished(layers, f"{NAMES[latency]} by {what}", height, said, legend=True)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int, str], None]
 GROUPS = {"tenant": "tenants", "slo_class": "classes"}  # column of the trace: key of the summary
 AT_ONCE = 2000  # requests of a quick comparison
-REPLAYED = 10_000  # requests that a quick look at rates or caches replays in all
+REPLAYED = 6000  # requests that a quick look at rates or caches replays in all
 FEWEST = 200  # of each of its replays
 TOUCHED = 150_000  # prompt blocks that a quick look at reuse looks up
 SATURATION = 1000  # requests that tell how many a side serves per second

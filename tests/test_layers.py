@@ -15,6 +15,7 @@ FLOORS = {  # imports must go down; imports for type checkers only are exempt, t
     **dict.fromkeys(("replica", "scenario"), 3),
     "runs": 3.5,
     **dict.fromkeys(("simulate", "flags"), 4),
+    "uncertainty": 4.5,  # plan and compare build on it
     **dict.fromkeys(
         ("plan", "sweep", "testing", "validate", "oracle", "report", "rerun", "fromvllm", "phases", "charts"), 5
     ),
