@@ -1,8 +1,8 @@
 """What a result rests on: profiles, how far they are from measurements and recordings, and where a run leaves them.
 
     profiles     of the shipped ones: id, GPU, engine, what was recorded and timed, when, and their errors
-    points       measured and predicted seconds: kernels, each predicted by what was fitted without that point, and engine
-                 steps, of loads the profile was fitted to and of others
+    points       measured and predicted seconds: kernels, each predicted by what was fitted without that point, and
+                 engine steps, of loads the profile was fitted to and of others
     errors       of all of them by operator or load: median, 90th percentile, the worst
     loads        latencies and throughput of recorded loads, predicted and measured
     extent       the largest iterations that the fit has seen beside those of a run, and the share of the run's GPU time
@@ -16,6 +16,7 @@ profile is another one. All errors are predicted / measured - 1.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
@@ -47,6 +48,10 @@ RANGES = {  # of Measured: in words
 }
 NO_GRAPH = "decodes without a full CUDA graph"
 TOGETHER = "any of these"
+GRIDS = ("grid_", "mix_")  # names of batches of a grid, which were served one after the other
+METRICS = {"TTFT": "ttft_ms", "TPOT": "tpot_ms", "ITL": "itl_ms", "E2EL": "e2el_ms", "tokens/s": "output_throughput"}
+ALL = "all"
+STATISTICS = ("mean", "p50", "p90", "p99")
 CLIP = 0.5  # relative errors beyond this are counted at the ends of a histogram
 BINS = 50
 
@@ -69,15 +74,29 @@ def points(profile: str, source: str) -> pd.DataFrame:
 
 
 def errors(profile: str, source: str) -> pd.DataFrame:
-    """panel, kind, fitted, load (of steps), points, median, p90, bias, worst, worst_what, over all points there are."""
+    """label, panel, kind, fitted, load (of steps), points, median, p90, bias, worst, worst_what, over all there are."""
     frame, _ = _table("errors")
-    return frame[(frame["profile"] == profile) & (frame["source"] == source)].reset_index(drop=True)
+    own = frame[(frame["profile"] == profile) & (frame["source"] == source)].reset_index(drop=True)
+    names = own[["load", "panel", "kind"]].itertuples(index=False)
+    labels = [_load(*load.split("/")) if load else _operator(panel, kind) for load, panel, kind in names]
+    return own.assign(label=labels)
 
 
 def loads(profile: str) -> pd.DataFrame:
-    """recording, load, model, requests, fitted, metric, statistic, predicted, measured (ms; tokens/s), error."""
+    """label, recording, load, model, requests, fitted, metric, statistic, predicted, measured (ms; tokens/s), error."""
     frame, _ = _table("loads")
-    return frame[frame["profile"] == profile].reset_index(drop=True)
+    own = frame[frame["profile"] == profile].reset_index(drop=True)
+    return own.assign(label=[_load(*names) for names in own[["recording", "load"]].values])
+
+
+def _operator(panel: str, dtype: str) -> str:
+    return panel if dtype == "bfloat16" else f"{panel}, {dtype}"
+
+
+def _load(recording: str, load: str) -> str:
+    """A load's name, and what its recording's name ends in beyond engine, GPU, model and precision."""
+    more = "_".join(recording.split("_")[4:])
+    return f"{load} ({more})" if more else load
 
 
 def stale(profile: str) -> str | None:
@@ -93,7 +112,7 @@ def stale(profile: str) -> str | None:
 
 
 def histogram(shown: pd.DataFrame, by: str) -> pd.DataFrame:
-    """Shares of points by relative error, for each value of the column `by`: low, high, share. Beyond `CLIP`: at the ends."""
+    """low, high, share: of the points with each value of column `by`, by relative error; beyond `CLIP` at the ends."""
     import pandas as pd
 
     edges = np.linspace(-CLIP, CLIP, BINS + 1)
@@ -127,14 +146,11 @@ def facts(profile: Profile) -> dict[str, Any]:
         "error": measured_error(profile).removeprefix(", "),
     }
     if kernels is not None:
-        own["kernels from"] = kernels.source
+        own["kernels from"] = ", ".join(dict.fromkeys(re.sub(r"T[\d:+]+\)", ")", kernels.source).split(", ")))
         own["linear layers timed"] = {dtype: len(table.shapes) for dtype, table in kernels.linears.items()}
         own["attention shapes timed"] = len(kernels.decodes)
         own["all-reduce over GPUs"] = sorted(int(gpus) for gpus in kernels.all_reduce)
     return own
-
-
-GRIDS = ("grid_", "mix_")  # batches of a grid that were served one after the other
 
 
 def spread(profile: Profile) -> pd.DataFrame:
@@ -184,33 +200,33 @@ def profile_of(cost: CostModel) -> Profile:
     return profile
 
 
-def extent_in_words(table: pd.DataFrame) -> str:
-    """Which ranges a run leaves, and for how much of its GPU time."""
-    *parts, together = table.to_dict("records")
-    beyond = [f"{row['range']} ({100 * row['share']:.1f} %)" for row in parts if row["share"]]
-    share = together["share"] or 0.0
-    if not share:
-        return "All GPU time of the run is inside the measured range."
-    told = f", by {'; '.join(beyond)}" if beyond else ": it is not scheduled asynchronously, as all recordings are"
-    return f"{100 * share:.1f} % of the run's GPU time is outside the measured range{told}."
+def loads_of(profile: str, metric: str, statistic: str, model: str = ALL) -> pd.DataFrame:
+    """One number of every recorded load of a model; of tokens/s there is the mean alone. Held out loads come first."""
+    own = loads(profile)
+    name = "mean" if metric == "tokens/s" else statistic
+    chosen = own[(own["metric"] == METRICS[metric]) & (own["statistic"] == name)].dropna(subset="error")
+    if model != ALL:
+        chosen = chosen[chosen["model"] == model]
+    return chosen.sort_values(["fitted", "model", "label"], kind="stable").reset_index(drop=True)
 
 
-def errors_in_words(table: pd.DataFrame) -> str:
-    """A chart of errors for who cannot see it: the best and the worst median."""
-    ordered = table.sort_values("median")
-    best, worst = ordered.iloc[0], ordered.iloc[-1]
-    name = "load" if table["load"].any() else "panel"
-    return (
-        f"Median error of {len(table)} groups: from {best['median']:.1%} ({best[name]}, {best['kind']}) to "
-        f"{worst['median']:.1%} ({worst[name]}, {worst['kind']})"
-    )
+def as_points(loads: pd.DataFrame) -> pd.DataFrame:
+    """Loads for a plot: measured and predicted in s or tokens/s, what, and `rests`: held out, or fitted to."""
+    rests = loads["fitted"].map({True: "fitted to", False: "held out"})
+    base = loads["metric"].map(lambda name: 1e-3 if name.endswith("_ms") else 1.0)
+    what = loads["label"] + ", " + loads["model"]
+    return loads.assign(measured=base * loads["measured"], predicted=base * loads["predicted"], what=what, rests=rests)
 
 
-def checkout() -> str | None:
-    """In words, where the raw measurements are if this is no checkout of the repository; else None."""
-    if (Path(__file__).parent.parent / "calibration" / "measurements" / "README.md").is_file():
-        return None
-    return (
-        "The raw measurements and recordings are not installed with llmsim: they are in calibration/measurements, "
-        "calibration/recordings and tests/data/recordings of its repository."
-    )
+def typical(profile: str) -> dict[str, float | None]:
+    """Median size of errors on what the profile was not fitted to: steps by kind, and means of recorded loads."""
+    own, served = errors(profile, STEPS), loads(profile)
+    own, served = own[~own["fitted"]], served[~served["fitted"] & (served["statistic"] == "mean")]
+    found = {kind: _middle(own.loc[own["kind"] == kind, "median"]) for kind in ("decodes only", "with prompts")}
+    for name, metric in METRICS.items():
+        found[name] = _middle(served.loc[served["metric"] == metric, "error"].abs())
+    return found
+
+
+def _middle(values: pd.Series[Any]) -> float | None:
+    return float(values.median()) if len(values) else None

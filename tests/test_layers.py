@@ -19,6 +19,7 @@ FLOORS = {  # imports must go down; imports for type checkers only are exempt, t
     ),
     **dict.fromkeys(("whatif", "speculation"), 5),
     "compare": 5,
+    "evidence": 5,
     **dict.fromkeys(("choice", "jobs"), 5.5),
     "views": 5.5,
     "cli": 6,
