@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from llmsim.jobs_store import Store, remove_stale
 from llmsim.runs import Run
 from llmsim.scenario import Scenario
 
+GIVEN = "the runs given"
 EVERY_S = 0.5  # between two looks at a job
 
 
@@ -42,9 +44,25 @@ def read(folder: Path) -> Run:
 
 def given_runs() -> list[Path]:
     """The run folders that `llmsim dashboard RUN…` was started with."""
-    import os
-
     return [Path(folder) for folder in json.loads(os.environ.get("LLMSIM_DASHBOARD_RUNS", "[]"))]
+
+
+def runs_picker(key: str) -> dict[str, Path] | None:
+    """One or two of the runs that the dashboard was opened on; None if there are none or a simulation is asked for."""
+    runs = {folder.name: folder for folder in given_runs()}
+    if not runs:
+        return None
+    shown = st.segmented_control(
+        "Show", [GIVEN, "a simulation"], default=GIVEN, required=True, key=key, bind="query-params", width="stretch"
+    )
+    if shown != GIVEN:
+        return None
+    names = list(runs)
+    baseline = st.selectbox("Baseline", names, key=f"{key}_baseline", bind="query-params")
+    if len(names) == 1:
+        return {"baseline": runs[baseline]}
+    candidate = st.selectbox("Candidate", names, 1, key=f"{key}_candidate", bind="query-params")
+    return {"baseline": runs[baseline], "candidate": runs[candidate]}
 
 
 def sample_of(choice: TraceChoice) -> int:
@@ -76,6 +94,17 @@ def _ensure(choice: TraceChoice, scenario: Scenario, limit: int | None) -> Path:
         return store().runs / key
     with store().making(key) as folder:
         return replay(Replay(choice, scenario, folder, tuple(_command(choice, scenario)), limit))
+
+
+def answers(key: str, choice: TraceChoice, scenarios: Mapping[str, Scenario]) -> dict[str, Path]:
+    """A quick answer now; the whole trace where that is more, on a button, with progress and Stop."""
+    if quick_requests(choice.load()) < len(choice.load()):
+        whole = full_runs(key, choice, scenarios)
+        if whole is not None:
+            st.caption(f"On all {len(choice.load()):,} requests.")
+            return whole
+    st.caption(f"Quick answer on {sampled(choice)}.")
+    return quick_runs(choice, scenarios)
 
 
 def key_of(choice: TraceChoice, scenario: Scenario, limit: int | None) -> str:

@@ -28,6 +28,7 @@ COMMANDS = {
     "replay": ("llmsim.cli_replay:replay", "Replay a trace on a model, a GPU and an engine configuration."),
     "demo": ("llmsim.cli_replay:demo", "Replay the bundled chat trace on an H100: a first look in seconds."),
     "compare": ("llmsim.cli_compare:compare", "Compare schedulers and settings on one trace, paired by request."),
+    "report": ("llmsim.cli_report:report", "Write runs as one HTML page with charts, for others to read."),
     "phases": ("llmsim.cli_phases:phases", "Compare prefill and decode of a model on a GPU, with its roofline."),
     "whatif": ("llmsim.cli_whatif:whatif", "What each optimisation buys on a trace, and why."),
     "speculation": ("llmsim.cli_speculation:speculation", "At which batch size speculative decoding stops paying."),

@@ -38,7 +38,7 @@ def within(run: Run | Result, bounds: Mapping[str, Sequence[float]]) -> Ints:
 
 
 def gantt(
-    run: Run | Result, ids: Sequence[int] | NDArray[np.int64] | None = None, worst: str = "e2el", rows: int = 60
+    run: Run | Result, ids: Sequence[int] | NDArray[np.int64] | None = None, worst: str = "e2el", rows: int = 40
 ) -> pd.DataFrame:
     """Phases of requests, a row each: `id`, `phase`, `begin_s`, `end_s`, `place` (0 for the request sent first), and of
     the request `ttft_ms`, `tpot_ms`, `e2el_ms`, `preempted_ms`, `prompt_tokens`, `output_tokens`, `replica`.
@@ -47,7 +47,7 @@ def gantt(
     request has no phases. Raises ValueError for an id that the run does not have.
     """
     limit = min(rows, ROWS)
-    which = np.arange(len(run.requests["id"])) if ids is None else _rows_of(run, ids)
+    which = np.arange(len(run.requests["id"])) if ids is None else rows_of(run, ids)
     measured = values(run, worst)[which]
     done = which[np.isfinite(measured)]
     slowest = done[np.argsort(-measured[np.isfinite(measured)], kind="stable")[:limit]]
@@ -66,12 +66,13 @@ def life(run: Run | Result, request_id: int) -> pd.DataFrame:
     duration_ms = 1e3 * (frame["end_s"] - frame["begin_s"])
     whole_ms = float(frame["e2el_ms"].iloc[0])
     frame["duration_ms"], frame["share"] = duration_ms, duration_ms / whole_ms if whole_ms else 0.0
-    reasons = _reasons(run, int(_rows_of(run, [request_id])[0]))
+    reasons = _reasons(run, int(rows_of(run, [request_id])[0]))
     frame["reason"] = [reasons[phase] for phase in frame["phase"]]
     return frame
 
 
-def _rows_of(run: Run | Result, ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.intp]:
+def rows_of(run: Run | Result, ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.intp]:
+    """Where these requests stand among the run's, in the order of their ids; each once."""
     wanted, known = np.unique(np.asarray(ids, dtype=np.int64)), run.requests["id"]
     order = np.argsort(known, kind="stable")
     places = np.searchsorted(known[order], wanted)

@@ -61,12 +61,12 @@ def strip(runs: Mapping[str, Run | Result], slices: int = 200) -> pd.DataFrame:
 
 
 def _together(sent: list[NDArray[np.int64]]) -> int:
-    """How many slices to take together for a percentile: up to a tenth of all."""
+    """How many slices to take together for a percentile: at least forty stretches stay."""
     slices = max((part.size for part in sent), default=1)
     enough = fewest_samples(90)
     for count in (1, 2, 5, 10, 20, 50, 100):
         sums = [np.add.reduceat(part, np.arange(0, part.size, count)) for part in sent]
-        if count * 10 > slices or all(np.median(part[part > 0]) >= enough for part in sums if part.any()):
+        if count * 80 > slices or all(np.median(part[part > 0]) >= enough for part in sums if part.any()):
             return count
     return 100
 

@@ -14,6 +14,7 @@ FLOORS = {  # imports must go down; imports for type checkers only are exempt, t
     ),
     **dict.fromkeys(("replica", "scenario"), 3),
     "simulate": 4,
+    "uncertainty": 4.5,  # plan and compare build on it
     **dict.fromkeys(
         ("plan", "sweep", "testing", "validate", "oracle", "report", "runs", "fromvllm", "phases", "charts", "reuse"), 5
     ),
@@ -30,7 +31,7 @@ ROOMS = {  # modules that share a room may import each other, as may the files o
     **dict.fromkeys(("radixcache", "content", "contiguous", "evicting", "eviction", "tiers", "tips"), "kvcache"),
     **dict.fromkeys(("caches",), "simulate"),
     "admission": "schedulers",  # both plan with schedulers/estimate.py
-    **dict.fromkeys(("gaps", "rates", "utilisation", "timeline", "groups"), "metrics"),
+    **dict.fromkeys(("gaps", "rates", "utilisation", "timeline", "groups", "slo"), "metrics"),
     **dict.fromkeys(("aside",), "engine"),
     **dict.fromkeys(("recorded", "benchmark_result"), "recording"),
     "command_line": "cli",
