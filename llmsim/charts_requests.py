@@ -150,7 +150,7 @@ def gantt_chart(frame: pd.DataFrame) -> alt.Chart:
         y,
         part_colour("phase", list(dict.fromkeys(frame["phase"]))),
         alt.X2("end_s:Q"),
-        opacity=alt.condition(picked, alt.value(1.0), alt.value(0.35)),
+        opacity=alt.condition(picked, alt.value(1.0), alt.value(0.45)),
         tooltip=_gantt_tips(),
     ).add_params(picked)
     titled = title_of(f"Phases of {rows:,} request{'s' * (rows != 1)}", frame)

@@ -107,7 +107,7 @@ def test_nothing_meets_the_promises() -> None:
 
 def test_a_given_fleet_is_asked_for_its_highest_rate() -> None:
     at = opened()
-    at.number_input(key="plan_rate").set_value(None)
+    at.number_input(key="plan_rate").set_value(0.0)
     at.number_input(key="plan_replicas").set_value(2)
     at.multiselect(key="plan_gpus").set_value(["h100-sxm"])
     at.multiselect(key="plan_tp").set_value([1])

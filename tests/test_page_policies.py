@@ -104,24 +104,21 @@ def test_fairness_draws_tenants_where_there_are_none() -> None:
 
 
 def test_the_cache_of_a_trace_with_prefixes() -> None:
-    at = opened(pol_view="KV cache", trace=SESSIONS, pol_blocks="3000")
+    at = opened(pol_view="KV cache", trace=SESSIONS, pol_blocks="3000", pol_sizes="3")
     assert not errors(at) and charts(at) == 3
     assert "llmsim trace reuse" in commands(at) and "--eviction belady" in commands(at)
     assert "--num-gpu-blocks-override 3000" in commands(at) and "--kv-tier cpu:16GiB:50GB/s:10us" in commands(at)
-    sides = list(at.dataframe[0].value["side"])
-    assert sides == ["lru", "lfu", "belady", "lru + cpu"]
-    at.slider(key="pol_sizes").set_value(3).run()
-    at.multiselect(key="pol_evictions").set_value(["lru"]).run()
+    assert list(at.dataframe[0].value["side"]) == ["lru", "lfu", "belady", "lru + cpu"]
+    at.multiselect(key="pol_evictions").set_value(["lru"])
     at.text_input(key="pol_tiers").set_value("").run()
     assert not errors(at) and list(at.dataframe[0].value["side"]) == ["lru"] and charts(at) == 2
     at.text_input(key="pol_tiers").set_value("cpu:lots").run()
     assert any("write name:capacity:bandwidth:latency" in error for error in errors(at))
-    at.text_input(key="pol_tiers").set_value("").run()
-    at.multiselect(key="pol_evictions").set_value(["lru", "most-recent"]).run()
-    assert any("unknown eviction 'most-recent'" in error for error in errors(at))
-    at.multiselect(key="pol_evictions").set_value(["lru"]).run()
+    at.text_input(key="pol_tiers").set_value("")
     at.number_input(key="pol_blocks").set_value(3).run()
-    assert errors(at) and not at.exception
+    assert any("requests are rejected" in error for error in errors(at)) and not at.exception
+    at.multiselect(key="pol_evictions").set_value(["most-recent"]).run()
+    assert any("unknown eviction 'most-recent'" in error for error in errors(at))
 
 
 def test_a_trace_without_prefixes_says_so_and_is_replayed_all_the_same() -> None:
