@@ -18,10 +18,10 @@ NAMES = {"ttft": "TTFT", "tpot": "TPOT", "e2el": "E2EL"}
 BROKEN = "#dc3d43"  # a promise that is broken, and where the queue runs away
 STATISTIC_COLOURS = {"P50": COLOURS["baseline"], "P99": COLOURS["candidate"]}
 TOOLTIPS = (
-    ("name", "fleet", None), ("rate", "rate (per s)", ",.3~g"), ("tokens_per_s_per_gpu", "tokens/s/GPU", ",.0f"),
+    ("name", "fleet", ""), ("rate", "rate (per s)", ",.3~g"), ("tokens_per_s_per_gpu", "tokens/s/GPU", ",.0f"),
     ("tokens_per_s_per_user", "tokens/s/user", ",.1f"),
     ("usd_per_million_output_tokens", "$ / 1M output tokens", ",.2f"),
-    ("requests", "requests simulated", ","), ("verdict", "SLOs", None),
+    ("requests", "requests simulated", ","), ("verdict", "SLOs", ""),
 )  # fmt: skip
 
 
@@ -52,7 +52,7 @@ def _trade_off(points: pd.DataFrame, field: str, title: str, edge: str, name: st
     legend = alt.Legend(title=None, orient="top", symbolSize=110, symbolOpacity=1)
     colour = alt.Color("gpu:N", scale=scale, legend=legend)
     hollow = alt.condition(alt.datum.holds, alt.Color("gpu:N", scale=scale, legend=None), alt.value("transparent"))
-    tips = [alt.Tooltip(column, title=words, **({"format": form} if form else {})) for column, words, form in TOOLTIPS]
+    tips = [alt.Tooltip(column, title=words, format=form or alt.Undefined) for column, words, form in TOOLTIPS]
     best = shown[shown[edge]].sort_values("tokens_per_s_per_user")
     labelled = best.sort_values(field, ascending=edge == "cost_frontier").drop_duplicates("kind")
     base = alt.Chart(shown)

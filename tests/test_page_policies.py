@@ -12,7 +12,7 @@ pytest.importorskip("altair")
 from streamlit.testing.v1 import AppTest
 
 PAGE = Path(__file__).parent.parent / "app_pages" / "policies.py"
-SESSIONS = "sessions: 220 conversations whose turns wait for the answer"
+SESSIONS = "sessions.jsonl"
 FAST = {"base_more": "cost=constant:0.02"}  # no profile is read
 
 
