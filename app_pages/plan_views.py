@@ -73,7 +73,7 @@ def answers(found: Plan) -> None:
             )
             st.markdown(f"**{option.name}**")
             if option.broken is not None:
-                st.caption(f"next: {option.broken.why_not}")
+                st.caption(f"Breaks {plan_frames.next_break(option)}")
 
 
 def _margins(option: Option) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from llmsim.plan import curve, plan
 from llmsim.plan_bench import own_rate
+from llmsim.plan_frames import unstable_from
 from llmsim.plan_types import Plan, Run, slos_of
 from llmsim.scenario import Scenario
 from llmsim.slo import Slo
@@ -23,6 +24,7 @@ FEWEST_DRAWS = 19  # that bound an interval of 90 %
 SIMULATED = 24_000  # requests of a quick plan, all simulations together
 PER_OPTION = 7  # simulations
 FEWEST = 300  # requests of a quick plan
+STEP, STEPS = 1.25, 5  # beyond the knee
 AROUND = (0.8, 0.9, 1.0, 1.1, 1.2)  # of a rate: where the probability is told
 
 
@@ -83,8 +85,20 @@ def quick_requests(demand: Demand) -> int:
 def knee(
     demand: Demand, fleet: Scenario, rates: Sequence[float] | None = None, progress: Progress | None = None
 ) -> tuple[Run, ...]:
-    """One fleet's latencies at rising rates, around the highest that it holds unless `rates` are given."""
-    return curve(demand.trace(), fleet, demand.slos, rates, progress=progress)
+    """One fleet's latencies at rising rates, around the highest that it holds unless `rates` are given.
+
+    Then further, `STEP` at a time and at most `STEPS` times, to where its queue runs away.
+    """
+    trace = demand.trace()
+    points = curve(trace, fleet, demand.slos, rates, progress=progress)
+    if rates is not None:
+        return points
+    for _ in range(STEPS):
+        if unstable_from(points) is not None:
+            break
+        further = float(f"{STEP * max(run.rate for run in points):.4g}")
+        points += curve(trace, fleet, demand.slos, [further])
+    return points
 
 
 @dataclass(frozen=True)
