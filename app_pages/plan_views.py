@@ -179,7 +179,9 @@ def how_sure(demand: Demand, used: Demand, found: Plan, option: Option) -> None:
         "probability": charts_plan.probability_chart(frame, percent / 100, unit),
         "intervals": charts_plan.promise_chart(frame, middle.rate),
     }
-    st.metric(f"P(every promise kept) at {middle.rate:g} {unit}", f"{middle.probability:.0%}", border=True)
+    each = [(str(slo), probability) for slo, probability, _ in middle.each]
+    kept = [(f"P(every promise kept) at {middle.rate:g} {unit}", middle.probability), *each]
+    shared.figures([{"label": label, "value": f"{probability:.0%}"} for label, probability in kept])
     for place, (name, drawing) in zip(st.columns(2), drawings.items(), strict=True):
         with place:
             shared.chart(drawing, key=f"plan_{name}")

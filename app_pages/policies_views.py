@@ -64,15 +64,12 @@ def drawn(drawing: Any, key: str) -> None:
 
 def whole_or_sample(key: str, function: Any, study: Study, limit: int, *arguments: Any) -> Any:
     """What the button found of the whole trace; until it is pressed, and while it runs, the answer of a sample."""
-    sample = replace(study, limit=limit)
-    if len(study.source.load()) <= limit:
-        answer = quick.answer(function, sample, *arguments)
-        st.caption(f"All {answer.requests:,} requests.")
-        return answer
-    answer = shared.long_job(key, "Run the whole trace", function, study, *arguments)
+    whole = len(study.source.load())
+    answer = shared.long_job(key, "Run the whole trace", function, study, *arguments) if whole > limit else None
     if answer is None:
-        answer = quick.answer(function, sample, *arguments)
-        st.caption(f"The first {answer.requests:,} of {len(study.source.load()):,} requests.")
+        answer = quick.answer(function, replace(study, limit=limit), *arguments)
+    covered = f"All {whole:,}" if answer.requests == whole else f"The first {answer.requests:,} of {whole:,}"
+    st.caption(f"{covered} requests.")
     return answer
 
 
@@ -155,7 +152,8 @@ def rates(study: Study, base: Scenario, flags: Sequence[str]) -> None:
         drawn(attainment, "pol_attainment")
     with right:
         drawn(goodput, "pol_goodput")
-    st.caption("A hollow point: the queue grew all along, so the number depends on the trace's length.")
+    short = " A short sample flatters high rates: its queues have no time to grow." if found.requests <= limit else ""
+    st.caption(f"A hollow point: the queue grew all along, so the number depends on the trace's length.{short}")
     table(compare_rates.carried_frame(found.points, percent / 100), "pol_carried")
     lines = _compare_lines(study, base, flags, found.rates)
     drawings = {"attainment": attainment, "goodput": goodput}

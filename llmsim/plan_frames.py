@@ -111,8 +111,8 @@ def next_break(option: Option) -> str:
     if run is None:
         return ""
     words = [str(one) for one in run.breaks] + ([] if run.stable else ["the queue runs away"])
-    fewer = option.replicas - run.scenario.replicas
-    where = f"with {run.scenario.replicas} replicas" if fewer else f"at {run.rate:.4g} per s"
+    left = run.scenario.replicas
+    where = f"at {run.rate:.4g} per s" if left == option.replicas else f"with {left} replica{'s' * (left > 1)}"
     return f"{where}: {'; '.join(words)}"
 
 
