@@ -24,6 +24,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from llmsim.engines import find_engine
 from llmsim.plan_bench import Ask, Bench, busiest_window, own_rate
 from llmsim.plan_capacity import (
     TOLERANCE,
@@ -82,6 +83,8 @@ def plan(
     promises = slos_of(slos)
     _check(rate, replicas, budget_usd_per_h, max_gpus, tolerance)
     check_open(scenario)
+    for engine in engines or ():
+        find_engine(engine)  # a name that nobody has is a slip; what it names may still not start
     fleet = replicas is not None and rate is None
     demand = None if fleet else (rate or own_rate(trace))
     limits = _Limits(replicas, budget_usd_per_h, max_gpus, prices)
