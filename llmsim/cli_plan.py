@@ -27,8 +27,8 @@ from llmsim.cli_options import (
 from llmsim.scenario import Scenario
 
 if TYPE_CHECKING:
-    from llmsim.plan_answer import Plan
-    from llmsim.plan_types import Run
+    from llmsim.plan_runs import Run
+    from llmsim.plan_types import Plan
     from llmsim.trace import Trace
 
 NO_ANSWER = 3  # exit status: nothing meets the SLOs
@@ -124,7 +124,7 @@ def plan(
     """
     from llmsim import plan_report
     from llmsim.plan import plan as find_plan
-    from llmsim.plan_types import slos_of
+    from llmsim.plan_runs import slos_of
 
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out}: exists and is not an empty folder: give another name")

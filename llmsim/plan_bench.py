@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from llmsim.cost import CostModel
-from llmsim.plan_types import KEPT, Measured, Run, Window
+from llmsim.plan_runs import KEPT, Measured, Run, Window
 from llmsim.scenario import Scenario
 from llmsim.simulate import cost_of, simulate
 from llmsim.slo import Slo, goodput_targets_ms, values_s

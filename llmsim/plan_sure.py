@@ -16,8 +16,8 @@ from math import ceil, floor
 from llmsim.plan_bench import Ask, Bench, Drawn
 from llmsim.plan_contest import Candidate, Contest, Sure
 from llmsim.plan_option import Found
+from llmsim.plan_runs import Run
 from llmsim.plan_search import highest_rate
-from llmsim.plan_types import Run
 from llmsim.scenario import Scenario
 from llmsim.uncertainty_draws import draws_of
 from llmsim.uncertainty_sources import sources_of

@@ -15,9 +15,9 @@ import pytest
 
 from llmsim import cli
 from llmsim.plan import Slo, capacity, curve, curve_rows, plan
-from llmsim.plan_answer import Plan
 from llmsim.plan_bench import busiest_window
 from llmsim.plan_search import fewest, highest_rate, rounded
+from llmsim.plan_types import Plan
 from llmsim.scenario import Scenario
 from llmsim.trace import Trace
 
