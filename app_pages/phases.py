@@ -86,7 +86,6 @@ def one_batch(scenario: Scenario, sizes: dict[str, int]) -> None:
         "Token budget of an iteration",
         list(phases_burst.BUDGETS),
         1024,
-        format_func=THOUSANDS,
         key="ph_budget",
         **BOUND,
     )

@@ -1,10 +1,10 @@
-"""What the shipped profiles rest on, as data beside them: `python -m benchmarks.evidence`, after a new fit or recording.
+"""What the shipped profiles rest on, as data beside them: `python -m benchmarks.evidence`, after a fit or recording.
 
 Writes llmsim/data/evidence/, three small Parquet files that `llmsim.evidence` reads, so that the dashboard shows them
 where there are neither raw measurements nor recordings:
 
-    points    measured and predicted seconds of kernels (each predicted without that point, calibration.check_kernels) and
-              of engine steps (calibration.check); of many a sample, drawn with one seed
+    points    measured and predicted seconds of kernels (each predicted without that point, calibration.check_kernels)
+              and of engine steps (calibration.check); of many a sample, drawn with one seed
     errors    of all of them, by operator or load: how many, median, 90th percentile, the worst
     loads     latencies and throughput of every recorded load, predicted (mean over `DRAWS` draws of launch noise) and
               measured, as `llmsim validate` compares them
@@ -26,7 +26,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.accuracy import FOLDERS, ROOT, recordings
+from benchmarks.accuracy import ROOT, recordings
 from calibration.check import KINDS, Check, check_profile, described, recorded_gpu
 from calibration.check_kernels import Checked, check_kernels, split
 from calibration.steps import read_recording
@@ -156,7 +156,7 @@ def write(folder: Path, tables: dict[str, pd.DataFrame], ids: dict[str, str]) ->
     """Floats to single precision: points of a plot."""
     folder.mkdir(exist_ok=True)
     for name, frame in tables.items():
-        small = frame.astype({column: "float32" for column in frame.select_dtypes("float64")})
+        small = frame.astype(dict.fromkeys(frame.select_dtypes("float64"), "float32"))
         table = pa.Table.from_pandas(small, preserve_index=False)
         table = table.replace_schema_metadata({META: json.dumps(ids)})
         pq.write_table(table, folder / f"{name}.parquet", compression="zstd", compression_level=19)

@@ -23,7 +23,7 @@ PROMPT_SHADES = ("#c2410c", "#f59e0b", "#9a3412", "#fb923c", "#d97706", "#7c2d12
 HOST_SHADES = {"schedule": "#94a3b8", "launch": "#64748b", "update": "#cbd5e1"}
 HEIGHT_SMALL = 280
 LANE = 24  # pixels of a lane of the timeline
-AROUND = 80  # of axis and legend, which a page takes from the height
+AROUND = 105  # of axis and legend, which a page takes from the height
 CLOCKS = ("host", "worker", "GPU")
 EXTENT: dict[str, Any] = {"minExtent": 78, "maxExtent": 78}  # of y axes that have to begin at the same place
 LEAST_SHARE = 0.045  # of the width: bars as wide as that have their tokens written in them
@@ -191,7 +191,7 @@ def burst_chart(clocks: pd.DataFrame, requests: pd.DataFrame) -> alt.LayerChart:
         "lane:N",
         sort=lanes,
         scale=alt.Scale(paddingInner=0.22, paddingOuter=0.1),
-        axis=alt.Axis(title=None, ticks=False, domain=False, **EXTENT),
+        axis=alt.Axis(title=None, ticks=False, domain=False, labelBound=False, labelFlush=False, **EXTENT),
     )
     tips = [
         "lane",
