@@ -118,7 +118,7 @@ def _time(frame: pd.DataFrame, *, last: bool = False) -> alt.X:
 def _panel(frame: pd.DataFrame, labels: Sequence[str], field: str, title: str, form: str, *, legend: bool) -> Any:
     import altair as alt
 
-    x, colour = _time(frame), run_colour(labels, legend=legend)
+    x, colour = _time(frame), run_colour(labels, legend=legend, above=24)
     y = alt.Y(f"{field}:Q", axis=alt.Axis(title=title, format=form, tickCount=3, **ABOVE), scale=alt.Scale(zero=True))
     shown = ".1%" if "%" in form else SHORT_NUMBER
     tips = [
