@@ -1,4 +1,4 @@
-"""A picture of a report: `python -m tests.browser.report docs/report.png` makes the runs, the report and the picture."""
+"""A picture of a report: `python -m tests.browser.report docs/report.png` makes runs, report and picture."""
 
 from __future__ import annotations
 
