@@ -24,16 +24,14 @@ from llmsim.cli_options import (
     scenario_fields,
     trace_arguments,
     trace_options,
-    value_of,
 )
 from llmsim.cli_replay import PROGRESS_AFTER_S, _check_closed_loop, _load
+from llmsim.compare_sides import sides_of
 from llmsim.scenario import Scenario
-from llmsim.scenario_file import human_int
 
 if TYPE_CHECKING:
     from llmsim.compare import Comparison, Side
 
-DEFAULT_SIDE = "vllm"  # the scheduler of a scenario that names none
 HEADINGS = {"ttft": "TTFT", "tpot": "TPOT", "e2el": "E2EL"}
 SETTING_FLAGS = [flag for flag in SCENARIO_FLAGS if flag is not SCHEDULER_FLAGS[0]]
 
@@ -85,8 +83,8 @@ def compare(
     llmsim compare chat.csv --model llama-3.1-8b --gpu h100-sxm --set max_num_batched_tokens=2048 --set replicas=2
     llmsim compare runs/a runs/b
     """
-    from llmsim import compare as comparing
     from llmsim.charts import check_plot
+    from llmsim.compare import compare as paired
     from llmsim.compare_report import report
     from llmsim.metrics import parse_goodput
 
@@ -108,7 +106,7 @@ def compare(
     else:
         odd = next(path for path in paths if not (Path(path) / "manifest.json").is_file())
         raise ValueError(f"{odd}: not a run folder (no manifest.json): give one TRACE, or RUN folders only")
-    outcome = comparing.compare(sides, targets, seed=seed)
+    outcome = paired(sides, targets, seed=seed)
     if out is not None:
         _write(out, outcome, source, ["llmsim", *arguments])
     if plot is not None:
@@ -135,70 +133,7 @@ def scenarios_of(schedulers: tuple[str, ...], variants: tuple[str, ...], flags: 
     for name in ("model", "gpu"):
         if name not in fields:
             raise ValueError(f"no {name}: add --{name} NAME (llmsim list {name}s)")
-    own = fields.get("scheduler_args")
-    if own and len(schedulers) > 1:
-        raise ValueError(
-            f"scheduler_args={own} and {len(schedulers)} schedulers: which of them takes it? Give "
-            f"--set scheduler=NAME,scheduler.{next(iter(own))}={own[next(iter(own))]} instead"
-        )
-    sides: dict[str, dict[str, Any]] = {}
-    if not schedulers:
-        sides[str(fields.get("scheduler") or fields.get("engine") or DEFAULT_SIDE)] = fields
-    for spec in schedulers:
-        name = _short(spec, schedulers)
-        if name in sides:
-            raise ValueError(f"--scheduler {spec} is given twice: leave one out")
-        sides[name] = fields | {"scheduler": spec}
-    for text in variants:
-        if text in sides:
-            raise ValueError(f"--set {text} is given twice: leave one out")
-        sides[text] = changed(next(iter(sides.values())), text)
-    if len(sides) < 2:
-        raise ValueError("one side to compare: add another --scheduler NAME or --set FIELD=VALUE (--set engine=sglang)")
-    return {name: Scenario.from_dict(values, source=source).resolved() for name, values in sides.items()}
-
-
-def _short(spec: str, specs: tuple[str, ...]) -> str:
-    """The class of a user's file, unless two of them are called the same."""
-    name = spec.rpartition(":")[2]
-    return spec if len([other for other in specs if other.rpartition(":")[2] == name]) > 1 else name
-
-
-def changed(fields: dict[str, Any], text: str) -> dict[str, Any]:
-    """Scenario fields with those of FIELD=VALUE,… changed; KIND.NAME=VALUE is an argument of the plug-in KIND."""
-    values = dict(fields)
-    seen: set[str] = set()
-    for pair in text.split(","):
-        name, sign, word = (part.strip() for part in pair.partition("="))
-        name = name.replace("-", "_")
-        kind, dot, argument = name.partition(".")
-        if not sign or not name or (dot and not argument):
-            raise ValueError(f"--set {pair}: write FIELD=VALUE, e.g. max_num_seqs=64 or scheduler.headroom=0.05")
-        if name in seen:
-            raise ValueError(f"--set {text}: {name} is given twice: leave one out, or give a --set for each side")
-        seen.add(name)
-        if dot:
-            values[f"{kind}_args"] = values.get(f"{kind}_args", {}) | {argument: value_of(word)}
-            continue
-        if f"{name}_args" in Scenario.__dataclass_fields__:  # another plug-in does not know the arguments of this one
-            values.pop(f"{name}_args", None)
-        if name == "engine":  # it brings its own scheduler
-            values.pop("scheduler", None)
-            values.pop("scheduler_args", None)
-        values[name] = _typed(name, word)
-    return values
-
-
-def _typed(name: str, word: str) -> Any:
-    """The value as the field has it: text stays text, 32k is a number where a number is wanted."""
-    field = Scenario.__dataclass_fields__.get(name)
-    kind = "" if field is None else str(field.type).removesuffix(" | None")
-    if kind == "int" and word.lower() not in ("null", "none"):
-        return human_int(word)
-    if kind == "str" and word.lower() not in ("null", "none"):
-        return word
-    value = value_of(word.lower() if kind == "bool" else word)
-    return None if isinstance(value, str) and value.lower() == "none" else value
+    return sides_of(fields, schedulers, variants, source=source)
 
 
 def _replayed(

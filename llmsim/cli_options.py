@@ -30,6 +30,7 @@ from llmsim.scenario import (
     Scenario,
 )
 from llmsim.scenario_file import human_int, read_scenario
+from llmsim.scenario_file import value_of as value_of
 
 CONTEXT = {
     "help_option_names": ["-h", "--help"],
@@ -380,14 +381,6 @@ def _argument(field: str, word: str) -> tuple[str, Any]:
         flag = field.removesuffix("s").replace("_", "-")
         raise ValueError(f"--{flag} {word}: write NAME=VALUE, e.g. quantum_s=0.05")
     return name, value_of(text)
-
-
-def value_of(text: str) -> Any:
-    """A number, true, false, null or a list as JSON writes it; anything else is text."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
 
 
 class SectionedCommand(click.Command):

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from llmsim import cli
-from llmsim.cli_compare import changed
 from llmsim.compare import (
     LATENCIES,
     PERCENTS,
@@ -24,6 +23,7 @@ from llmsim.compare import (
     run_sides,
 )
 from llmsim.compare_report import changes, curves, document, report
+from llmsim.compare_sides import changed
 from llmsim.scenario import Scenario
 from llmsim.trace import Trace
 
