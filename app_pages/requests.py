@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -11,12 +12,15 @@ import streamlit as st
 from app_pages import shared
 from llmsim import views
 from llmsim.charts_run import ecdf_chart, gantt_chart, life_chart, scatter_chart
+from llmsim.choice import TraceChoice
 from llmsim.command_line import argv_of
-from llmsim.runs import Run
+from llmsim.scenario import Scenario
 from llmsim.timeline import timeline_bytes
+from llmsim.views_life import explained
 
 LATENCIES = {"ttft": "time to first token", "tpot": "time per output token", "e2el": "end-to-end latency"}
 WHAT_IF = {"candidate": "What if: the candidate", "baseline": "What if: the baseline"}
+MOST_STAYS = 30  # of a request that is preempted again and again
 MOST_ROWS = 2000  # of the table that the browser is sent
 COLUMNS = {  # of the table: column of views.table, what it is called, format
     "id": ("request", "%d"),
@@ -34,7 +38,24 @@ COLUMNS = {  # of the table: column of views.table, what it is called, format
     "preemptions": ("preemptions", "%d"),
     "replica": ("replica", "%d"),
 }
-Commands = list[Sequence[str] | None]
+AT_ONCE = 20_000  # requests of a run that is replayed, to explain one of them, without being asked
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A run, the commands that make it, and what it replayed if this page knows better than its manifest."""
+
+    folder: Path
+    commands: Sequence[Sequence[str] | None]
+    choice: TraceChoice | None = None
+    scenario: Scenario | None = None
+
+    def explain(self, request: int) -> list[str]:
+        """The command that explains one request."""
+        if self.choice is None or self.scenario is None:
+            return ["llmsim", "explain", str(self.folder), "--request", str(request)]
+        options = ("--request", str(request))
+        return argv_of(self.scenario, command="explain", trace=self.choice.shown(), options=options)
 
 
 def given() -> dict[str, Path]:
@@ -44,8 +65,8 @@ def given() -> dict[str, Path]:
     return {name if names.count(name) == 1 else str(path): path for name, path in zip(names, folders, strict=True)}
 
 
-def chosen_run() -> tuple[Path, Commands] | None:
-    """The folder of the run that the reader picked, and the commands that make it; None until there is one."""
+def chosen_run() -> Chosen | None:
+    """The run that the reader picked; None until there is one."""
     runs = given()
     options = [*runs, *WHAT_IF]
     name = st.selectbox(
@@ -53,7 +74,7 @@ def chosen_run() -> tuple[Path, Commands] | None:
     )
     if name in runs:
         command = shared.read(runs[name]).manifest.get("command")
-        return runs[name], [command] if command else []
+        return Chosen(runs[name], [command])
     choice = shared.trace_picker()
     candidate_tab, baseline_tab = st.tabs(["Candidate", "Baseline"])
     with baseline_tab:
@@ -64,7 +85,7 @@ def chosen_run() -> tuple[Path, Commands] | None:
     if choice is None or scenario is None:
         return None
     folder = shared.answers("requests", choice, {name: scenario})[name]
-    return folder, [choice.before(), argv_of(scenario, trace=choice.shown())]
+    return Chosen(folder, [choice.before(), argv_of(scenario, trace=choice.shown())], choice, scenario)
 
 
 def brushed(folder: Path, measure: str) -> dict[str, Sequence[float]] | None:
@@ -89,17 +110,45 @@ def row_picked(key: str, ids: Sequence[int]) -> None:
         st.session_state["requests_id"] = int(ids[rows[0]])
 
 
-def show_life(run: Run, slowest: int) -> None:
-    """One request, by its number or the slowest one."""
+@st.cache_data(max_entries=64, show_spinner="replaying with an observer …")
+def explained_once(folder: Path, request: int, choice: TraceChoice | None, scenario: Scenario | None) -> pd.DataFrame:
+    return explained(folder, request, choice, scenario)
+
+
+def life_of(chosen: Chosen, request: int) -> pd.DataFrame:
+    """Why it waited, by a replay with an observer; until there is one, or if none can be: what the columns tell."""
+    run = shared.read(chosen.folder)
+    plain = views.life(run, request)
+    arguments = (chosen.folder, request, chosen.choice, chosen.scenario)
+    if len(run.requests["id"]) > AT_ONCE:
+        found = shared.long_job("requests_explain", "Replay the run to explain this request", explained, *arguments)
+        return plain if found is None else found
+    try:
+        return explained_once(*arguments)
+    except ValueError as error:
+        st.caption(f"What the run's columns tell; no more, since {error}")
+        return plain
+
+
+def show_life(chosen: Chosen, slowest: int) -> int:
+    """One request, by its number or the slowest one; which it was."""
+    most = int(shared.read(chosen.folder).requests["id"].max())
     number = st.number_input(
-        "Request", 0, int(run.requests["id"].max()), None, placeholder=f"{slowest}, the slowest",
+        "Request", 0, most, None, placeholder=f"{slowest}, the slowest",
         key="requests_id", bind="query-params", help="A click on a bar or on a row of the table chooses one.",
     )  # fmt: skip
+    request = slowest if number is None else int(number)
     with shared.error_in_place():
-        frame = views.life(run, slowest if number is None else int(number))
+        frame = life_of(chosen, request)
         shared.chart(life_chart(frame), key="requests_life")
-        for phase, duration_ms, reason in zip(frame["phase"], frame["duration_ms"], frame["reason"], strict=True):
-            st.markdown(f"**{phase.capitalize()}**, {duration_ms:,.1f} ms: {reason}")
+        stays = [
+            {"from (s)": f"{begin_s:,.3f}", "ms": f"{duration_ms:,.1f}", "what": reason}
+            for begin_s, duration_ms, reason in frame[["begin_s", "duration_ms", "reason"]].to_numpy()
+        ]
+        st.table(stays[:MOST_STAYS], hide_index=True, alt=f"What request {frame['id'].iloc[0]} did, and why it waited")
+        if len(stays) > MOST_STAYS:
+            st.caption(f"{len(stays) - MOST_STAYS} more stays: see llmsim explain --json.")
+    return request
 
 
 def show_table(frame: pd.DataFrame) -> None:
@@ -133,7 +182,7 @@ if chosen is None:
     st.info("Requests appear here once the settings at the left are complete.", icon=":material/arrow_back:")
     st.stop()
 
-folder, commands = chosen
+folder = chosen.folder
 run = shared.read(folder)
 left, right = st.columns([3, 2])
 with left:
@@ -161,11 +210,11 @@ left, right = st.columns([3, 2])
 with left:
     shared.chart(drawing, key="requests_gantt", on_select=lambda: picked("requests_gantt"))
 with right:
-    show_life(run, int(table["id"].iloc[0]))
+    request = show_life(chosen, int(table["id"].iloc[0]))
 show_table(table)
 left, right = st.columns([4, 1])
 with left:
-    shared.command_line(*(command for command in commands if command))
+    shared.command_line(*(command for command in chosen.commands if command), chosen.explain(request))
 with right:
     shared.downloads(
         "requests",

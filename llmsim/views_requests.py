@@ -150,8 +150,8 @@ def _reasons(run: Run | Result, row: int) -> dict[str, str]:
     times = int(requests["preemptions"][row])
     lost = f"; preempted {times} times, {requests['preempted_s'][row] * 1e3:,.0f} ms in all" if times else ""
     return {
-        "queue": f"{ahead} requests waited ahead of it and {running} were running when it was sent",
-        "prefill": f"{prompt:,} prompt tokens{found}, beside {prefills} other prompts",
-        "decode": f"{int(requests['output_tokens'][row]):,} tokens, beside {decodes} requests in all; "
+        "queue": f"Queue: {ahead} requests waited ahead of it and {running} were running when it was sent",
+        "prefill": f"Prefill: {prompt:,} prompt tokens{found}, beside {prefills} other prompts",
+        "decode": f"Decode: {int(requests['output_tokens'][row]):,} tokens, beside {decodes} requests in all; "
         f"{interrupted} prompts were computed meanwhile{lost}",
     }

@@ -272,8 +272,8 @@ def test_the_life_of_a_request_adds_up_and_says_what_went_on() -> None:
     assert frame["phase"].tolist() == ["queue", "prefill", "decode"]
     assert frame["duration_ms"].tolist() == pytest.approx([2000, 1000, 2000])
     assert frame["share"].tolist() == pytest.approx([0.4, 0.2, 0.4])
-    assert frame["reason"][0] == "1 requests waited ahead of it and 1 were running when it was sent"
-    assert frame["reason"][1].startswith("1,500 prompt tokens, 1,000 of them found in the cache")
+    assert frame["reason"][0] == "Queue: 1 requests waited ahead of it and 1 were running when it was sent"
+    assert frame["reason"][1].startswith("Prefill: 1,500 prompt tokens, 1,000 of them found in the cache")
     with pytest.raises(ValueError, match="request 7: the run has none of this id; ids are 0 to 2"):
         views.life(run, 7)
     with pytest.raises(ValueError, match="request 1 was rejected"):
