@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import streamlit as st
@@ -28,6 +27,7 @@ OPTION_COLUMNS = {
     "capacity_rate": ("holds up to (per s)", "%.4g"),
     "tightest": ("tightest promise", None),
     "margin": ("its margin", "percent"),
+    "probability": ("P(SLOs met)", "percent"),
     "breaks_next": ("what breaks it, or the next smaller fleet", None),
     "usd_per_million_output_tokens": ("$ / 1M output tokens", "%.2f"),
     "goodput_per_gpu": ("goodput per GPU (req/s)", "%.2f"),
@@ -35,10 +35,6 @@ OPTION_COLUMNS = {
     "tokens_per_s_per_gpu": ("tokens/s/GPU", "%.0f"),
     "tokens_per_s_per_user": ("tokens/s/user", "%.1f"),
 }
-
-
-def limited(demand: Demand, limit: int) -> Demand:
-    return replace(demand, limit=limit)
 
 
 def show(demand: Demand, used: Demand, found: Plan) -> None:

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmsim.plan_types import Option, Plan, Run
+from llmsim.plan_runs import Run
+from llmsim.plan_types import Option, Plan
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -10,7 +10,8 @@ import pytest
 from llmsim import plan_frames, plan_study
 from llmsim.choice import shipped
 from llmsim.plan import curve
-from llmsim.plan_types import Plan, Run
+from llmsim.plan_runs import Run
+from llmsim.plan_types import Plan
 from llmsim.scenario import Scenario
 from llmsim.simulate import simulate
 from llmsim.slo import Slo
@@ -153,10 +154,10 @@ def test_probabilities_are_those_of_the_prediction() -> None:
 
 def test_flags_are_what_was_asked() -> None:
     words = plan_study.flags_of(
-        replace(DEMAND, replicas=3, budget_usd_per_h=20.0, max_gpus=8, engines=("vllm", "sglang"))
+        replace(DEMAND, replicas=3, budget_usd_per_h=20.0, max_gpus=8, engines=("vllm", "sglang"), confidence=0.9)
     )
     assert words == [
         "--slo", "ttft_p99=800ms", "--slo", "tpot_p95=50ms", "--gpu", "h200-sxm", "--tp", "1,2", "--engine",
-        "vllm,sglang", "--rate", "16", "--replicas", "3", "--budget", "20", "--max-gpus", "8",
+        "vllm,sglang", "--rate", "16", "--replicas", "3", "--budget", "20", "--confidence", "0.9", "--max-gpus", "8",
     ]  # fmt: skip
     assert plan_study.quick_requests(DEMAND) == 24_000 // 28
