@@ -25,7 +25,7 @@ from llmsim.scenario import Scenario
 from llmsim.simulate import simulate
 from llmsim.trace import Trace
 from llmsim.whatif_changes import CHANGES
-from llmsim.whatif_fields import Answer, Change, Setting
+from llmsim.whatif_fields import Answer, Change, Setting, ignored
 
 HELPS = 0.01  # relative change of the latency from which a change is said to help
 MOST = 8  # changes that are tried
@@ -186,9 +186,9 @@ def candidates(
         except ValueError as refused:
             left_out[name] = str(refused)
             continue
-        unchanged = [field for field, value in answer.items() if getattr(other, field) != value]
-        if unchanged:
-            left_out[name] = f"the engine {scenario.engine} has no {unchanged[0]}"
+        lacking = ignored(other, answer)
+        if lacking is not None:
+            left_out[name] = lacking
             continue
         wanted.append((change, answer, other))
     return wanted, left_out

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from test_twin import HOSTS, SteppedCost
 
+from llmsim.cost import Ramp
 from llmsim.cost.graphs import Graphs
 from llmsim.metrics import Result
 from llmsim.scenario import Scenario
@@ -142,6 +143,36 @@ def test_each_replica_serves_its_share_as_if_alone() -> None:
 
 
 # ---- what does not fit ---------------------------------------------------------------------------------------------
+
+
+class SlowDecodes:
+    """A millisecond a prompt token, a second a decode: a replica in the midst of a decode does not wake for long."""
+
+    kind = label = "test"
+    host = HOSTS["none"]
+    mode = staticmethod(Graphs.of_engine(64, 8192).mode)
+
+    def decode_ramp(self, seqs: int, kv_tokens: int) -> Ramp:
+        return Ramp(1.0, 0.0)
+
+    def mixed_s(self, chunks: Any, seqs: int, kv_tokens: int) -> float:
+        return 1e-3 * sum(tokens for tokens, _ in chunks)
+
+
+def test_a_client_learns_at_once_that_its_request_can_never_fit() -> None:
+    """The first replica decodes from 0.3 to 1.3 s. At 0.5 s the second client has its answer and sends what can never
+    fit to the first replica; turned away, it sends its next one to the second replica, which is idle."""
+    work = trace([0.0] * 4, [300, 500, 1500, 100], [5, 1, 102, 1])
+    scenario = replace(
+        SCENARIO, replicas=2, concurrency=2, num_gpu_blocks_override=101, async_scheduling=False,
+        enable_prefix_caching=False,
+    )  # fmt: skip
+    requests = simulate(work, scenario, cost=SlowDecodes()).requests
+    assert requests["replica"].tolist() == [0, 1, 0, 1]
+    assert requests["arrival_s"].tolist() == [0.0, 0.0, 0.5, 0.5]
+    assert np.isnan(requests["finish_s"][2])
+    assert requests["scheduled_s"][3] == 0.5
+    assert requests["finish_s"][3] == pytest.approx(0.6)
 
 
 @pytest.mark.parametrize("concurrency", [None, 2])
