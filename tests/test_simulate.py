@@ -160,19 +160,18 @@ class SlowDecodes:
 
 
 def test_a_client_learns_at_once_that_its_request_can_never_fit() -> None:
-    """The first replica decodes from 0.3 to 1.3 s. At 0.5 s the second client has its answer and sends what can never
-    fit to the first replica; turned away, it sends its next one to the second replica, which is idle."""
-    work = trace([0.0] * 4, [300, 500, 1500, 100], [5, 1, 102, 1])
+    """The first replica decodes from 0.3 to 1.3 s. At 0.506 s the second client has its answer and sends what can never
+    fit to the first replica; turned away, it sends its next one to the second, whose next iteration begins at 0.762."""
+    work = trace([0.0] * 6, [200, 250, 100, 1500, 2400, 100], [5, 1, 5, 1, 10, 1])
     scenario = replace(
-        SCENARIO, replicas=2, concurrency=2, num_gpu_blocks_override=101, async_scheduling=False,
-        enable_prefix_caching=False,
+        SCENARIO, replicas=2, concurrency=4, num_gpu_blocks_override=151, async_scheduling=False,
+        enable_prefix_caching=False, max_num_batched_tokens=512, long_prefill_token_threshold=256,
     )  # fmt: skip
     requests = simulate(work, scenario, cost=SlowDecodes()).requests
-    assert requests["replica"].tolist() == [0, 1, 0, 1]
-    assert requests["arrival_s"].tolist() == [0.0, 0.0, 0.5, 0.5]
-    assert np.isnan(requests["finish_s"][2])
-    assert requests["scheduled_s"][3] == 0.5
-    assert requests["finish_s"][3] == pytest.approx(0.6)
+    assert requests["replica"].tolist() == [0, 1, 0, 1, 0, 1]
+    assert requests["arrival_s"] == pytest.approx([0.0, 0.0, 0.0, 0.0, 0.506, 0.506])
+    assert np.isnan(requests["finish_s"][4])
+    assert requests["scheduled_s"][5] == pytest.approx(0.506 + 0.256)
 
 
 @pytest.mark.parametrize("concurrency", [None, 2])
