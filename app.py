@@ -17,8 +17,9 @@ PAGES = {  # file: title, icon, what it shows
     "calibration": ("Calibration", ":material/target:", "How far the numbers can be trusted."),
 }
 
-st.set_page_config(page_title="llmsim", page_icon=":material/speed:", layout="wide")
 here = Path(__file__).parent
+# a file: an icon by name is fetched from another host
+st.set_page_config(page_title="llmsim", page_icon=str(here / "app_pages" / "icon.png"), layout="wide")
 pages = [
     st.Page(here / "app_pages" / f"{name}.py", title=title, icon=icon, help=about, default=name == "what_if")
     for name, (title, icon, about) in PAGES.items()

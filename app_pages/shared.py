@@ -10,8 +10,20 @@
 Keys name URL parameters and must be unique over all pages, unless two pages mean the same thing by them.
 """
 
-from app_pages.shared_output import chart, command_line, downloads, error_in_place, figures, page_header, show_error
+from app_pages.shared_output import (
+    chart,
+    command_line,
+    downloads,
+    error_in_place,
+    figures,
+    footer,
+    kpi_row,
+    kpi_table,
+    page_header,
+    show_error,
+)
 from app_pages.shared_runs import (
+    answers,
     cached_frame,
     full_run,
     full_runs,
@@ -30,15 +42,19 @@ from llmsim.choice import TraceChoice
 
 __all__ = [
     "TraceChoice",
+    "answers",
     "cached_frame",
     "chart",
     "command_line",
     "downloads",
     "error_in_place",
     "figures",
+    "footer",
     "full_run",
     "full_runs",
     "given_runs",
+    "kpi_row",
+    "kpi_table",
     "long_job",
     "page_header",
     "quick_run",

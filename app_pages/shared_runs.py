@@ -78,6 +78,17 @@ def _ensure(choice: TraceChoice, scenario: Scenario, limit: int | None) -> Path:
         return replay(Replay(choice, scenario, folder, tuple(_command(choice, scenario)), limit))
 
 
+def answers(key: str, choice: TraceChoice, scenarios: Mapping[str, Scenario]) -> dict[str, Path]:
+    """A quick answer now; the whole trace where that is more, on a button, with progress and Stop."""
+    if quick_requests(choice.load()) < len(choice.load()):
+        whole = full_runs(key, choice, scenarios)
+        if whole is not None:
+            st.caption(f"On all {len(choice.load()):,} requests.")
+            return whole
+    st.caption(f"Quick answer on {sampled(choice)}.")
+    return quick_runs(choice, scenarios)
+
+
 def key_of(choice: TraceChoice, scenario: Scenario, limit: int | None) -> str:
     text = json.dumps([choice.facts(), scenario.to_dict(), limit], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:24]

@@ -18,7 +18,7 @@ from llmsim.scenario import KV_CACHE_DTYPES, QUANTIZATIONS, Scenario
 from llmsim.schedulers import BUILTIN as SCHEDULERS
 from llmsim.simulate import blocks_of
 
-OWN = "engine's own"
+OWN = "auto"  # the engine decides, for this model and GPU
 SEQS = [OWN, 1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048]
 TOKENS = [OWN, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768]
 MEMORY = [OWN, *(share / 100 for share in range(50, 99, 2))]
@@ -84,9 +84,7 @@ def _hardware(key: str) -> dict[str, Any]:
     values["gpu"] = _select("GPU", gpus, key, "gpu", "h100-sxm")
     left, right = st.columns(2)
     with left:
-        values["tensor_parallel"] = st.selectbox(
-            "GPUs of one replica", [1, 2, 4, 8], key=f"{key}_tp", bind="query-params", help="Tensor parallelism."
-        )
+        values["tensor_parallel"] = st.selectbox("Tensor parallel", [1, 2, 4, 8], key=f"{key}_tp", bind="query-params")
     with right:
         values["replicas"] = st.number_input("Replicas", 1, 256, 1, key=f"{key}_replicas", bind="query-params")
     return values

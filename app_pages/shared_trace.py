@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import streamlit as st
 
 from app_pages.shared_runs import store
 from llmsim.choice import OVER_CONTEXT, SHIPPED, Synthesis, TraceChoice, on_disk, shipped
 
-SOURCES = {"shipped": "Shipped", "upload": "Upload", "file": "Path", "synthetic": "Synthetic"}
+SOURCES = {
+    "shipped": "an example trace",
+    "upload": "a trace that I upload",
+    "file": "a file on this machine",
+    "synthetic": "a synthetic trace",
+}
 
 
 def trace_picker(key: str = "trace") -> TraceChoice | None:
     """Where the requests come from and how fast; None until a file is given. Shows the reader's error in place."""
-    source = st.segmented_control(
-        "Requests from",
-        list(SOURCES),
-        format_func=SOURCES.__getitem__,
-        default="shipped",
-        required=True,
-        key=f"{key}_from",
-        bind="query-params",
-        width="stretch",
+    source = st.selectbox(
+        "Requests", list(SOURCES), format_func=SOURCES.__getitem__, key=f"{key}_from", bind="query-params"
     )
     choice = {"shipped": _shipped, "upload": _uploaded, "file": _path, "synthetic": _synthetic}[source](key)
     if choice is None:
@@ -47,12 +46,6 @@ def trace_picker(key: str = "trace") -> TraceChoice | None:
             key=f"{key}_over",
             bind="query-params",
         )
-    return _with(choice, traffic, over)
-
-
-def _with(choice: TraceChoice, traffic: float, over: str) -> TraceChoice:
-    from dataclasses import replace
-
     return replace(choice, traffic=float(traffic), over_context=over)
 
 

@@ -22,7 +22,7 @@ it is the machine (a power limit, another CPU) and not chance.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import pairwise
 from math import hypot, nan, sqrt
@@ -73,10 +73,11 @@ class Seconds:
     at_s: Floats
     recorded_s: Floats
     expected_s: Floats
+    tokens: Floats = field(default_factory=lambda: np.zeros(0))  # of each step; launches and schedules have none
 
     @staticmethod
-    def of(rows: Sequence[tuple[float, float, float]]) -> Seconds:
-        return Seconds(*np.array(rows, float).reshape(-1, 3).T)
+    def of(rows: Sequence[tuple[float, ...]], columns: int = 3) -> Seconds:
+        return Seconds(*np.array(rows, float).reshape(-1, columns).T)
 
     @property
     def enough(self) -> bool:
@@ -230,9 +231,9 @@ def _walked(scenario: Scenario, cost: ProfileCost, gpu: float, host: float) -> L
         chunk_s += took_s if step.chunks else 0.0
         if row.gpu_s > 0.0:
             if step.chunks:
-                chunks.append((row.launch_s, row.gpu_s, took_s))
+                chunks.append((row.launch_s, row.gpu_s, took_s, step.tokens))
             elif row.mode == FULL and row.steady:
-                decodes.append((row.launch_s, row.gpu_s, took_s))
+                decodes.append((row.launch_s, row.gpu_s, took_s, step.tokens))
         if row.mode != FULL and row.launched_s == row.launched_s:
             first, last = np.searchsorted(sent_s, [row.launch_s, row.launched_s])
             if last - first < BURST_REQUESTS:  # in a burst the client and the receiving thread compete with the launch
@@ -244,8 +245,8 @@ def _walked(scenario: Scenario, cost: ProfileCost, gpu: float, host: float) -> L
         schedules.append((step.schedule_s, step.schedule_took_s + DISPATCH_S, schedule_s))
     return Load(
         scenario.name,
-        Seconds.of(decodes),
-        Seconds.of(chunks),
+        Seconds.of(decodes, 4),
+        Seconds.of(chunks, 4),
         Seconds.of(launches),
         Seconds.of(schedules),
         chunk_s / total_s,

@@ -169,7 +169,7 @@ def quick_requests(trace: Trace) -> int:
     fit = min(int(np.searchsorted(work, QUICK_TOKENS, side="right")), QUICK_REQUESTS)
     if fit >= len(trace):
         return len(trace)
-    rounded = 10 ** max(len(str(fit)) - 2, 0)
+    rounded = int(10 ** max(len(str(fit)) - 2, 0))
     return max(fit // rounded * rounded, 1)
 
 

@@ -26,6 +26,7 @@ FLAGS = {
     "browser.gatherUsageStats": "false",
     "browser.serverAddress": "127.0.0.1",
     "client.toolbarMode": "minimal",
+    "client.showErrorLinks": "false",
 }
 
 

@@ -16,7 +16,7 @@ from llmsim.comparing import named_scenarios
 
 ROOT = Path(__file__).parents[1]
 MACHINE = {"model": "llama-3.1-8b", "gpu": "h100-sxm"}
-FUNCTIONS = ("simulate", "compare", "sweep")
+FUNCTIONS = ("simulate", "compare", "plan", "sweep")
 
 
 def python(code: str) -> str:

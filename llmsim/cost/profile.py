@@ -122,11 +122,28 @@ class Deviation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     count: int
 
 
-class Spread(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Within(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Relative standard deviations of GPU seconds inside a load, and how many loads they rest on."""
+
+    decode: float
+    chunk: float
+    count: int
+
+
+class Spread(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """How far recordings are from the profile at random: what no better fit to one of them removes."""
 
     runs: Deviation  # loads of one machine, what the profile misses in each included
     machines: Deviation  # machines of a kind beyond that
+    models: dict[str, Deviation] = {}  # setups it was carried to (`setup_name`): all of it, machine and hour included
+    sizes: Within | None = None  # iterations of one size beyond their load, of what it was fitted to
+    carried_sizes: Within | None = None  # and of what it was carried to
+    steps: Within | None = None  # single iterations beyond those of their size
+
+
+def setup_name(model: str, dtype: str, tensor_parallel: int) -> str:
+    """What a profile is carried to, as `Spread.models` names it: a model, its weights' dtype, GPUs of a replica."""
+    return f"{model} {dtype} tp{tensor_parallel}"
 
 
 class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -254,9 +271,7 @@ def _check_numbers(part: Any, path: str) -> None:
         seconds = field.endswith(("_s", "seconds")) and not field.endswith("_per_s")
         most = MOST_S if seconds else MOST
         least = -most if field in SIGNED else 0.0
-        zero = field not in NOT_ZERO and (
-            seconds or field.endswith("_share") or ".runs." in path or ".machines." in path
-        )
+        zero = field not in NOT_ZERO and (seconds or field.endswith("_share") or path.startswith("spread."))
         if not least <= part <= most or (part == 0 and not zero):
             raise ValueError(
                 f"{path}={str(part)[:20]} must be {'0 or more' if zero else 'above 0'} and at most {most:.0e}"

@@ -1,0 +1,159 @@
+"""How far a cost model may be off, by source: standard deviations of factors, from recordings, never typed in.
+
+A profile's `spread` (made by `python -m calibration spread --record`) holds relative standard deviations of decode
+steps, steps with prompts and launches:
+
+    machine   `spread.machines`: machines of one kind. All factors of a draw come from the same machine: its GPU is off
+              by one amount, in decodes and prompts alike (each by its own deviation), its host by another
+    hour      `spread.runs`: loads on one machine: the hour, and what the profile misses from load to load
+    model     `spread.models`: a model, precision or tensor-parallel size that the profile was carried to, beyond
+              machine and hour. 0 for what it was fitted to
+    sizes     `spread.sizes`, and where it is carried `spread.carried_sizes`: iterations of one size beyond their load
+    steps     `spread.steps`: single iterations
+
+Two to four machines say little, so deviations of machine and hour are pooled over the shipped profiles:
+s^2 = sum of f_i s_i^2 / sum of f_i, with f_i degrees of freedom (machines less 1; loads less machines).
+With V the mean over all recorded setups of their squared deviations, a setup is off by
+
+    never run            V
+    run in n loads       (V + n * own^2) / (1 + n)        all the others count as much as one load of its own
+
+less machine^2 and hour^2, which are in them. A touched-up profile knows its machine: there `machine` is the standard
+error of its factors. `constant:SECONDS` is exact by definition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import hypot, sqrt
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from llmsim.cost.profile import Deviation, Profile, profile_names, read_profile, setup_name
+
+if TYPE_CHECKING:
+    from llmsim.cost import CostModel
+    from llmsim.scenario import Scenario
+
+SOURCES = ("machine", "hour", "model", "sizes", "steps")
+KINDS = ("gpu_decode", "gpu_chunk", "host")
+
+
+class Source(NamedTuple):
+    """Relative standard deviations of decode steps, steps with prompts, and the host's times."""
+
+    decode: float = 0.0
+    chunk: float = 0.0
+    host: float = 0.0
+
+
+NONE = Source()
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Each source apart; `Sources()` is certain of everything but the seed."""
+
+    machine: Source = NONE
+    hour: Source = NONE
+    model: Source = NONE
+    sizes: Source = NONE
+    steps: Source = NONE
+    basis: str = "exact by definition"  # what they rest on, in words
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name)._asdict() for name in SOURCES} | {"basis": self.basis}
+
+
+def shipped_profiles() -> list[Profile]:
+    return [read_profile(name) for name in profile_names()]
+
+
+def sources_of(scenario: Scenario, cost: CostModel, profiles: Sequence[Profile] | None = None) -> Sources:
+    """`profiles`: those whose recordings count; default the shipped ones, and the cost model's own.
+
+    ValueError for a cost model that no recording says anything about.
+    """
+    if cost.kind == "constant":
+        return Sources()
+    own = getattr(cost, "profile", None)
+    if own is None:
+        raise ValueError(
+            f"cost={scenario.cost}: {cost.kind} on {scenario.gpu} was compared with no recording, so nothing says how"
+            " far it may be off: intervals need a profile (llmsim list profiles, or docs/calibration.md)"
+        )
+    known = {profile.id: profile for profile in [*(shipped_profiles() if profiles is None else profiles)]}
+    if profiles is None and own.provenance.touched is None:
+        known[own.id] = own
+    spreads = [profile for profile in known.values() if profile.spread is not None]
+    if not spreads:
+        raise ValueError(
+            f"profile {own.name}: no spread is recorded, of it or of any shipped profile, so nothing says how far it"
+            " may be off: write one with python -m calibration spread --record"
+        )
+    hour = _pooled([(p.spread.runs, p.spread.runs.count - p.spread.machines.count) for p in spreads if p.spread])
+    machine = _pooled([(p.spread.machines, p.spread.machines.count - 1) for p in spreads if p.spread])
+    name = setup_name(scenario.resolved().model, scenario.weight_dtype, scenario.tensor_parallel)
+    total, words = _carried(own, name, spreads) if _is_carried(cost) else (None, "what the profile was fitted to")
+    model = NONE if total is None else _beyond(total, machine, hour)
+    touched = own.provenance.touched
+    if touched is not None:
+        machine = Source(touched["gpu_sd"], touched["gpu_sd"], touched["host_sd"])
+    sizes = "carried_sizes" if _is_carried(cost) else "sizes"
+    loads = sum(p.spread.runs.count for p in spreads if p.spread)
+    machines = sum(p.spread.machines.count for p in spreads if p.spread)
+    basis = f"{loads} loads on {machines} machines; {scenario.model}: {words}"
+    return Sources(
+        machine=machine,
+        hour=hour,
+        model=model,
+        sizes=_inside(spreads, sizes),
+        steps=_inside(spreads, "steps"),
+        basis=basis + ("; touched up by this machine" if touched is not None else ""),
+    )
+
+
+def _inside(spreads: Sequence[Profile], name: str) -> Source:
+    """Of iterations inside a load, pooled over the profiles that know it; 0 where none does."""
+    found = [within for p in spreads if (within := getattr(p.spread, name)) is not None]
+    loads = sum(within.count for within in found)
+    if not loads:
+        return NONE
+    kinds = ("decode", "chunk")
+    return Source(*(sqrt(sum(w.count * getattr(w, kind) ** 2 for w in found) / loads) for kind in kinds))
+
+
+def _is_carried(cost: CostModel) -> bool:
+    return getattr(cost, "origin", "") != "recorded"
+
+
+def _pooled(deviations: Sequence[tuple[Deviation, int]]) -> Source:
+    """Weighted by degrees of freedom."""
+    freedom = sum(max(count, 0) for _, count in deviations)
+    if not freedom:
+        raise ValueError("profiles: their spreads rest on one machine each, so nothing says how far machines differ")
+    squares = [sum(max(n, 0) * getattr(d, kind) ** 2 for d, n in deviations) / freedom for kind in KINDS]
+    return Source(*(sqrt(square) for square in squares))
+
+
+def _carried(own: Profile, name: str, spreads: Sequence[Profile]) -> tuple[Source, str]:
+    """Everything that such a setup is off by, and what that rests on."""
+    all_of_them = [deviation for p in spreads if p.spread for deviation in p.spread.models.values()]
+    if not all_of_them:
+        raise ValueError(
+            f"profile {own.name} is carried to {name}, and no profile says how far it is off when carried: record that"
+            " with python -m calibration spread --carried FOLDER --record"
+        )
+    prior = [sum(getattr(d, kind) ** 2 for d in all_of_them) / len(all_of_them) for kind in KINDS]
+    same = [p for p in spreads if p.gpu == own.gpu]
+    seen = next((p.spread.models[name] for p in same if p.spread and name in p.spread.models), None)
+    if seen is None:
+        return Source(*map(sqrt, prior)), f"never run, {len(all_of_them)} other setups were"
+    n = seen.count
+    squares = [(v + n * getattr(seen, kind) ** 2) / (1 + n) for v, kind in zip(prior, KINDS, strict=True)]
+    return Source(*map(sqrt, squares)), f"{n} loads of it were run"
+
+
+def _beyond(total: Source, machine: Source, hour: Source) -> Source:
+    inside = [hypot(a, b) for a, b in zip(machine, hour, strict=True)]
+    return Source(*(sqrt(max(t * t - i * i, 0.0)) for t, i in zip(total, inside, strict=True)))
