@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from math import inf, isinf, log
 from typing import TYPE_CHECKING, Any
 
 from llmsim.metrics import json_safe
@@ -16,11 +17,11 @@ if TYPE_CHECKING:
 
 # Of a simulation's summary, what a plan keeps (llmsim.metrics says what each is).
 KEPT = (
-    "num_prompts", "completed", "duration", "request_throughput", "output_throughput", "request_goodput",
-    "slo_attainment", *(f"{word}_{name}_ms" for name in ("ttft", "tpot", "itl", "e2el")
+    "num_prompts", "completed", "duration", "request_rate", "request_throughput", "output_throughput",
+    "request_goodput", "slo_attainment", *(f"{word}_{name}_ms" for name in ("ttft", "tpot", "itl", "e2el")
                         for word in ("mean", "median", "p90", "p95", "p99")),
     "tokens_per_s_per_gpu", "tokens_per_s_per_user", "gpu_busy_frac", "num_preemptions", "prefix_cache_hit_rate",
-    "stable", "stability", "extrapolated",
+    "stable", "stability", "extrapolated", "cost_model",
 )  # fmt: skip
 
 
@@ -49,8 +50,11 @@ class Measured:
         return self.slo.margin(self.value_s)
 
     def __str__(self) -> str:
-        over = f", {-100 * self.margin:.0f} % over" if not self.met else ""
-        return f"{self.slo.metric.upper()} {self.slo.statistic} {1e3 * self.value_s:,.4g} ms{over}"
+        if isinf(self.value_s):
+            return f"{self.slo.metric.upper()} {self.slo.statistic} never (rejected requests)"
+        value = f"{1e3 * self.value_s:,.4g} ms" if self.value_s < 10.0 else f"{self.value_s:,.3g} s"
+        over = f", {factor_over(self.value_s / self.slo.limit_s)} over" if not self.met else ""
+        return f"{self.slo.metric.upper()} {self.slo.statistic} {value}{over}"
 
     def to_dict(self) -> dict[str, Any]:
         return {"slo": str(self.slo), "value_s": self.value_s, "margin": self.margin, "met": self.met}
@@ -84,6 +88,17 @@ class Run:
     @property
     def breaks(self) -> tuple[Measured, ...]:
         return tuple(one for one in self.measured if not one.met)
+
+    @property
+    def pressure(self) -> float:
+        """Log of the worst value over its limit, the queue left aside: at most 0 if every SLO is met."""
+        ratios = [one.value_s / one.slo.limit_s for one in self.measured if one.value_s > 0.0]  # not nan
+        return log(max(ratios)) if ratios else -inf
+
+    @property
+    def excess(self) -> float:
+        """The same, inf if the queue kept growing: at most 0 if it holds."""
+        return self.pressure if self.stable else inf
 
     @property
     def why_not(self) -> str:
@@ -195,18 +210,21 @@ class Option:
 
     @property
     def breaks(self) -> tuple[Measured, ...]:
-        """The SLOs that break: here if it does not hold, otherwise in the nearest fleet or at the rate that does not."""
+        """The SLOs that break here, or, if it holds, in the nearest fleet or at the nearest rate that does not."""
         run = self.broken if self.holds else self.run
         return () if run is None else run.breaks
 
     def value(self, name: str) -> Any:
         return None if self.run is None else self.run.values[name]
 
+    def _number(self, name: str) -> float | None:
+        found: float | None = self.value(name)
+        return found
+
     @property
     def goodput(self) -> float | None:
         """Requests per second that meet the limit of every SLO, each by itself; nothing if the fleet does not hold."""
-        good: float | None = self.value("request_goodput") if self.holds else None
-        return good
+        return self._number("request_goodput") if self.holds else None
 
     @property
     def goodput_per_gpu(self) -> float | None:
@@ -224,13 +242,11 @@ class Option:
 
     @property
     def tokens_per_s_per_gpu(self) -> float | None:
-        found: float | None = self.value("tokens_per_s_per_gpu")
-        return found
+        return self._number("tokens_per_s_per_gpu")
 
     @property
     def tokens_per_s_per_user(self) -> float | None:
-        found: float | None = self.value("tokens_per_s_per_user")
-        return found
+        return self._number("tokens_per_s_per_user")
 
     def row(self) -> dict[str, Any]:
         """One row of `Plan.frame()`."""
@@ -297,7 +313,7 @@ class Plan:
         return pd.DataFrame([run_row(run) for run in self.runs])
 
     def to_dict(self) -> dict[str, Any]:
-        document = {
+        document: dict[str, Any] = {
             "slos": [str(slo) for slo in self.slos],
             "rate": self.rate,
             "fleet": self.fleet,
@@ -310,17 +326,24 @@ class Plan:
             "prices": self.prices,
             "notes": list(self.notes),
         }
-        safe: dict[str, Any] = json_safe(document)
-        return safe
+        return {name: json_safe(value) for name, value in document.items()}
 
 
 def run_row(run: Run) -> dict[str, Any]:
     """One row of `Plan.runs_frame()`."""
     row = run.to_dict()
-    window, values = row.pop("window") or {}, row.pop("values")
-    for one in row.pop("slos"):
-        row[one["slo"]] = one["value_s"]
-    return row | {"window_start_s": window.get("start_s"), "window_requests": window.get("requests")} | values
+    for name in ("window", "values", "slos"):
+        del row[name]
+    row |= {str(one.slo): one.value_s for one in run.measured}
+    window = run.window
+    row["window_start_s"] = None if window is None else window.start_s
+    row["window_requests"] = None if window is None else window.requests
+    return row | run.values
+
+
+def factor_over(ratio: float) -> str:
+    """By how much a limit is exceeded: 12 %, or 4.2 times where that says more."""
+    return f"{100 * (ratio - 1):.2g} %" if ratio < 2.0 else f"{ratio:.3g} times"
 
 
 def with_replicas(scenario: Scenario, replicas: int) -> Scenario:
@@ -328,10 +351,12 @@ def with_replicas(scenario: Scenario, replicas: int) -> Scenario:
 
 
 def slos_of(slos: Sequence[Slo | str]) -> tuple[Slo, ...]:
-    """Checked: at least one."""
-    from llmsim.slo import parse_slos
-
-    found = parse_slos([str(slo) for slo in slos])
+    """Checked: at least one, and one limit for each statistic."""
+    found = tuple(Slo.parse(slo) if isinstance(slo, str) else slo for slo in slos)
     if not found:
         raise ValueError("no slo: give at least one promise, e.g. ttft_p99=500ms")
+    names = [slo.name for slo in found]
+    for at, slo in enumerate(found):
+        if slo.name in names[:at]:
+            raise ValueError(f"slo {slo}: {slo.name} is given twice: keep one")
     return found

@@ -12,7 +12,7 @@ metric. The mean is infinite as soon as one request was rejected.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf, isfinite, isinf, isnan, nan
 from typing import TYPE_CHECKING, Any
@@ -101,19 +101,8 @@ def shown_s(seconds: float) -> str:
     return f"{seconds / UNITS_S[unit]:.10g}{unit}"
 
 
-def parse_slos(texts: Iterable[str]) -> tuple[Slo, ...]:
-    """In the order given; one limit for each statistic."""
-    slos: list[Slo] = []
-    for text in texts:
-        slo = Slo.parse(text)
-        if slo.name in [other.name for other in slos]:
-            raise ValueError(f"slo {text!r}: {slo.name} is given twice: keep one")
-        slos.append(slo)
-    return tuple(slos)
-
-
 def goodput_targets_ms(slos: Sequence[Slo]) -> dict[str, float]:
-    """Per-request targets for goodput: the tightest limit of each latency that a request has, whatever the statistic."""
+    """Per-request targets for goodput: the tightest limit of each latency of a request, whatever the statistic."""
     targets: dict[str, float] = {}
     for slo in slos:
         if slo.metric in TARGETS:

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import ceil
+from math import ceil, nan
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,8 +26,9 @@ import numpy as np
 from llmsim.cost.scaled import Factors, ScaledCost
 from llmsim.scenario import Scenario
 from llmsim.simulate import cost_of
+from llmsim.slo import Slo
 from llmsim.uncertainty_draws import Draw, draw_costs, draws_of
-from llmsim.uncertainty_run import HEADLINE, Promise, Row, Task, in_processes, promise_name, summary_key
+from llmsim.uncertainty_run import HEADLINE, Row, Task, in_processes
 from llmsim.uncertainty_sources import Source, Sources, sources_of
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from llmsim.trace import Trace
 
 __all__ = [
-    "HEADLINE", "Draw", "Factors", "Prediction", "Probability", "Promise", "ScaledCost", "Source", "Sources",
+    "HEADLINE", "Draw", "Factors", "Prediction", "Probability", "ScaledCost", "Source", "Sources",
     "draw_costs", "draws_of", "predict", "sources_of",
 ]  # fmt: skip
 
@@ -64,47 +65,44 @@ class Prediction:
     draws: tuple[Draw, ...]
     values: Mapping[str, tuple[float | None, ...]]
     samples: Mapping[str, int]  # of each latency: how many numbers the statistics rest on, in the draw with fewest
-    attained: tuple[float, ...] = ()  # with goodput targets: the share of requests that met them, by draw
-    slos: tuple[Promise, ...] = field(default=())
+    slos: tuple[Slo, ...] = ()
+    promised_s: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # what each of them is about, by draw
 
     @cached_property
     def intervals(self) -> dict[str, tuple[float, float, float]]:
         """{key: (low, median, high)} of the numbers that every draw has."""
-        ends = ((1.0 - self.level) / 2, 0.5, (1.0 + self.level) / 2)
-        whole = {key: [v for v in held if v is not None] for key, held in self.values.items()}
-        found = {key: held for key, held in whole.items() if len(held) == len(self.draws)}
-        return {key: quantiles(held, ends) for key, held in found.items()}
+        found = {}
+        for key, held in self.values.items():
+            numbers = [value for value in held if value is not None]
+            if len(numbers) == len(self.draws):
+                found[key] = interval(numbers, self.level)
+        return found
 
-    def interval(self, key: str, level: float | None = None) -> tuple[float, float]:
-        """The same at any level that the draws are enough for."""
-        level = self.level if level is None else level
-        check_level(level, len(self.draws))
-        held = [value for value in self.values[key] if value is not None]
-        low, _, high = quantiles(held, ((1.0 - level) / 2, 0.5, (1.0 + level) / 2))
-        return low, high
-
-    def probability(self, slos: Sequence[Promise] | None = None) -> Probability:
+    def probability(self, slos: Sequence[Slo] | None = None) -> Probability:
         """That all of the promises are kept, and each of them; by default those that `predict` was given."""
-        promises = self.slos if slos is None else tuple(slos)
         kept = np.ones(len(self.draws), dtype=bool)
         each: dict[str, float] = {}
-        for slo in promises:
-            holds = np.array([value is not None and value <= 1e3 * slo.limit_s for value in self._of(slo)])
-            each[promise_name(slo)] = float(holds.mean())
+        for slo in self.slos if slos is None else slos:
+            holds = np.array([slo.met(value_s) for value_s in self._values_s(slo)])
+            each[str(slo)] = float(holds.mean())
             kept &= holds
         return Probability(float(kept.mean()), each, len(self.draws))
 
     def attaining(self, share: float) -> float:
         """Probability that at least this share of the requests meets the goodput targets."""
-        if not self.attained:
+        attained = self.values["slo_attainment"]
+        if None in attained:
             raise ValueError("goodput: no targets were given to predict, so nothing says which requests meet them")
-        return float(np.mean([attained >= share for attained in self.attained]))
+        return float(np.mean([met is not None and met >= share for met in attained]))
 
-    def _of(self, slo: Promise) -> tuple[float | None, ...]:
-        key = summary_key(slo)
-        if key not in self.values:
-            raise ValueError(f"slo {promise_name(slo)}: was not kept by draw; give it to predict(slos=…)")
-        return self.values[key]
+    def _values_s(self, slo: Slo) -> tuple[float, ...]:
+        """By draw. The summary leaves rejected requests out; to an SLO they are infinitely late."""
+        if slo.name in self.promised_s:
+            return self.promised_s[slo.name]
+        key = f"{'median' if slo.statistic == 'p50' else slo.statistic}_{slo.metric}_ms"
+        if key not in self.values or any(self.values["failed"]):
+            raise ValueError(f"slo {slo}: {slo.name} was not kept by draw: give it to predict(slos=…)")
+        return tuple(nan if value is None else value / 1e3 for value in self.values[key])
 
     def frame(self) -> pd.DataFrame:
         """A row a number: key, low, median, high."""
@@ -134,14 +132,16 @@ class Prediction:
         if self.slos:
             kept = self.probability()
             found["probability"] = {"all": kept.all, "each": kept.each}
-        if self.attained:
+        if None not in self.values["slo_attainment"]:
             found["attaining"] = {f"{share:g}": self.attaining(share) for share in SHARES}
         return found
 
 
-def quantiles(values: Sequence[float], shares: Sequence[float]) -> tuple[float, float, float]:
-    """At plotting positions k / (n + 1)."""
-    low, middle, high = np.quantile(np.asarray(values, dtype=np.float64), shares, method="weibull").tolist()
+def interval(values: Sequence[float], level: float) -> tuple[float, float, float]:
+    """(low, median, high) of draws, at plotting positions k / (n + 1)."""
+    check_level(level, len(values))
+    ends = ((1.0 - level) / 2, 0.5, (1.0 + level) / 2)
+    low, middle, high = np.quantile(np.asarray(values, dtype=np.float64), ends, method="weibull").tolist()
     return low, middle, high
 
 
@@ -165,7 +165,7 @@ def predict(
     *,
     draws: int = DRAWS,
     goodput: dict[str, float] | None = None,
-    slos: Sequence[Promise] = (),
+    slos: Sequence[Slo] = (),
     level: float = LEVEL,
     jobs: int = 1,
     progress: Callable[[int, int], None] | None = None,
@@ -198,6 +198,6 @@ def predict(
         draws=tuple(drawn),
         values={key: tuple(row.values[key] for row in rows) for key in rows[0].values},
         samples={name: min(row.samples[name] for row in rows) for name in rows[0].samples},
-        attained=tuple(row.values["slo_attainment"] or 0.0 for row in rows) if goodput else (),
         slos=tuple(slos),
+        promised_s={name: tuple(row.promised_s[name] for row in rows) for name in rows[0].promised_s},
     )

@@ -7,19 +7,17 @@
 z standard normal; m, h, s the deviations of machine, hour and model (`llmsim.uncertainty_sources`). On top of that
 iterations of one size are off by something of their own, and so is every single iteration (`llmsim.cost.scaled`).
 Each draw has a seed of its own for that, for launch noise and for whatever else is drawn. One draw is one machine in
-one hour: all its replicas are alike. Each z is drawn once from each of n equally likely slices (Latin hypercube: McKay,
-Beckman & Conover 1979), so that few draws cover it evenly.
+one hour: all its replicas are alike. Draws are independent: spreading them evenly (a Latin hypercube) would pull the
+outermost ones apart and make intervals of few draws too wide.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from math import exp
-from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from llmsim.cost.scaled import Factors, Ripple, ScaledCost
 from llmsim.simulate import cost_of
@@ -30,7 +28,6 @@ if TYPE_CHECKING:
     from llmsim.scenario import Scenario
 
 TAG = 0x756E73757265  # keeps these draws apart from others of the same seed
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,7 @@ def draws_of(scenario: Scenario, sources: Sources, n: int, seed: int | None = No
     if n < 1:
         raise ValueError(f"draws={n}: give 1 or more")
     rng = np.random.default_rng([TAG, scenario.seed if seed is None else seed, n])
-    z = _hypercube(rng, n, 8)
+    z = rng.standard_normal((8, n))
     seeds = rng.integers(0, 2**31, n).tolist()
     m, h, s = sources.machine, sources.hour, sources.model
     exponents = (
@@ -66,12 +63,6 @@ def draws_of(scenario: Scenario, sources: Sources, n: int, seed: int | None = No
         )
         for i, seed in enumerate(seeds)
     ]
-
-
-def _hypercube(rng: np.random.Generator, n: int, sources: int) -> list[Floats]:
-    """Standard normals: of every source one from each of n equally likely slices."""
-    normal = np.vectorize(NormalDist().inv_cdf, otypes=[np.float64])
-    return [normal((rng.permutation(n) + rng.uniform(1e-9, 1.0 - 1e-9, n)) / n) for _ in range(sources)]
 
 
 def draw_costs(scenario: Scenario, n: int, seed: int | None = None) -> list[ScaledCost]:

@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from llmsim.gaps import GapRuns
-from llmsim.metrics import Result, latencies_s
 from llmsim.simulate import simulate
+from llmsim.slo import Slo, values_s
 
 if TYPE_CHECKING:
     from llmsim.cost import CostModel
@@ -23,37 +20,19 @@ LATENCIES = ("ttft", "tpot", "itl", "e2el")
 WORDS = ("mean", "median", "p90", "p95", "p99")
 HEADLINE = (
     *(f"{word}_{name}_ms" for name in LATENCIES for word in WORDS),
-    "duration", "request_throughput", "output_throughput", "total_token_throughput", "request_goodput",
+    "duration", "failed", "request_throughput", "output_throughput", "total_token_throughput", "request_goodput",
     "slo_attainment", "goodput_tok_s", "tokens_per_s_per_user", "tokens_per_s_per_gpu", "gpu_busy_frac",
     "cost_per_1m_output_tokens", "cost_per_1m_total_tokens",
 )  # fmt: skip
 
 
-class Promise(Protocol):
-    """One service-level objective, as `llmsim.plan.Slo` is: a statistic of a latency, and what it may be at most."""
-
-    @property
-    def metric(self) -> str: ...
-    @property
-    def statistic(self) -> str: ...
-    @property
-    def limit_s(self) -> float: ...
-
-
-def promise_name(slo: Promise) -> str:
-    return f"{slo.metric}_{slo.statistic}<={1e3 * slo.limit_s:g}ms"
-
-
-def summary_key(slo: Promise) -> str:
-    """The key of the summary, or of the same form, that a promise is about."""
-    word = "median" if slo.statistic in ("p50", "median") else slo.statistic
-    return f"{word}_{slo.metric}_ms"
-
-
 @dataclass(frozen=True)
 class Row:
+    """What is kept of a draw: numbers and samples of the summary, and what each SLO is about (s)."""
+
     values: dict[str, float | None]
     samples: dict[str, int]
+    promised_s: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -64,7 +43,7 @@ class Task:
     scenario: Scenario
     cost: CostModel
     goodput: dict[str, float] | None
-    slos: tuple[Promise, ...]
+    slos: tuple[Slo, ...]
 
     def all(self, drawn: Sequence[Draw]) -> Iterator[Row]:
         return map(self.one, drawn)
@@ -73,29 +52,8 @@ class Task:
         result = simulate(self.trace, replace(self.scenario, seed=draw.seed), cost=draw.of(self.cost))
         summary = result.summary(self.goodput)
         values = {key: summary[key] for key in HEADLINE}
-        for slo in self.slos:
-            key = summary_key(slo)
-            if key not in values:
-                values[key] = summary[key] if key in summary else _statistic_ms(result, slo)
-        return Row(values, summary["samples"])
-
-
-def _statistic_ms(result: Result, slo: Promise) -> float | None:
-    """A percentile that the summary does not have."""
-    try:
-        percent = float(slo.statistic.removeprefix("p"))
-    except ValueError:
-        percent = -1.0
-    if slo.metric not in LATENCIES or not slo.statistic.startswith("p") or not 0.0 < percent < 100.0:
-        raise ValueError(
-            f"slo {promise_name(slo)}: give one of {', '.join(LATENCIES)}, and mean or a percentile such as p99"
-        )
-    if slo.metric == "itl":
-        gaps = GapRuns.of(result.gaps)
-        return 1e3 * gaps.percentiles_s([percent])[0] if gaps.total else None
-    values_s = latencies_s(result.requests)[slo.metric]
-    values_s = values_s[np.isfinite(values_s)]
-    return 1e3 * float(np.percentile(values_s, percent)) if values_s.size else None
+        late = zip(self.slos, values_s(result, self.slos), strict=True)
+        return Row(values, summary["samples"], {slo.name: value_s for slo, value_s in late})
 
 
 _task: Task | None = None  # of this worker process
