@@ -4,6 +4,8 @@ import streamlit as st
 
 from app_pages import policies_views as views
 from app_pages import shared
+from app_pages.policies_cache import cache
+from app_pages.promises import promises
 from llmsim import cli_list
 from llmsim.compare_sides import base_of, flags_of, given, parted, sides_of, stamps
 from llmsim.compare_study import Study
@@ -13,15 +15,12 @@ VIEWS = {"Differences": views.differences, "Goodput": views.rates, "Fairness": v
 USUAL = ["vllm", "vllm-v0", "vtc", "engine=sglang"]
 
 
-def known_sides() -> list[str]:
-    """Every scheduler and engine of the library, written as a side."""
-    return [row["name"] for row in cli_list.schedulers()] + [f"engine={row['name']}" for row in cli_list.engines()]
-
-
 def side_picker() -> list[str]:
+    """Every scheduler and engine of the library, or what is typed."""
+    schedulers = [row["name"] for row in cli_list.schedulers()]
     return st.multiselect(
         "Sides",
-        known_sides(),
+        schedulers + [f"engine={row['name']}" for row in cli_list.engines()],
         USUAL,
         key="pol_sides",
         bind="query-params",
@@ -31,30 +30,19 @@ def side_picker() -> list[str]:
     )
 
 
-def slo_picker() -> tuple[tuple[str, float], ...]:
-    left, middle, right = st.columns(3)
-    with left:
-        ttft_ms = st.number_input(
-            "SLO: TTFT (ms)", 0.0, None, 500.0, 50.0, format="%g", key="pol_ttft", bind="query-params", help="0: none"
-        )
-    with middle:
-        tpot_ms = st.number_input(
-            "SLO: TPOT (ms)", 0.0, None, 50.0, 5.0, format="%g", key="pol_tpot", bind="query-params", help="0: none"
-        )
-    with right:
-        e2el_ms = st.number_input(
-            "SLO: E2EL (ms)", 0.0, None, 0.0, 500.0, format="%g", key="pol_e2el", bind="query-params", help="0: none"
-        )
-    return tuple((name, ms) for name, ms in (("ttft", ttft_ms), ("tpot", tpot_ms), ("e2el", e2el_ms)) if ms)
+def what_they_are() -> None:
+    with st.popover("What they are", icon=":material/menu_book:"):
+        st.table(cli_list.schedulers())
+        st.table([{"name": f"engine={row['name']}", "about": row["about"]} for row in cli_list.engines()])
 
 
-shared.page_header("Policies", "Who goes first, and what is kept: several policies answer the same requests.")
 with st.sidebar:
-    st.subheader("Requests")
     with shared.error_in_place():
         choice = shared.trace_picker()
-    st.subheader("Set-up")
     scenario = shared.scenario_picker("base")
+    goodput = promises()
+
+shared.page_header("Policies", "Who goes first, and what is kept: several policies answer the same requests.")
 view = st.segmented_control(
     "Look at",
     [*VIEWS, CACHE],
@@ -65,13 +53,17 @@ view = st.segmented_control(
     label_visibility="collapsed",
 )
 if choice is None or scenario is None:
+    st.info("The answer appears here once the settings at the left are complete.", icon=":material/arrow_back:")
     st.stop()
 with shared.error_in_place():
     if view == CACHE:
-        views.cache(choice, scenario)
+        cache(choice, scenario)
     else:
-        words = side_picker()
-        goodput = slo_picker()
+        left, right = st.columns([5, 1], vertical_alignment="bottom")
+        with left:
+            words = side_picker()
+        with right:
+            what_they_are()
         sides = sides_of(given(scenario), *parted(words), source="set-up")
         study = Study(choice, tuple(sides.items()), goodput, stamps=stamps(sides.values()))
         VIEWS[view](study, base_of(scenario, words), flags_of(words))

@@ -27,7 +27,7 @@ PHASE_COLOURS = {"prefill": "#c2410c", "decode": "#1d4ed8"}
 COLOURS = {
     "baseline": "#71829a",
     "candidate": "#f0532d",
-    "queue": "#94a3b8",
+    "queue": "#8593a8",
     **PHASE_COLOURS,
     "preempted": "#be185d",
     "slo": "#b7791f",
@@ -224,7 +224,7 @@ def _texts(
 
 
 def _labels(points: pd.DataFrame, x_pixels: float, y_pixels: float) -> pd.DataFrame:
-    """What each point is, where no other label or point is; `x_pixels` and `y_pixels` to a decade."""
+    """What each point is, or its `text`, where no other label or point is; `x_pixels` and `y_pixels` to a decade."""
     import pandas as pd
 
     boxes = [  # left, top, right, bottom
@@ -236,6 +236,7 @@ def _labels(points: pd.DataFrame, x_pixels: float, y_pixels: float) -> pd.DataFr
         zip(points["phase"], points["size"], points["intensity"], strict=True)
     ):
         text = f"{size:,} tokens" if phase == "prefill" else f"batch {size:,}"
+        text = str(points["text"].iloc[i]) if "text" in points else text
         left, top = boxes[i][2], boxes[i][3] - 2
         for shift in SHIFTS:
             box = (left, top + shift, left + LETTER * len(text), top + shift + LINE)

@@ -7,8 +7,8 @@ from math import isinf
 from typing import TYPE_CHECKING
 
 from llmsim.charts import COLOURS, SIDE_COLOURS
-from llmsim.charts_policies import FURNITURE, LEGEND, finished, log_ticks
-from llmsim.charts_run import WIDTH, styled
+from llmsim.charts_policies import finished, log_ticks
+from llmsim.charts_style import WIDTH, styled
 
 if TYPE_CHECKING:
     import altair as alt
@@ -61,7 +61,7 @@ def hit_ratio_chart(points: pd.DataFrame, unlimited: float) -> alt.LayerChart:
         alt.Chart(shown).mark_point(filled=True, size=45, opacity=1).encode(x, y, colour, tooltip=tips),
     ]
     said = f"Prompt blocks found against the cache's size under {', '.join(names)}; dashed: all kept, {unlimited:.1%}"
-    return finished(layers, "Hit ratio against cache size", 240, said + ".", legend=True)
+    return finished(layers, "Hit ratio against cache size", 240, said + ".")
 
 
 def found_chart(frame: pd.DataFrame, sides: Sequence[str]) -> alt.Chart:
@@ -100,7 +100,7 @@ def found_chart(frame: pd.DataFrame, sides: Sequence[str]) -> alt.Chart:
             order=alt.Order("rank:Q"),
             tooltip=tips,
         )
-        .properties(width=WIDTH, height=BAR * len(sides) + FURNITURE + LEGEND, title="Where prompt tokens came from")
+        .properties(width=WIDTH, height=BAR * len(sides), title="Where prompt tokens came from")
     )
     return _styled(chart, f"Where prompt tokens came from. {said}.")
 
@@ -130,7 +130,7 @@ def moved_chart(frame: pd.DataFrame) -> alt.Chart:
                 alt.Tooltip("gib:Q", title="GiB", format=",.2f"),
             ],
         )
-        .properties(width=WIDTH, height=2 * BAR * len(lanes) + FURNITURE + LEGEND, title="Moved by tiers")
+        .properties(width=WIDTH, height=2 * BAR * len(lanes), title="Moved by tiers")
     )
     return _styled(chart, f"KV moved by tiers. {said}.")
 

@@ -80,6 +80,12 @@ def _path(life: Life, tail: Tail) -> Iterator[str]:
     yield f"{'':12}{e2el_s:>11.4f}{'100.0 %':>8}  in all: the request's E2EL"
 
 
+def stays(life: Life) -> Iterator[tuple[list[Span], str]]:
+    """What a request did, stay after stay, each in words."""
+    for stay in _stays(life.spans):
+        yield stay, _queued(stay, life) if stay[0].kind == "queue" else _done(stay[0])
+
+
 def _stays(spans: Sequence[Span]) -> Iterator[list[Span]]:
     """A wait whose reason changes to and fro is one stay."""
     for _, same in groupby(spans, key=lambda span: (span.phase, span.kind)):

@@ -21,8 +21,9 @@ FLOORS = {  # imports must go down; imports for type checkers only are exempt, t
     **dict.fromkeys(("whatif", "speculation"), 5),
     "compare": 5,
     "explain": 5.2,  # tries changes of what-ifs
+    "evidence": 5,
     **dict.fromkeys(("choice", "jobs"), 5.5),
-    "views": 5.5,
+    "views": 5.6,  # explains requests, also of a choice of a trace
     "plan": 5.7,  # says what it found as reports do, and writes a folder as runs do
     "cli": 6,
     "__main__": 7,
