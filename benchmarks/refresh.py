@@ -15,7 +15,7 @@ import tempfile
 
 import click
 
-from benchmarks import touch_up
+from benchmarks import pages, touch_up
 from benchmarks.accuracy import FOLDERS, METRICS, ROOT, Load, cells, judged, recordings, table, update
 
 WHOLE_LINES = 5  # of output; fewer are an excerpt
@@ -91,6 +91,7 @@ def main() -> None:
     for page in sorted(POLICIES.glob("*.md")):
         page.write_text(whatif_blocks(page.read_text(encoding="utf-8")), encoding="utf-8")
     ACCURACY.write_text(host_scale_rows(ACCURACY.read_text(encoding="utf-8")), encoding="utf-8")
+    pages.main()
 
 
 if __name__ == "__main__":

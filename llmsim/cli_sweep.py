@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +59,8 @@ def sweep(
         return
     line = Line()
     try:
-        found = sweep(spec, out=folder, jobs=jobs, executor=executor, shard=part, resume=resume, progress=line)
+        with redirect_stdout(sys.stderr):  # Ray says there which of its processes died, and policies may print
+            found = sweep(spec, out=folder, jobs=jobs, executor=executor, shard=part, resume=resume, progress=line)
     finally:
         line.close()
     if as_json:

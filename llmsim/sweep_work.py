@@ -127,7 +127,13 @@ def _manifest(work: Work, found: dict[str, Any]) -> dict[str, Any]:
     """What repeats the run, as far as it came."""
     settings = scenario_of(work.settings)
     trace = {"path": work.settings["trace"], "sha256": work.sha256, "options": options_of(work.settings)}
-    known = {"scenario": settings, "seed": settings.get("seed", 0), "trace": trace, "goodput": work.goodput}
+    known = {
+        "scenario": settings,
+        "seed": settings.get("seed", 0),
+        "trace": trace,
+        "goodput": work.goodput,
+        "command": None,
+    }
     return known | found | {"versions": versions()}
 
 
