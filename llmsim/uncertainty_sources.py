@@ -65,6 +65,9 @@ class Sources:
         return {name: getattr(self, name)._asdict() for name in SOURCES} | {"basis": self.basis}
 
 
+SEED_ALONE = Sources(basis="the seed alone")
+
+
 def shipped_profiles() -> list[Profile]:
     return [read_profile(name) for name in profile_names()]
 
