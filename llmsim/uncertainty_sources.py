@@ -139,7 +139,8 @@ def _total(
     if _origin(cost) == "recorded":
         return None, "what the profile was fitted to"
     name = setup_name(scenario.resolved().model, scenario.weight_dtype, scenario.tensor_parallel)
-    total, words = _carried(own, name, spreads)
+    varied = " + " in _origin(cost)  # drafts, or kernels exchanged: no engine was recorded with them
+    total, words = _carried(own, name, spreads, varied)
     if _origin(cost).startswith("shapes"):
         worst = _mean_of(roofline_spread().models.values())
         return Source(*map(max, total, worst)), f"{words}; carried by shapes, as sure as the roofline at most"
@@ -178,7 +179,7 @@ def _pooled(deviations: Sequence[tuple[Deviation, int]]) -> Source:
     return Source(*(sqrt(square) for square in squares))
 
 
-def _carried(own: Profile, name: str, spreads: Sequence[Profile]) -> tuple[Source, str]:
+def _carried(own: Profile, name: str, spreads: Sequence[Profile], varied: bool) -> tuple[Source, str]:
     """Everything that such a setup is off by, and what that rests on."""
     all_of_them = [deviation for p in spreads if p.spread for deviation in p.spread.models.values()]
     if not all_of_them:
@@ -189,11 +190,11 @@ def _carried(own: Profile, name: str, spreads: Sequence[Profile]) -> tuple[Sourc
     never = _mean_of(all_of_them)
     same = [p for p in spreads if p.gpu == own.gpu]
     seen = next((p.spread.models[name] for p in same if p.spread and name in p.spread.models), None)
-    if seen is None:
+    if seen is None or varied:
         return never, f"never run, {len(all_of_them)} other setups were"
     n = seen.count
     squares = [(sd**2 + n * getattr(seen, kind) ** 2) / (1 + n) for sd, kind in zip(never, KINDS, strict=True)]
-    return Source(*map(sqrt, squares)), f"{n} loads of it were run"
+    return Source(*map(sqrt, squares)), f"{n} load{'s' * (n > 1)} of it in the recordings"
 
 
 def _beyond(total: Source, machine: Source, hour: Source) -> Source:
