@@ -67,9 +67,7 @@ def carried_spread(setups: Mapping[str, Sequence[Load]]) -> Carried:
     loads = [load for held in setups.values() for load in held]
     sizes, steps = _within(loads, _between_sizes), _within(loads, _of_one_size)
     if sizes is None or steps is None:
-        raise ValueError(
-            f"recordings: {len(loads)} loads say nothing about iterations of one size. Record more of them"
-        )
+        raise ValueError(f"recordings: {len(loads)} loads say nothing of iterations of one size. Record more of them")
     return Carried({name: _error(name, held) for name, held in sorted(setups.items())}, sizes, steps)
 
 

@@ -14,7 +14,6 @@ from typing import cast
 import msgspec
 
 from calibration import fit
-from calibration.recorded_on import RECORDED
 from calibration.spread import carried_spread, launches_told
 from calibration.steps import Recording, StepRow, read_recording
 from calibration.touch_up import Load, observed
@@ -47,10 +46,6 @@ class Clock:
 def gpu_seconds(cost: CostModel) -> Callable[[StepRow], float]:
     clock = cast(StepClock, Clock(cost))  # of which the fit asks these two questions only
     return partial(fit.gpu_seconds, clock, cost.host)
-
-
-def folders() -> list[Path]:
-    return [path for held in RECORDED.values() for group in (*held.machines, held.carried) for path in group]
 
 
 def roofline_spread(paths: Iterable[Path]) -> Carried:

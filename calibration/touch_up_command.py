@@ -11,9 +11,9 @@ import click
 import msgspec
 
 from calibration.profiles import check_output, write_profile
-from calibration.recorded_on import RECORDED
+from calibration.recorded_on import RECORDED, placed
 from calibration.spread import KINDS, launches_told, spread_of
-from calibration.spread_roofline import folders, roofline_spread, write
+from calibration.spread_roofline import roofline_spread, write
 from calibration.steps import Recording, Scenario, read_recording
 from calibration.touch_up import (
     Load,
@@ -29,6 +29,7 @@ from llmsim.cost.profile import Deviation, ProfileCost, Spread, Within, read_pro
 from llmsim.hardware import model_names
 from llmsim.recording import read_settings
 from llmsim.scenario import Scenario as Settings
+from llmsim.simulate import cost_of
 from llmsim.uncertainty_sources import ROOFLINE
 from llmsim.validate import named_in
 
@@ -111,8 +112,9 @@ def spread_command(profile: str, machines: tuple[str, ...], carried: tuple[Path,
             known = ", ".join(RECORDED)
             raise ValueError(f"profile={profile}: no recordings here belong to it (to {known} they do). Give --machine")
         groups, carried = list(RECORDED[source.name].machines), RECORDED[source.name].carried
+    setups = carried_loads(carried, profile)
     loads = [[load for folder in folders for load in own_loads(folder, profile)] for folders in groups]
-    found = spread_of(loads, carried_loads(carried, profile))
+    found = spread_of(loads, setups)
     click.echo(_table(found))
     if record:
         write_profile(msgspec.structs.replace(source, spread=found), path)
@@ -121,7 +123,7 @@ def spread_command(profile: str, machines: tuple[str, ...], carried: tuple[Path,
 def _spread_of_roofline(machines: tuple[str, ...], carried: tuple[Path, ...], record: bool) -> None:
     if machines:
         raise ValueError(f"--machine {machines[0]}: the roofline was fitted to no machine. Give folders with --carried")
-    found = roofline_spread(carried or folders())
+    found = roofline_spread(carried or placed())
     click.echo(_lines(found.models, {"sizes": found.sizes, "steps": found.steps}))
     if record:
         write(found)
@@ -140,14 +142,15 @@ def carried_loads(folders: Iterable[Path], profile: str) -> dict[str, list[Load]
     source = read_profile(profile)
     setups: dict[str, list[Load]] = {}
     for folder in folders:
-        recording = read_recording(folder)
-        model = named_in(str(folder), recording.engine, "model", model_names())
-        check_recorded(source, recording, model)
-        cost = cost_for(recording, profile, model, source.gpu)
+        settings, engine, _ = read_settings(folder / "engine.json")
+        model = named_in(str(folder), engine, "model", model_names())
+        scenario = Settings.from_dict({"model": model, "gpu": source.gpu, "cost": profile} | settings).resolved()
+        cost = cost_of(scenario)
+        assert isinstance(cost, ProfileCost)
         if not cost.scaled:
             raise ValueError(f"{folder}: is of what profile {source.name} was fitted to. Give it with --machine")
-        settings, _, _ = read_settings(folder / "engine.json")
-        scenario = Settings.from_dict({"model": model, "gpu": source.gpu} | settings).resolved()
+        recording = read_recording(folder)
+        check_recorded(source, recording, model)
         name = setup_name(model, scenario.weight_dtype, scenario.tensor_parallel)
         setups.setdefault(name, []).extend(_observed(recording, cost))
     return setups

@@ -143,7 +143,7 @@ def _total(
     total, words = _carried(own, name, spreads, varied)
     if _origin(cost).startswith("shapes"):
         worst = _mean_of(roofline_spread().models.values())
-        return Source(*map(max, total, worst)), f"{words}; carried by shapes, as sure as the roofline at most"
+        return Source(*map(max, total, worst)), f"{words}; carried by shapes, at most as sure as the roofline"
     return total, words
 
 
