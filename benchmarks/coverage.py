@@ -27,19 +27,21 @@ from calibration.recorded_on import RECORDED, Recorded, placed
 from calibration.spread import spread_of
 from calibration.touch_up import Load
 from calibration.touch_up_command import carried_loads, own_loads
-from llmsim.cost.profile import Profile, read_profile
+from llmsim.cost.profile import Deviation, Profile, Within, profile_names, read_profile
 from llmsim.hardware import gpu_names, model_names
 from llmsim.recorded import RecordedScenario
 from llmsim.recording import load_recording, read_settings
 from llmsim.scenario import Scenario
 from llmsim.simulate import cost_of, simulate
 from llmsim.uncertainty import draws_of, fewest_draws, interval, sources_of
+from llmsim.uncertainty_sources import roofline_spread
 from llmsim.validate import compare, named_in
 
 LEVELS = (0.5, 0.9, 0.99)
 DRAWS = fewest_draws(max(LEVELS))
 SHOWN = 0.9  # of the tables by recording and by load
 START, END = "<!-- coverage -->", "<!-- /coverage -->"
+SPREAD = "<!-- spread -->", "<!-- /spread -->"
 Cell = tuple[str, str]  # metric, statistic
 
 
@@ -199,6 +201,39 @@ def _grouped(title: str, groups: dict[str, list[Judged]]) -> str:
     return "\n".join(lines)
 
 
+def spread_table() -> str:
+    """Markdown: what the shipped profiles and the roofline's file hold."""
+    lines = ["| | | decode steps | steps with chunks | launches | rests on |", "|---|---|---:|---:|---:|---|"]
+    for name in profile_names():
+        spread = read_profile(name).spread
+        if spread is not None:
+            rows = [
+                ("loads of one machine", spread.runs, "loads"),
+                ("machines beyond that", spread.machines, "machines"),
+            ]
+            rows += [(f"carried to {setup}", held, "loads") for setup, held in spread.models.items()]
+            within = (spread.sizes, spread.carried_sizes, spread.steps)
+            lines += _spread_rows(f"`{name}`", rows, within)
+    roofline = roofline_spread()
+    rows = [(setup, held, "loads") for setup, held in roofline.models.items()]
+    return "\n".join([*lines, *_spread_rows("`roofline`", rows, (roofline.sizes, None, roofline.steps))])
+
+
+def _spread_rows(name: str, rows: Sequence[tuple[str, Deviation, str]], within: Sequence[Within | None]) -> list[str]:
+    cells = [
+        f"| {what} | {100 * held.gpu_decode:.2g} % | {100 * held.gpu_chunk:.2g} % | {100 * held.host:.2g} % "
+        f"| {held.count} {unit if held.count > 1 else unit[:-1]} |"
+        for what, held, unit in rows
+    ]
+    inside = ("iterations of one size", "iterations of one size, carried", "single iterations")
+    cells += [
+        f"| {what} | {100 * held.decode:.2g} % | {100 * held.chunk:.2g} % | | {held.count} loads |"
+        for what, held in zip(inside, within, strict=True)
+        if held is not None
+    ]
+    return [f"| {name} {cell}" if i == 0 else f"| {cell}" for i, cell in enumerate(cells)]
+
+
 @click.command()
 @click.option("--draws", default=DRAWS, show_default=True, help="Of each load.")
 @click.option("--jobs", default=1, show_default=True, help="Processes.")
@@ -210,6 +245,7 @@ def main(draws: int, jobs: int, page: Path | None) -> None:
     text = table(judge_all(draws, jobs))
     if page is not None:
         update(page, text, (START, END))
+        update(page, spread_table(), SPREAD)
     click.echo(text)
 
 

@@ -51,10 +51,8 @@ def taken(flags: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("--intervals contradicts --seeds: its draws have a seed each. Give one of them")
     if own["intervals"] is None and own["seeds"] is None:
         for name, value in (("--slo", own["slos"]), ("--level", own["level"]), ("--jobs", own["jobs"])):
-            if value:
-                raise ValueError(
-                    f"{name} says nothing without --intervals or --seeds: add one of them, or leave it out"
-                )
+            if value or value == 0:
+                raise ValueError(f"{name} needs --intervals or --seeds: add one of them, or leave {name} out")
         return own
     from llmsim.slo import parse_slos
     from llmsim.uncertainty import LEVEL, check_level
@@ -65,6 +63,8 @@ def taken(flags: dict[str, Any]) -> dict[str, Any]:
     check_level(own["level"], own["draws"], name)
     own["slos"] = parse_slos(own["slos"])
     own["jobs"] = cores() if own["jobs"] is None else own["jobs"]
+    if own["jobs"] < 1:
+        raise ValueError(f"jobs={own['jobs']}: give 1 or more processes")
     return own
 
 

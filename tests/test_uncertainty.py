@@ -104,7 +104,7 @@ def test_one_more_draw_lies_within_as_often_as_the_level_says(level: float, draw
 
 def test_probability_of_a_promise_is_that_of_the_distribution_it_was_drawn_from() -> None:
     """TPOT alone is STEP_S times a log-normal factor, TTFT the same times another of the same machine."""
-    draws, deviation = 400, 0.1
+    draws, deviation = 150, 0.1
     tpot = [Slo("tpot", "p99", STEP_S * exp(deviation * NormalDist().inv_cdf(q))) for q in (0.25, 0.8)]
     found = predict(apart(2), CONSTANT, draws=draws, sources=Sources(machine=Source(deviation, 0.0)), slos=(tpot[0],))
     assert found.probability().all == pytest.approx(0.25, abs=4 * np.sqrt(0.25 * 0.75 / draws))
@@ -116,7 +116,7 @@ def test_probability_of_a_promise_is_that_of_the_distribution_it_was_drawn_from(
 
 
 def test_independent_promises_are_kept_together_as_often_as_the_product_says() -> None:
-    draws = 300
+    draws = 150
     sources = Sources(hour=Source(0.1, 0.1))
     slos = [Slo("tpot", "mean", STEP_S), Slo("ttft", "mean", STEP_S)]
     found = predict(apart(1), CONSTANT, draws=draws, sources=sources, slos=slos).probability()

@@ -177,14 +177,14 @@ def test_sizes_and_steps_are_told_apart() -> None:
     """Four octaves off by so much each, and steps that stray around them."""
     rng = np.random.default_rng(0)
     offsets = np.array([0.03, -0.01, 0.01, -0.03])
-    tokens = np.repeat([4.0, 8.0, 16.0, 32.0], 2000)
-    logs = np.repeat(offsets, 2000) + 0.02 * rng.standard_normal(8000)
-    logs[::500] += 2.0  # a pause now and then is neither
+    tokens = np.repeat([4.0, 8.0, 16.0, 32.0], 500)
+    logs = np.repeat(offsets, 500) + 0.02 * rng.standard_normal(2000)
+    logs[::200] += 2.0  # a pause now and then is neither
     one = changed(load(0.0, 0.0, 0.1), decodes=seconds(logs, tokens), chunks=seconds(0.5 * logs, tokens))
     found = carried_spread({"m": [one]})
-    assert found.sizes.decode == pytest.approx(float(np.std(offsets, ddof=1)), rel=0.05)
-    assert found.steps.decode == pytest.approx(0.02, rel=0.05)
-    assert found.steps.chunk == pytest.approx(0.01, rel=0.06)
+    assert found.sizes.decode == pytest.approx(float(np.std(offsets, ddof=1)), rel=0.1)
+    assert found.steps.decode == pytest.approx(0.02, rel=0.1)
+    assert found.steps.chunk == pytest.approx(0.01, rel=0.1)
     with pytest.raises(ValueError, match="1 loads say nothing of iterations of one size"):
         carried_spread({"m": [load(0.0, 0.0, 0.1)]})
 
