@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmsim.metrics import json_safe
-from llmsim.plan_runs import KEPT, Capacity, Measured, Run, Window, run_row
+from llmsim.plan_runs import KEPT, Capacity, Measured, Run, Window, run_row, slos_of
 from llmsim.slo import Slo
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from llmsim.scenario import Scenario
 
-__all__ = ["KEPT", "Capacity", "Measured", "Option", "Plan", "Run", "Window"]
+__all__ = ["KEPT", "Capacity", "Measured", "Option", "Plan", "Run", "Window", "slos_of"]
 
 
 @dataclass(frozen=True)

@@ -110,8 +110,9 @@ def stability(requests: Columns, concurrency: int | None) -> tuple[bool | None, 
         growth, last = _growth(sent_s, left_s)
         if growth > 0.0:
             return False, (
-                f"unstable: of {rate:.3g} requests/s about {(1 - growth) * rate:.3g} were served, "
-                f"the {name} grew to {last}; latencies depend on the length of the trace"
+                f"unstable: the {name} grew all along, by {growth * rate:.2g} of {rate:.3g} requests/s, to {last} at "
+                "the last arrival, so latencies depend on the trace's length; highest stable rate about "
+                f"{(1 - growth) * rate:.3g} requests/s, what was served meanwhile (llmsim plan finds it)"
             )
     waiting = _growth(sent_s, scheduled_s)[1]
     return True, f"stable: the queue did not keep growing ({waiting} waiting at the last arrival)"
