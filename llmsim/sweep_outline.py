@@ -70,11 +70,11 @@ def estimate(spec: Spec) -> Estimate:
         few = min(TIMED_REQUESTS, work.settings.get("limit") or TIMED_REQUESTS)
         short = replace(work, settings=work.settings | {"limit": few})
         run_one(short, traces)  # reads the profile and the trace, which a worker does once
-        row, wall_s = run_one(short, traces)
+        row, took = run_one(short, traces)
         if row.summary is None:
             continue
         scenario = Scenario.from_dict(scenario_of(work.settings)).resolved()
         whole = traces.load(work.settings["trace"], options_of(work.settings), scenario.max_model_len, scenario.seed)
-        taken_s.append(wall_s * len(whole) / row.summary["num_prompts"])
+        taken_s.append(took.cpu_s * len(whole) / row.summary["num_prompts"])
         requests += row.summary["num_prompts"]
     return Estimate(sum(taken_s) / len(taken_s) if taken_s else None, len(taken_s), requests)

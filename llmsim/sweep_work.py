@@ -1,7 +1,7 @@
 """One run of a sweep: settings in, a row out, in whatever process it is done.
 
 A run that cannot be (a model that does not fit, a policy that breaks a rule or raises) is a row too, with the error in
-one line. Nothing in a row depends on where, when or beside what it was made: the wall time is told apart from it.
+one line. Nothing in a row depends on where, when or beside what it was made: what it took is told apart from it.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import json
 import traceback
 from collections import OrderedDict
 from dataclasses import dataclass
-from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from time import perf_counter, process_time
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llmsim.metrics import WALL_KEYS
 from llmsim.plugins import PolicyError
@@ -82,9 +82,16 @@ class Traces:
         return len(self.kept) > KEPT_TRACES or sum(len(one) for one in self.kept.values()) > KEPT_REQUESTS
 
 
-def run_one(work: Work, traces: Traces) -> tuple[Row, float]:
-    """The row of a run, and the seconds it took."""
-    started_s = perf_counter()
+class Took(NamedTuple):
+    """Seconds of a run, in the process that did it."""
+
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
+
+
+def run_one(work: Work, traces: Traces) -> tuple[Row, Took]:
+    """The row of a run, and what it took."""
+    wall_s, cpu_s = perf_counter(), process_time()
     manifest: dict[str, Any] = {}
     summary: dict[str, Any] | None = None
     error: str | None = None
@@ -92,7 +99,8 @@ def run_one(work: Work, traces: Traces) -> tuple[Row, float]:
         summary = _summary(work, traces, manifest)
     except (Exception, SystemExit) as raised:  # of the user's policy too: the other runs go on
         error = in_one_line(raised)
-    return Row(work.run, work.id, work.labels, _manifest(work, manifest), summary, error), perf_counter() - started_s
+    row = Row(work.run, work.id, work.labels, _manifest(work, manifest), summary, error)
+    return row, Took(perf_counter() - wall_s, process_time() - cpu_s)
 
 
 def lost(work: Work, reason: str) -> Row:
