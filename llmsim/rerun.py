@@ -17,16 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from llmsim.runs import facts_of_files, versions, write_run
-from llmsim.runs_origin import digest, origin
+from llmsim.runs_origin import digest, options_from, origin
 from llmsim.scenario import Scenario
 from llmsim.simulate import simulate
 from llmsim.trace import load_trace
 
+MOST_NAMES = 8  # that a line says
+
 
 @dataclass(frozen=True)
 class Rerun:
-    """`same` and `different`: names of files; `reasons`: what has changed, most telling first; `repeated`: whether it
-    could be."""
+    """`same` and `different`: names of files, or of a sweep's numbers; `reasons`: what has changed, most telling first;
+    `repeated`: whether it could be."""
 
     folder: Path
     repeated: bool
@@ -44,11 +46,14 @@ class Rerun:
         why = "; ".join(self.reasons)
         if not self.repeated:
             return f"{self.folder}: cannot be repeated: {why}"
+        if self.equal and not self.size_bytes:  # a row of a sweep
+            return f"{self.folder}: the same numbers: {len(self.same)} of its summary{f'; {why}' if why else ''}"
         if self.equal:
             size = f"{len(self.same)} files, {self.size_bytes / 1e6:.2f} MB"
             return f"{self.folder}: the same bytes: {', '.join(self.same)} ({size}){f'; {why}' if why else ''}"
         why = why or "the manifest's versions and inputs are as they were, so llmsim's own code has changed"
-        return f"{self.folder}: differs in {', '.join(self.different)}: {why}"
+        names = [*self.different[:MOST_NAMES], *(["…"] if len(self.different) > MOST_NAMES else [])]
+        return f"{self.folder}: differs in {', '.join(names)}: {why}"
 
 
 def rerun(
@@ -132,7 +137,7 @@ def _repeat(
 ) -> dict[str, Any]:
     """Writes the run anew; returns what its cost model is now."""
     scenario = Scenario.from_dict(manifest["scenario"], source="manifest.json: scenario")
-    options, written, goodput = manifest["trace"]["options"], manifest["written"], manifest["goodput"]
+    options, written, goodput = options_from(manifest["trace"]["options"]), manifest["written"], manifest["goodput"]
     loaded = load_trace(path, **options, context_tokens=scenario.max_model_len, seed=scenario.seed)
     result = simulate(loaded, scenario, progress)
     summary = result.summary(goodput)
@@ -142,8 +147,8 @@ def _repeat(
     return calibration
 
 
-def _changes(manifest: dict[str, Any], calibration: dict[str, Any] | None) -> Iterator[str]:
-    """What the manifest names and is another now."""
+def changed_inputs(manifest: dict[str, Any]) -> Iterator[str]:
+    """Versions, and files that the scenario names."""
     for name, now in versions().items():
         then = manifest["versions"].get(name)
         if then != now:
@@ -151,6 +156,11 @@ def _changes(manifest: dict[str, Any], calibration: dict[str, Any] | None) -> It
     for file, then in manifest["inputs"].items():
         if digest(file) not in ("", then):
             yield f"{file} has changed"
+
+
+def _changes(manifest: dict[str, Any], calibration: dict[str, Any] | None) -> Iterator[str]:
+    """What the manifest names and is another now."""
+    yield from changed_inputs(manifest)
     if calibration is not None and manifest["calibration"] != calibration:
         before, after = (one.get("id") or one["label"] for one in (manifest["calibration"], calibration))
         yield f"the profile has changed: {before} then, {after} now"

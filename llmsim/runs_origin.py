@@ -41,12 +41,22 @@ def origin(
             "requests": len(trace),
             "path": None if streamed else str(path),
             "folder": os.getcwd(),
-            "options": dict(options),
+            "options": recorded(options),
         },
         "goodput": None if goodput is None else dict(goodput),
         "written": {"timeline": timeline, "detailed": detailed},
         "inputs": {file: digest(file) for file in scenario_files(scenario.to_dict())},
     }
+
+
+def recorded(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as JSON has them: a rate of inf, which it lacks, as text."""
+    return {name: "inf" if value == float("inf") else value for name, value in options.items()}
+
+
+def options_from(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The same back again."""
+    return {name: float("inf") if value == "inf" else value for name, value in record.items()}
 
 
 def scenario_files(settings: Mapping[str, Any]) -> Iterator[str]:

@@ -9,6 +9,7 @@ memory of the runs under way; each worker has the next run in its pipe already, 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 from collections import deque
 from collections.abc import Iterator
@@ -136,6 +137,7 @@ def _how(exitcode: int | None) -> str:
 def _serve(pipe: Connection) -> None:
     """A worker: does the runs of its pipe until the pipe ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    os.dup2(2, 1)  # what a policy prints is no result
     traces = Traces()
     while True:
         try:

@@ -50,6 +50,7 @@ def told(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
         ["--rate", "9.5", "--start", "3", "--seed", "4", "--goodput", "ttft:61.5", "--save-detailed", "--timeline"],
         ["--scheduler", "mine.py:ShortPromptsFirst", "--scheduler-arg", "prefill_tokens=300", "--closed-loop"],
         ["--columns", "arrival=arrival_time_s", "--assign-classes", "a:0.5:ttft=1s;b:0.5", "--predict", "sigma=0.4"],
+        ["--rate", "inf", "--host-scale", "1.5"],
         ["--max-model-len", "900", "--over-context", "truncate", "--concurrency", "3"],
         [
             "--spread",
