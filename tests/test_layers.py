@@ -26,7 +26,7 @@ FLOORS = {  # imports must go down; imports for type checkers only are exempt, t
     "__main__": 7,
 }
 ROOMS = {  # modules that share a room may import each other, as may the files of a package and `room_*` modules
-    **dict.fromkeys(("readers", "classes", "predictions"), "trace"),
+    **dict.fromkeys(("readers", "classes", "predictions", "rescale"), "trace"),
     **dict.fromkeys(("radixcache", "content", "contiguous", "evicting", "eviction", "tiers", "tips"), "kvcache"),
     **dict.fromkeys(("caches",), "simulate"),
     "admission": "schedulers",  # both plan with schedulers/estimate.py
