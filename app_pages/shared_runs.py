@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,13 +15,14 @@ import pandas as pd
 import streamlit as st
 
 from app_pages.shared_output import show_error
-from llmsim.choice import Replay, TraceChoice, quick_requests, replay, replay_all
+from llmsim.choice import Replay, TraceChoice, replay, replay_all
 from llmsim.command_line import argv_of
 from llmsim.jobs import Job
 from llmsim.jobs_store import Store, remove_stale
 from llmsim.runs import Run
 from llmsim.scenario import Scenario
 
+GIVEN = "the runs given"
 EVERY_S = 0.5  # between two looks at a job
 
 
@@ -42,19 +44,35 @@ def read(folder: Path) -> Run:
 
 def given_runs() -> list[Path]:
     """The run folders that `llmsim dashboard RUN…` was started with."""
-    import os
-
     return [Path(folder) for folder in json.loads(os.environ.get("LLMSIM_DASHBOARD_RUNS", "[]"))]
+
+
+def runs_picker(key: str) -> dict[str, Path] | None:
+    """One or two of the runs that the dashboard was opened on; None if there are none or a simulation is asked for."""
+    runs = {folder.name: folder for folder in given_runs()}
+    if not runs:
+        return None
+    shown = st.segmented_control(
+        "Show", [GIVEN, "a simulation"], default=GIVEN, required=True, key=key, bind="query-params", width="stretch"
+    )
+    if shown != GIVEN:
+        return None
+    names = list(runs)
+    baseline = st.selectbox("Baseline", names, key=f"{key}_baseline", bind="query-params")
+    if len(names) == 1:
+        return {"baseline": runs[baseline]}
+    candidate = st.selectbox("Candidate", names, 1, key=f"{key}_candidate", bind="query-params")
+    return {"baseline": runs[baseline], "candidate": runs[candidate]}
 
 
 def sample_of(choice: TraceChoice) -> int:
     """Requests of a quick answer: at most 20,000, fewer where answers are long."""
-    return quick_requests(choice.load())
+    return choice.quick()
 
 
 def sampled(choice: TraceChoice) -> str:
     """What a quick answer rests on, in words."""
-    whole, sample = len(choice.load()), sample_of(choice)
+    whole, sample = choice.size(), sample_of(choice)
     if whole <= sample:
         return f"all {whole:,} requests"
     return f"the first {sample:,} of {whole:,} requests"
@@ -80,10 +98,10 @@ def _ensure(choice: TraceChoice, scenario: Scenario, limit: int | None) -> Path:
 
 def answers(key: str, choice: TraceChoice, scenarios: Mapping[str, Scenario]) -> dict[str, Path]:
     """A quick answer now; the whole trace where that is more, on a button, with progress and Stop."""
-    if quick_requests(choice.load()) < len(choice.load()):
+    if choice.quick() < choice.size():
         whole = full_runs(key, choice, scenarios)
         if whole is not None:
-            st.caption(f"On all {len(choice.load()):,} requests.")
+            st.caption(f"On all {choice.size():,} requests.")
             return whole
     st.caption(f"Quick answer on {sampled(choice)}.")
     return quick_runs(choice, scenarios)

@@ -27,7 +27,7 @@ PHASE_COLOURS = {"prefill": "#c2410c", "decode": "#1d4ed8"}
 COLOURS = {
     "baseline": "#71829a",
     "candidate": "#f0532d",
-    "queue": "#94a3b8",
+    "queue": "#8593a8",
     **PHASE_COLOURS,
     "preempted": "#be185d",
     "slo": "#b7791f",
@@ -40,11 +40,11 @@ DOT = 7  # radius of what a label keeps clear of
 LETTER, LINE = 6.6, 14  # of a label
 PANEL = 210  # pixels of a parity plot's side
 PALETTE = ("#1d4ed8", "#c2410c", "#047857", "#7c3aed", "#be185d", "#a16207")
-# sides of a comparison, the first one's first; 3.5 to 1 or more against white and against the dark theme's background
+# sides of a comparison by their order: read on white (3:1 at least) and on the dark theme's background
 SIDE_COLOURS = (
-    "#7186a0", "#e8590c", "#3b82f6", "#12926b", "#a25ee8", "#b7791f", "#db4a93", "#0e93a8", "#6f8f1a", "#a56a4a",
+    COLOURS["baseline"], COLOURS["candidate"], "#3b82f6", "#12926b", "#a25ee8", "#b7791f", "#db4a93", "#0e93a8",
+    "#6f8f1a", "#a56a4a",
 )  # fmt: skip
-MUTED = "#7c8796"  # rules, limits and what is less important, on light and dark
 WITHIN = 0.1  # of the measured time: the dashed lines beside a parity plot's diagonal
 SHIFTS = (0, -26, *range(4, 200, 4))  # pixels down from its place below and right of its point, in order of preference
 
@@ -224,7 +224,7 @@ def _texts(
 
 
 def _labels(points: pd.DataFrame, x_pixels: float, y_pixels: float) -> pd.DataFrame:
-    """What each point is, where no other label or point is; `x_pixels` and `y_pixels` to a decade."""
+    """What each point is, or its `text`, where no other label or point is; `x_pixels` and `y_pixels` to a decade."""
     import pandas as pd
 
     boxes = [  # left, top, right, bottom
@@ -236,6 +236,7 @@ def _labels(points: pd.DataFrame, x_pixels: float, y_pixels: float) -> pd.DataFr
         zip(points["phase"], points["size"], points["intensity"], strict=True)
     ):
         text = f"{size:,} tokens" if phase == "prefill" else f"batch {size:,}"
+        text = str(points["text"].iloc[i]) if "text" in points else text
         left, top = boxes[i][2], boxes[i][3] - 2
         for shift in SHIFTS:
             box = (left, top + shift, left + LETTER * len(text), top + shift + LINE)

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from math import isinf
 from typing import TYPE_CHECKING
 
-from llmsim.charts import MUTED, SIDE_COLOURS
-from llmsim.charts_policies import log_ticks
+from llmsim.charts import COLOURS, SIDE_COLOURS
+from llmsim.charts_policies import finished, log_ticks
+from llmsim.charts_style import WIDTH, styled
 
 if TYPE_CHECKING:
     import altair as alt
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 GIB = 2**30
 BAR = 26  # pixels of a side
 PLACE_COLOURS = ("#12926b", "#0e93a8", "#3b82f6", "#a25ee8")  # fastest place first
-COMPUTED_COLOUR = "#c2410c"  # as prefill everywhere
 
 
 def hit_ratio_chart(points: pd.DataFrame, unlimited: float) -> alt.LayerChart:
@@ -56,12 +56,12 @@ def hit_ratio_chart(points: pd.DataFrame, unlimited: float) -> alt.LayerChart:
     ]
     roof = alt.Chart(pd.DataFrame({"hit_ratio": [unlimited]}))
     layers = [
-        roof.mark_rule(color=MUTED, strokeDash=[5, 4], strokeWidth=1.5).encode(y),
+        roof.mark_rule(color=COLOURS["text"], strokeDash=[5, 4], strokeWidth=1.5).encode(y),
         alt.Chart(shown).mark_line(strokeWidth=2.2).encode(x, y, colour),
         alt.Chart(shown).mark_point(filled=True, size=45, opacity=1).encode(x, y, colour, tooltip=tips),
     ]
     said = f"Prompt blocks found against the cache's size under {', '.join(names)}; dashed: all kept, {unlimited:.1%}"
-    return alt.LayerChart(layer=layers, height=320).properties(description=said + ".")
+    return finished(layers, "Hit ratio against cache size", 240, said + ".")
 
 
 def found_chart(frame: pd.DataFrame, sides: Sequence[str]) -> alt.Chart:
@@ -72,7 +72,8 @@ def found_chart(frame: pd.DataFrame, sides: Sequence[str]) -> alt.Chart:
     places.sort(key=lambda place: place == "computed")  # last, whatever the other sides have
     rank = {place: at for at, place in enumerate(places)}
     colours = [
-        COMPUTED_COLOUR if place == "computed" else PLACE_COLOURS[at % len(PLACE_COLOURS)] for place, at in rank.items()
+        COLOURS["prefill"] if place == "computed" else PLACE_COLOURS[at % len(PLACE_COLOURS)]
+        for place, at in rank.items()
     ]
     shown = frame.assign(rank=[rank[place] for place in frame["place"]])
     legend = alt.Legend(title=None, orient="top", symbolSize=110, symbolOpacity=1)
@@ -99,9 +100,9 @@ def found_chart(frame: pd.DataFrame, sides: Sequence[str]) -> alt.Chart:
             order=alt.Order("rank:Q"),
             tooltip=tips,
         )
-        .properties(height=BAR * len(sides) + 30, description=f"Where prompt tokens came from. {said}.")
+        .properties(width=WIDTH, height=BAR * len(sides), title="Where prompt tokens came from")
     )
-    return chart
+    return _styled(chart, f"Where prompt tokens came from. {said}.")
 
 
 def moved_chart(frame: pd.DataFrame) -> alt.Chart:
@@ -129,6 +130,11 @@ def moved_chart(frame: pd.DataFrame) -> alt.Chart:
                 alt.Tooltip("gib:Q", title="GiB", format=",.2f"),
             ],
         )
-        .properties(height=2 * BAR * len(lanes) + 20, description=f"KV moved by tiers. {said}.")
+        .properties(width=WIDTH, height=2 * BAR * len(lanes), title="Moved by tiers")
     )
-    return chart
+    return _styled(chart, f"KV moved by tiers. {said}.")
+
+
+def _styled(chart: alt.Chart, said: str) -> alt.Chart:
+    made: alt.Chart = styled(chart, said)
+    return made

@@ -1,8 +1,7 @@
-"""Charts of policies side by side: differences with intervals, goodput against rate, tenants, caches.
+"""Charts of policies side by side: differences with intervals, goodput against rate.
 
-Functions of a frame (`llmsim.compare_frames`, `compare_rates`, `compare_groups`, `compare_cache`, `reuse`) to a chart
-without a size or a theme of its own, for a page or a report in light or dark. Sides have the same colour in all of
-them, by their order. Each chart's `description` says in words what it shows.
+Functions of a frame (`llmsim.compare_frames`, `compare_rates`) to a chart that is read on light and on dark. Sides have
+the same colour in all of them, by their order. Each chart's `description` says in words what it shows.
 """
 
 from __future__ import annotations
@@ -11,7 +10,8 @@ from collections.abc import Sequence
 from math import ceil, floor, log10
 from typing import TYPE_CHECKING, Any
 
-from llmsim.charts import MUTED, SIDE_COLOURS, _decades, _ticks
+from llmsim.charts import COLOURS, SIDE_COLOURS, _decades, _ticks
+from llmsim.charts_style import WIDTH, styled
 
 if TYPE_CHECKING:
     import altair as alt
@@ -26,6 +26,19 @@ STEPS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 VERDICTS = {"better": "better, surely", "worse": "worse, surely", "unclear": "not told apart"}
 
 
+def finished(layers: Sequence[Any], title: str, height: float, said: str) -> alt.LayerChart:
+    """Layers as one chart in the common look, its plot `height` pixels high; `said` describes it in words."""
+    import altair as alt
+
+    chart: alt.LayerChart = styled(alt.LayerChart(layer=list(layers), width=WIDTH, height=height, title=title), said)
+    return chart
+
+
+def colours_of(sides: Sequence[str]) -> dict[str, str]:
+    """The colour of each side, the same in every chart that is given the same sides."""
+    return {side: SIDE_COLOURS[at % len(SIDE_COLOURS)] for at, side in enumerate(sides)}
+
+
 def log_ticks(low: float, high: float) -> list[float]:
     """Decades on a long axis, 1-2-5 on a short one."""
     decades = _decades(low, high)
@@ -38,10 +51,9 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def side_colour(sides: Sequence[str], *, legend: bool = True) -> alt.Color:
-    """The colour of each side, the same in every chart that is given the same sides."""
     import altair as alt
 
-    colours = [SIDE_COLOURS[at % len(SIDE_COLOURS)] for at in range(len(sides))]
+    colours = list(colours_of(sides).values())
     box = alt.Legend(title=None, orient="top", symbolSize=110, symbolOpacity=1, labelLimit=320, columns=4)
     return alt.Color("side:N", scale=alt.Scale(domain=list(sides), range=colours), legend=box if legend else None)
 
@@ -76,15 +88,20 @@ def differences_chart(frame: pd.DataFrame, latency: str, sides: Sequence[str]) -
         alt.Tooltip("said:N", title="verdict"),
     ]
     base = alt.Chart(shown)
-    zero = alt.Chart(pd.DataFrame({"at": [0.0]})).mark_rule(color=MUTED, strokeWidth=1.5).encode(x=x.copy_at("at"))
+    zero = (
+        alt.Chart(pd.DataFrame({"at": [0.0]}))
+        .mark_rule(color=COLOURS["text"], strokeWidth=1.5)
+        .encode(x=x.copy_at("at"))
+    )
     bars = base.mark_rule(strokeWidth=2.5).encode(
         x=x.copy_at("low_share"), x2="high_share:Q", y=y, yOffset=offset, color=colour, tooltip=tips
     )
     dots = base.mark_point(size=55, strokeWidth=2, opacity=1).encode(
         x=x.copy_at("change_share"), y=y, yOffset=offset, color=colour, fill=fill, tooltip=tips
     )
-    chart = alt.LayerChart(layer=[zero, bars, dots], height=len(words) * (ROW * max(len(others), 1) + 14))
-    return chart.properties(description=_differences_said(shown, latency, sides[0]))
+    height = len(words) * (ROW * max(len(others), 1) + 14)
+    said = _differences_said(shown, latency, sides[0])
+    return finished([zero, bars, dots], f"{NAMES[latency]}, 95 % intervals", height, said)
 
 
 class _Axis:
@@ -144,15 +161,17 @@ def latency_chart(
     said = f"Distribution of {NAMES[latency]} by side: share of requests with at most each latency"
     if target_ms is not None:
         mark = alt.Chart(pd.DataFrame({"value_ms": [target_ms]}))
-        layers.append(mark.mark_rule(color=MUTED, strokeDash=[5, 4], strokeWidth=1.5).encode(x))
+        layers.append(mark.mark_rule(color=COLOURS["slo"], strokeDash=[5, 4], strokeWidth=1.5).encode(x))
         said += f"; dashed: the SLO of {target_ms:g} ms"
-    return alt.LayerChart(layer=layers, height=190).properties(description=said + ".")
+    return finished(layers, f"{NAMES[latency]} of requests", 140, said + ".")
 
 
 # ---- goodput against rate -------------------------------------------------------------------------------------------
 
 
-def attainment_chart(frame: pd.DataFrame, sides: Sequence[str], attainment: float) -> alt.LayerChart:
+def attainment_chart(
+    frame: pd.DataFrame, sides: Sequence[str], attainment: float, unit: str = "requests/s"
+) -> alt.LayerChart:
     """SLO attainment against the rate offered, a line a side; the dashed line is the share asked for.
 
     `frame`: of `compare_rates.frame`. A hollow point: the queue grew all along, so the number depends on the trace's
@@ -170,26 +189,33 @@ def attainment_chart(frame: pd.DataFrame, sides: Sequence[str], attainment: floa
         axis=alt.Axis(title="requests within the SLO", format="%", tickCount=6),
     )
     rule = alt.Chart(pd.DataFrame({"slo_attainment": [attainment]}))
-    layers = [rule.mark_rule(color=MUTED, strokeDash=[5, 4], strokeWidth=1.5).encode(y), *_lines(shown, y, sides)]
+    layers = [
+        rule.mark_rule(color=COLOURS["slo"], strokeDash=[5, 4], strokeWidth=1.5).encode(y),
+        *_lines(shown, y, sides, unit),
+    ]
     said = (
         f"SLO attainment against the rate of requests, a line for each of {', '.join(sides)}; dashed: {attainment:.4g}"
     )
-    return alt.LayerChart(layer=layers, height=300).properties(description=said + ".")
+    return finished(layers, "Within the SLO", 220, said + ".")
 
 
-def goodput_chart(frame: pd.DataFrame, sides: Sequence[str]) -> alt.LayerChart:
-    """Requests per second within the SLO against the rate offered; on the dashed diagonal all of them are."""
+def goodput_chart(frame: pd.DataFrame, sides: Sequence[str], unit: str = "requests/s") -> alt.LayerChart:
+    """Requests per second within the SLO against the rate offered; on the dashed diagonal all of them are (there is
+    none where sessions are counted: how many requests each has is not said here)."""
     import altair as alt
     import pandas as pd
 
     shown = _with_stability(frame[frame["request_goodput"].notna()])
     high = float(shown["rate"].max()) if len(shown) else 1.0
     y = alt.Y("request_goodput:Q", axis=alt.Axis(title="goodput (requests/s)"), scale=alt.Scale(domainMin=0))
-    diagonal = alt.Chart(pd.DataFrame({"rate": [0.0, high], "request_goodput": [0.0, high]}))
-    dashed = diagonal.mark_line(color=MUTED, strokeDash=[5, 4], strokeWidth=1.5, clip=True).encode(_rate_axis(shown), y)
-    said = f"Goodput against the rate of requests, a line for each of {', '.join(sides)}; dashed: all within the SLO"
-    layers = [dashed, *_lines(shown, y, sides, legend=False)]
-    return alt.LayerChart(layer=layers, height=300).properties(description=said + ".")
+    layers = _lines(shown, y, sides, unit, legend=False)
+    said = f"Goodput against the rate of {unit}, a line for each of {', '.join(sides)}"
+    if unit == "requests/s":
+        diagonal = alt.Chart(pd.DataFrame({"rate": [0.0, high], "request_goodput": [0.0, high]}))
+        dashed = diagonal.mark_line(color=COLOURS["text"], strokeDash=[5, 4], strokeWidth=1.5, clip=True)
+        layers.insert(0, dashed.encode(_rate_axis(shown, unit), y))
+        said += "; dashed: all within the SLO"
+    return finished(layers, "Goodput", 220, said + ".")
 
 
 def _with_stability(frame: pd.DataFrame) -> pd.DataFrame:
@@ -197,24 +223,24 @@ def _with_stability(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(queue=[said.get(value, "cannot be told") for value in frame["stable"]])
 
 
-def _rate_axis(shown: pd.DataFrame) -> alt.X:
+def _rate_axis(shown: pd.DataFrame, unit: str) -> alt.X:
     import altair as alt
 
     high = float(shown["rate"].max()) if len(shown) else 1.0
     low = float(shown["rate"].min()) if len(shown) else 0.0
     room = 0.03 * (high - low or high)
     scale = alt.Scale(domain=[max(low - room, 0.0), high + room], nice=False)
-    return alt.X("rate:Q", scale=scale, axis=alt.Axis(title="requests/s offered"))
+    return alt.X("rate:Q", scale=scale, axis=alt.Axis(title=f"{unit} offered"))
 
 
-def _lines(shown: pd.DataFrame, y: alt.Y, sides: Sequence[str], *, legend: bool = True) -> list[alt.Chart]:
+def _lines(shown: pd.DataFrame, y: alt.Y, sides: Sequence[str], unit: str, *, legend: bool = True) -> list[alt.Chart]:
     import altair as alt
 
-    x, colour = _rate_axis(shown), side_colour(sides, legend=legend)
+    x, colour = _rate_axis(shown, unit), side_colour(sides, legend=legend)
     hollow = alt.condition("datum.stable === false", alt.value("transparent"), side_colour(sides, legend=False))
     tips = [
         alt.Tooltip("side:N"),
-        alt.Tooltip("rate:Q", title="requests/s offered", format=",.3~g"),
+        alt.Tooltip("rate:Q", title=f"{unit} offered", format=",.3~g"),
         alt.Tooltip("slo_attainment:Q", title="within the SLO", format=".1%"),
         alt.Tooltip("request_goodput:Q", title="goodput (requests/s)", format=",.2f"),
         alt.Tooltip("p99_ttft_ms:Q", title="P99 TTFT (ms)", format=",.0f"),
@@ -226,78 +252,3 @@ def _lines(shown: pd.DataFrame, y: alt.Y, sides: Sequence[str], *, legend: bool 
         base.mark_line(strokeWidth=2.2, clip=True).encode(x, y, colour),
         base.mark_point(size=45, strokeWidth=2, opacity=1).encode(x, y, colour, fill=hollow, tooltip=tips),
     ]
-
-
-# ---- tenants --------------------------------------------------------------------------------------------------------
-
-
-def service_chart(frame: pd.DataFrame, side: str, tenants: Sequence[str], *, legend: bool = True) -> alt.LayerChart:
-    """Service received by each tenant over time under one side; dashed: what it had asked for by then.
-
-    `frame`: of `compare_groups.service_frame`, of all sides, so that their axes agree.
-    """
-    import altair as alt
-
-    colours = [SIDE_COLOURS[(at + 1) % len(SIDE_COLOURS)] for at in range(len(tenants))]
-    box = alt.Legend(title=None, orient="top", symbolSize=110, symbolOpacity=1) if legend else None
-    colour = alt.Color("tenant:N", scale=alt.Scale(domain=list(tenants), range=colours), legend=box)
-    top, last_s = float(frame["asked_tokens"].max()), float(frame["time_s"].max())
-    shown = frame[frame["side"] == side]
-    x = alt.X("time_s:Q", scale=alt.Scale(domain=[0, last_s], nice=False), axis=alt.Axis(title="simulated time (s)"))
-    axis = alt.Axis(title="service (prompt + 2 × output tokens)", format="~s", tickCount=5)
-    scale = alt.Scale(domain=[0, top * 1.03], nice=False)
-    tips = [
-        alt.Tooltip("tenant:N"),
-        alt.Tooltip("time_s:Q", title="time (s)", format=",.1f"),
-        alt.Tooltip("service_tokens:Q", title="received", format=",.0f"),
-        alt.Tooltip("asked_tokens:Q", title="asked for", format=",.0f"),
-    ]
-    base = alt.Chart(shown)
-    layers = [
-        base.mark_line(strokeDash=[4, 3], strokeWidth=1.4, opacity=0.75).encode(
-            x, alt.Y("asked_tokens:Q", scale=scale, axis=axis), colour
-        ),
-        base.mark_line(strokeWidth=2.4).encode(
-            x, alt.Y("service_tokens:Q", scale=scale, axis=axis), colour, tooltip=tips
-        ),
-    ]
-    said = f"Service received over time under {side} by tenant {', '.join(tenants)}; dashed: what each had asked for."
-    return alt.LayerChart(layer=layers, height=230).properties(description=said)
-
-
-def groups_chart(frame: pd.DataFrame, latency: str, sides: Sequence[str], what: str) -> alt.LayerChart:
-    """P50 to P99 of one latency, a row a group and in it a bar a side. `frame`: of `compare_groups.latency_frame`."""
-    import altair as alt
-
-    shown = frame[(frame["latency"] == latency) & frame["p50_ms"].notna()]
-    groups = list(dict.fromkeys(shown["group"]))
-    low, high = (float(shown["p50_ms"].min()), float(shown["p99_ms"].max())) if len(shown) else (1.0, 10.0)
-    low, high = max(low, 1e-3) / 1.25, max(high, 1e-3) * 1.25
-    axis = alt.Axis(title=f"{NAMES[latency]}, P50 to P99 (ms)", values=log_ticks(low, high), format=",~g")
-    scale = alt.Scale(type="log", domain=[low, high], nice=False)
-    y = alt.Y("group:N", sort=groups, axis=alt.Axis(title=what, ticks=False, domain=False))
-    offset = alt.YOffset(
-        "side:N", sort=list(sides), scale=alt.Scale(domain=list(sides), paddingInner=0.3, paddingOuter=0.5)
-    )
-    colour = side_colour(sides)
-    tips = [
-        alt.Tooltip("side:N"),
-        alt.Tooltip("group:N", title=what),
-        alt.Tooltip("samples:Q", title="requests", format=","),
-        *(alt.Tooltip(f"{word}_ms:Q", title=f"{WORDS[word]} (ms)", format=",.1f") for word in ("mean", "p50", "p99")),
-    ]
-    base = alt.Chart(shown)
-    layers = [
-        base.mark_rule(strokeWidth=3).encode(
-            alt.X("p50_ms:Q", scale=scale, axis=axis), y, colour, offset, x2="p99_ms:Q", tooltip=tips
-        ),
-        base.mark_point(filled=True, size=60, opacity=1).encode(
-            alt.X("p50_ms:Q", scale=scale, axis=axis), y, colour, offset, tooltip=tips
-        ),
-        base.mark_tick(thickness=3, size=11, opacity=1).encode(
-            alt.X("p99_ms:Q", scale=scale, axis=axis), y, colour, offset, tooltip=tips
-        ),
-    ]
-    said = f"{NAMES[latency]} by {what}: from P50 (dot) to P99 (tick) under each of {', '.join(sides)}."
-    height = len(groups) * (ROW * len(sides) + 12)
-    return alt.LayerChart(layer=layers, height=height).properties(description=said)

@@ -29,6 +29,8 @@ COMMANDS = {
     "replay": ("llmsim.cli_replay:replay", "Replay a trace on a model, a GPU and an engine configuration."),
     "demo": ("llmsim.cli_replay:demo", "Replay the bundled chat trace on an H100: a first look in seconds."),
     "compare": ("llmsim.cli_compare:compare", "Compare schedulers and settings on one trace, paired by request."),
+    "report": ("llmsim.cli_report:report", "Write runs as one HTML page with charts, for others to read."),
+    "explain": ("llmsim.cli_explain:explain", "Where the time of slow requests went, and what would help most."),
     "plan": ("llmsim.cli_plan:plan", "Fleets for a trace and promises about latency: fewest GPUs, cheapest, fastest."),
     "sweep": ("llmsim.cli_sweep:sweep", "Do every run of a specification: grids, scenarios, rates, traces, seeds."),
     "rerun": ("llmsim.cli_rerun:rerun", "Repeat a run from its manifest and compare the bytes."),

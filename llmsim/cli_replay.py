@@ -209,12 +209,12 @@ def _check_rejected(result: Result) -> None:
     print(f"WARNING: {what}, they need more; latencies are those of the others", file=sys.stderr)
 
 
-def _load(path: str, scenario: Scenario, flags: dict[str, Any]) -> Trace:
+def _load(path: str, scenario: Scenario, flags: dict[str, Any], *, quiet: bool = False) -> Trace:
     from llmsim.trace import load_trace
 
     options = trace_arguments(flags)
     trace = load_trace(path, **options, context_tokens=scenario.max_model_len, seed=scenario.seed)
-    tell(trace.notes)
+    tell(() if quiet else trace.notes)
     _check_sessions(trace, scenario)
     return trace
 

@@ -22,6 +22,7 @@ UNITS = {
     "request_throughput": "req/s",
     "output_throughput": "tok/s",
 }
+SLACK = 1e-6  # a nanosecond: rounding of sums, as in llmsim.compare
 BETTER, WORSE, UNCLEAR, WHOLE = "better", "worse", "unclear", "run"
 HEADLINES = (
     "slo_attainment", "request_goodput", "p50_ttft_ms", "p99_ttft_ms", "p50_tpot_ms", "p99_tpot_ms", "p99_e2el_ms",
@@ -32,7 +33,7 @@ HEADLINES = (
 def verdict(key: str, change: Difference) -> str:
     if change.low is None or change.high is None:
         return WHOLE
-    if change.low <= 0.0 <= change.high:
+    if change.low <= SLACK and change.high >= -SLACK:
         return UNCLEAR
     return BETTER if (change.value > 0.0) == (key in HIGHER_IS_BETTER) else WORSE
 

@@ -21,7 +21,7 @@ from llmsim.compare_rates import RatePoint, rate_curves, rate_grid
 from llmsim.compare_report import curves, report
 from llmsim.scenario import Scenario
 from llmsim.simulate import simulate
-from llmsim.trace import Trace, at_rate
+from llmsim.trace import Trace
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int, str], None]
 GROUPS = {"tenant": "tenants", "slo_class": "classes"}  # column of the trace: key of the summary
 AT_ONCE = 2000  # requests of a quick comparison
-REPLAYED = 10_000  # requests that a quick look at rates or caches replays in all
+REPLAYED = 6000  # requests that a quick look at rates or caches replays in all
 FEWEST = 200  # of each of its replays
 TOUCHED = 150_000  # prompt blocks that a quick look at reuse looks up
 SATURATION = 1000  # requests that tell how many a side serves per second
@@ -172,6 +172,7 @@ class ByRate:
     points: tuple[RatePoint, ...]
     rates: tuple[float, ...]
     requests: int
+    unit: str  # of the rates: requests/s, or sessions/s if turns wait
 
 
 def by_rate(
@@ -185,17 +186,30 @@ def by_rate(
         highest = HEAVY * served if highest is None else highest
     rates = rate_grid(lowest, highest, count)
     points = rate_curves(trace, study.scenarios, rates, study.targets, progress=progress)
-    return ByRate(tuple(points), tuple(rates), len(trace))
+    return ByRate(tuple(points), tuple(rates), len(trace), rate_unit(trace))
+
+
+def rate_unit(trace: Trace) -> str:
+    """What a rate of this trace counts: turns that wait for an answer are not sent at a rate, their sessions are."""
+    return "sessions/s" if np.isnan(trace.arrival_s).any() else "requests/s"
 
 
 def saturation_rate(trace: Trace, scenario: Scenario) -> float:
-    """Requests per second that are served when the first `SATURATION` of them are there from the start."""
+    """What is served per second when the first `SATURATION` requests are there from the start and no turn waits.
+
+    In `rate_unit`s: with sessions, as many of them as so many requests belong to.
+    """
+    from dataclasses import replace
+
     from llmsim.trace import limited
 
-    result = simulate(at_rate(limited(trace, SATURATION), float("inf")), scenario)
+    first = limited(trace, SATURATION)
+    together = replace(first, arrival_s=np.zeros(len(first)), parent=None, delay_s=None)
+    result = simulate(together, scenario)
     if not result.duration_s > 0.0:
         raise ValueError(f"{trace.name}: none of its requests can be answered: no rate is worth trying")
-    return float(result.finished.sum()) / result.duration_s
+    sent_by_rate = float((~np.isnan(trace.arrival_s)).mean())
+    return float(result.finished.sum()) / result.duration_s * sent_by_rate
 
 
 def in_cache(study: Study, progress: Progress | None = None) -> list[CacheUse]:
@@ -215,12 +229,12 @@ def cache_sides(
 
     base = scenario if blocks is None else replace(scenario, num_gpu_blocks_override=blocks)
     plain: dict[str, Any] = {"kv_tiers": "none", "kv_tier_prefetch": False, "kv_tier_write": "write_through"}
-    sides = {
-        name: replace(base, eviction=name, eviction_args={}, **plain).resolved() for name in dict.fromkeys(evictions)
-    }
+    sides = {name: replace(base, eviction=name, eviction_args={}, **plain) for name in dict.fromkeys(evictions)}
     if tiers.strip():
         names = " + ".join(part.partition(":")[0].strip() for part in tiers.split(","))
-        sides[f"lru + {names}"] = replace(base, eviction="lru", eviction_args={}, kv_tiers=tiers.strip()).resolved()
+        sides[f"lru + {names}"] = replace(base, eviction="lru", eviction_args={}, kv_tiers=tiers.strip())
+    for side in sides.values():
+        side.resolved()  # checked against model and GPU
     if not sides:
         raise ValueError("no side: name an eviction policy (lru) or give KV tiers (cpu:64GiB:50GB/s:10us)")
     return tuple(sides.items())

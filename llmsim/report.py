@@ -42,7 +42,7 @@ def report(summary: dict[str, Any], footer: Sequence[str] = ()) -> str:
     by_group = groups.lines(summary)
     if by_group:
         lines += [" Classes and tenants ".center(WIDTH, "-"), *by_group]
-    lines += [" Trust ".center(WIDTH, "-"), *_trust(summary), *footer]
+    lines += [" Trust ".center(WIDTH, "-"), *trust(summary), *footer]
     return "\n".join([*lines, "=" * WIDTH])
 
 
@@ -111,7 +111,8 @@ def _system(summary: dict[str, Any]) -> Iterator[str]:
     yield _line(f"$/1M output tokens ({price}):", _number(summary["cost_per_1m_output_tokens"]))
 
 
-def _trust(summary: dict[str, Any]) -> Iterator[str]:
+def trust(summary: dict[str, Any]) -> Iterator[str]:
+    """What the numbers rest on, and how far they can be trusted."""
     yield f"Cost model: {summary['calibration']['label']}"
     share = summary["extrapolated"]
     if share is not None:

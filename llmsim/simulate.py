@@ -205,10 +205,11 @@ class Fleet:
         cost: CostModel | None = None,
         progress: Callable[[int, int, float], None] | None = None,
         policy: Callable[[], Any] | None = None,
+        make: Callable[..., Replica] | None = None,
         observer: Callable[[int], Observer] | None = None,
     ) -> None:
-        """`policy` makes a scheduler for each replica instead of the one that the scenario names, `observer` who is
-        told what happens there."""
+        """`policy` makes a scheduler for each replica instead of the one that the scenario names, `make` the replicas;
+        `observer`: who is told what happens there."""
         self.trace, self.scenario = trace, scenario.resolved()
         s = self.scenario
         assert s.max_num_seqs is not None and s.max_num_batched_tokens is not None and s.max_model_len is not None
@@ -241,7 +242,7 @@ class Fleet:
         self._ints = {name: array("q", [0]) * n for name in INT_COLUMNS}
         limits = Limits(s.max_num_seqs, s.max_num_batched_tokens)
         self.replicas: list[Replica] = []
-        make = replica_class(s, observer is not None)
+        make = make or replica_class(s, observer is not None)
         for index in range(s.replicas):
             kv = cache_of(s, self.blocks - 1, trace.block_tokens)  # block 0 is vLLM's null block
             self.replicas.append(

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from llmsim.metrics import breakdown_s, latencies_s
 from llmsim.report import fewest_samples
 from llmsim.views_base import MEASURES, PARTS, POINTS, Floats, frame_of, summary_of, values
-from llmsim.views_requests import gantt, life, within
+from llmsim.views_requests import INSTANTS, gantt, life, rows_of, subset, table, window_s, within
 from llmsim.views_strip import strip
 
 if TYPE_CHECKING:
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from llmsim.runs import Run
 
 __all__ = [
-    "KPIS", "MEASURES", "PARTS", "POINTS", "Kpi", "ecdf", "gantt", "kpis", "life", "scatter", "strip", "values",
-    "where", "within",
+    "KPIS", "MEASURES", "PARTS", "POINTS", "Kpi", "ecdf", "gantt", "kpis", "life", "linked", "scatter", "strip",
+    "subset", "table", "values", "where", "window_s", "within",
 ]  # fmt: skip
 
 
@@ -46,7 +46,7 @@ def ecdf(runs: Mapping[str, Run | Result], metric: str = "ttft", points: int = 2
     """
     share_of_points = max(min(points, POINTS // max(len(runs), 1)), 4)
     parts: dict[str, list[Any]] = {"label": [], "value": [], "share": [], "requests": []}
-    notes = []
+    notes, thinned = [], False
     for label, run in runs.items():
         every = values(run, metric)
         there = np.sort(every[np.isfinite(every)])
@@ -56,10 +56,21 @@ def ecdf(runs: Mapping[str, Run | Result], metric: str = "ttft", points: int = 2
         parts["value"] += there[kept].tolist()
         parts["share"] += ((kept + 1) / max(there.size, 1)).tolist()
         parts["requests"] += [there.size] * kept.size
-        if kept.size < last.size:
-            notes.append(f"{label}: {kept.size:,} of {there.size:,} requests drawn, the extremes among them")
+        thinned = thinned or kept.size < last.size
         notes.append(_without(label, every, metric))
-    return frame_of(parts, notes, measure=metric)
+    if thinned:
+        notes.insert(0, f"up to {share_of_points:,} points a curve, the extremes among them")
+    return frame_of(parts, notes, measure=metric, **_named(value=metric))
+
+
+def _named(**measures: str) -> dict[str, dict[str, str]]:
+    """What charts call the columns: title, unit and both as a heading."""
+    known = {column: MEASURES[name] for column, name in measures.items()}
+    return {
+        "titles": {column: measure.title for column, measure in known.items()},
+        "units": {column: measure.unit for column, measure in known.items()},
+        "headings": {column: measure.heading for column, measure in known.items()},
+    }
 
 
 def _ranks(last: NDArray[np.int64], points: int) -> NDArray[np.int64]:
@@ -113,21 +124,41 @@ def scatter(
     """
     most = max(min(points, POINTS) // max(len(runs), 1), 4)
     parts: list[dict[str, Any]] = []
-    notes = []
+    notes, drawn, whole = [], 0, 0
     for label, run in runs.items():
         across, up = values(run, x), values(run, y)
         there = np.flatnonzero(np.isfinite(across) & np.isfinite(up))
         kept = there[_thinned(across[there], up[there], most)]
         facts = {name: run.requests[name][kept] for name in ("id", "prompt_tokens", "output_tokens")}
         parts.append({"label": np.full(kept.size, label, dtype=object), "x": across[kept], "y": up[kept], **facts})
-        if kept.size < there.size:
-            notes.append(
-                f"{label}: {kept.size:,} of {there.size:,} requests drawn, the extremes of each moment among them"
-            )
+        drawn, whole = drawn + kept.size, whole + there.size
         notes.append(_without(label, up, y))
+    if drawn < whole:
+        notes.insert(0, f"{drawn:,} of {whole:,} requests drawn, the extremes of each moment among them")
     names = ("label", "id", "x", "y", "prompt_tokens", "output_tokens")
     joined: dict[str, Any] = {name: np.concatenate([part[name] for part in parts]) if parts else [] for name in names}
-    return frame_of(joined, notes, x=x, y=y)
+    return frame_of(joined, notes, x=x, y=y, **_named(x=x, y=y))
+
+
+def linked(runs: Mapping[str, Run | Result], points: int = POINTS) -> pd.DataFrame:
+    """Requests with all that a page needs which no program serves: `label`, `id`, `name` (the id, and the run where
+    there are several), the four instants in seconds, `ttft_ms`, `tpot_ms`, `e2el_ms`, `preempted_ms`, `prompt_tokens`,
+    `output_tokens`, `replica`; thinned as `scatter` thins arrival and TTFT."""
+    chosen = scatter(runs, "arrival_s", "ttft", points)
+    parts = []
+    for label, run in runs.items():
+        rows = rows_of(run, chosen["id"][chosen["label"] == label].to_numpy())
+        names = [f"{request} ({label})" if len(runs) > 1 else str(request) for request in run.requests["id"][rows]]
+        facts = {
+            name: run.requests[name][rows] for name in ("id", *INSTANTS, "prompt_tokens", "output_tokens", "replica")
+        }
+        latency_ms = {f"{name}_ms": values(run, name)[rows] for name in ("ttft", "tpot", "e2el", "preempted")}
+        parts.append(
+            {"label": np.full(rows.size, label, dtype=object), "name": np.array(names, dtype=object)}
+            | facts
+            | latency_ms
+        )
+    return frame_of({name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, chosen.attrs["notes"])
 
 
 def _thinned(across: Floats, up: Floats, most: int) -> NDArray[np.int64]:

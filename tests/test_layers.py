@@ -17,10 +17,13 @@ FLOORS = {  # imports must go down; imports for type checkers only are exempt, t
     **dict.fromkeys(("simulate", "flags"), 4),
     "uncertainty": 4.5,  # plan and compare build on it
     **dict.fromkeys(("sweep", "testing", "validate", "oracle", "report", "fromvllm", "phases", "charts"), 5),
-    **dict.fromkeys(("whatif", "speculation", "reuse"), 5),
+    "reuse": 4.5,
+    **dict.fromkeys(("whatif", "speculation"), 5),
     "compare": 5,
+    "explain": 5.2,  # tries changes of what-ifs
+    "evidence": 5,
     **dict.fromkeys(("choice", "jobs"), 5.5),
-    "views": 5.5,
+    "views": 5.6,  # explains requests, also of a choice of a trace
     "plan": 5.7,  # says what it found as reports do, and writes a folder as runs do
     "cli": 6,
     "__main__": 7,
@@ -32,6 +35,7 @@ ROOMS = {  # modules that share a room may import each other, as may the files o
     "admission": "schedulers",  # both plan with schedulers/estimate.py
     **dict.fromkeys(("gaps", "rates", "utilisation", "timeline", "groups", "slo"), "metrics"),
     **dict.fromkeys(("aside",), "engine"),
+    "observed": "replica",
     **dict.fromkeys(("recorded", "benchmark_result"), "recording"),
     **dict.fromkeys(("cli_options", "command_line"), "flags"),
     "html_report": "views",

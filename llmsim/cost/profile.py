@@ -29,7 +29,7 @@ windows (refused), overlap of all-reduce with compute, pipeline parallelism.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
@@ -380,6 +380,21 @@ def model_shape(
     )
 
 
+def reached(iterations: Mapping[str, Any]) -> dict[str, Any]:
+    """Of each row of an iteration log, what `Measured` holds the largest of."""
+    return {
+        "tokens": iterations["seqs"] + iterations["prefill_tokens"],
+        "seqs": iterations["seqs"],
+        "kv_tokens": iterations["kv_tokens"] + iterations["seqs"] * (iterations["iterations"] - 1),
+        "context_tokens": iterations["prefill_context"],
+    }
+
+
+def without_graph(iterations: Mapping[str, Any]) -> Any:
+    """Rows of decodes that no full graph launches: recordings have piecewise and eager launches of prompts only."""
+    return (iterations["prefill_tokens"] == 0) & (iterations["mode"] != FULL)
+
+
 def host_of(clock: HostClock, layers_ratio: float) -> Host:
     """The host of a model with `layers_ratio` times the layers: launches beyond a full graph's cost grow with them."""
     graph_s = clock.launch_s[FULL]
@@ -588,16 +603,14 @@ class ProfileCost:
         return seconds + self._coefficients.power_share * power(seqs) * min(seconds, WARM_S)
 
     def outside_measured(self, iterations: dict[str, Any]) -> Any:
-        """Rows with more tokens, decodes, cached tokens or prompt context than any step the profile was fitted to.
+        """Rows with more tokens, decodes, cached tokens or prompt context than any step the profile was fitted to, and
+        decodes without a full graph."""
+        outside = without_graph(iterations)
+        for name, values in reached(iterations).items():
+            outside = outside | (values > getattr(self.profile.measured, name))
+        return outside
 
-        Decodes without a full graph are outside too: recordings have piecewise and eager launches of prompts only.
-        """
-        measured = self.profile.measured
-        last_kv_tokens = iterations["kv_tokens"] + iterations["seqs"] * (iterations["iterations"] - 1)
-        return (
-            (iterations["seqs"] + iterations["prefill_tokens"] > measured.tokens)
-            | (iterations["seqs"] > measured.seqs)
-            | (last_kv_tokens > measured.kv_tokens)
-            | (iterations["prefill_context"] > measured.context_tokens)
-            | ((iterations["prefill_tokens"] == 0) & (iterations["mode"] != FULL))
-        )
+    @property
+    def from_neighbours(self) -> tuple[str, ...]:
+        """Kernels of this model that were not timed, but taken from those next to them."""
+        return tuple(self._neighbours) if self.scaled else ()

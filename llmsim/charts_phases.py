@@ -1,0 +1,324 @@
+"""Charts of prefill and decode: frames of `llmsim.phases_curves` and `llmsim.phases_burst` drawn.
+
+Marks and greys are chosen to be read on a white and on a dark background; text takes the colour of where it is shown,
+or a grey that both bear. Seconds of frames are drawn as milliseconds.
+"""
+
+from __future__ import annotations
+
+from math import log10
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmsim.charts import HEIGHT, PHASE_COLOURS, WIDTH, _labels, _log_x, _log_y, _ticks
+
+if TYPE_CHECKING:
+    import altair as alt
+    import pandas as pd
+
+GREY = "#728197"  # of lines and words beside the data: contrast 4.0 on white, 4.5 on the dark theme
+PARTS = {"prefill": ("#fb923c", "#c2410c"), "decode": ("#60a5fa", "#1d4ed8")}  # the rest, attention
+PROMPT_SHADES = ("#c2410c", "#f59e0b", "#9a3412", "#fb923c", "#d97706", "#7c2d12", "#ea580c", "#fdba74")
+HOST_SHADES = {"schedule": "#94a3b8", "launch": "#64748b", "update": "#cbd5e1"}
+HEIGHT_SMALL = 280
+LANE = 24  # pixels of a lane of the timeline
+AROUND = 105  # of axis and legend, which a page takes from the height
+CLOCKS = ("host", "worker", "GPU")
+EXTENT: dict[str, Any] = {"minExtent": 78, "maxExtent": 78}  # of y axes that have to begin at the same place
+LEAST_SHARE = 0.045  # of the width: bars as wide as that have their tokens written in them
+
+
+def moves_chart(moves: pd.DataFrame) -> alt.LayerChart:
+    """The roofline with both phases, and where they go: `moves` of `llmsim.phases_curves.moves`."""
+    import altair as alt
+
+    shown = moves.assign(
+        intensity=moves["intensity_flops_per_byte"], tflops=moves["flops_per_s"] / 1e12, ms=1e3 * moves["gpu_s"]
+    )
+    roofs = shown[["peak_flops_per_s", "peak_bytes_per_s"]].drop_duplicates()
+    ridges = roofs["peak_flops_per_s"] / roofs["peak_bytes_per_s"]
+    left, right = min(shown["intensity"].min(), ridges.min()) / 1.6, max(shown["intensity"].max(), ridges.max()) * 8
+    low = min(shown["tflops"].min(), left * roofs["peak_bytes_per_s"].min() / 1e12) / 1.6
+    high = roofs["peak_flops_per_s"].max() / 1e12 * 2.2
+    axes = _log_x("intensity", left, right, "Arithmetic intensity (FLOP/byte)"), _log_y("tflops", low, high)
+    colour = _phase_colour()
+    trail = alt.Chart(shown).mark_line(strokeWidth=2.2).encode(*axes, colour, order="order:Q")
+    tips = ["phase", "value", _tip("intensity", "FLOP/byte"), _tip("tflops", "TFLOP/s"), _tip("ms", "GPU time (ms)")]
+    tips += [_tip("mfu", "MFU", ".1%"), _tip("mbu", "MBU", ".1%"), "binds", "paced_by"]
+    dots = (
+        alt.Chart(shown[~shown["here"]])
+        .mark_circle(size=60, opacity=1, stroke="white", strokeWidth=0.8)
+        .encode(*axes, colour, tooltip=tips)
+    )
+    here = (
+        alt.Chart(shown[shown["here"]])
+        .mark_circle(size=240, opacity=1, stroke="white", strokeWidth=2)
+        .encode(*axes, colour, tooltip=tips)
+    )
+    words = _labels(_named(shown), WIDTH / log10(right / left), HEIGHT / log10(high / low))
+    names = alt.Chart(words).mark_text(align="left", baseline="top", dx=10, dy=6, fontSize=12, color=GREY)
+    layers = [*_roofs(shown, axes, left, right, low), trail, dots, here, names.encode(*axes, text="text:N")]
+    return alt.LayerChart(layer=layers).properties(width=WIDTH, height=HEIGHT)
+
+
+def _roofs(shown: pd.DataFrame, axes: tuple[Any, Any], left: float, right: float, low: float) -> list[alt.Chart]:
+    """One roof a precision: that of the setting drawn through, the others dashed."""
+    import altair as alt
+    import pandas as pd
+
+    layers = []
+    for roof, own in shown.groupby(["peak_flops_per_s", "peak_bytes_per_s"]):
+        peak, bandwidth = np.array(roof, float) / 1e12
+        here = bool(own["here"].any())
+        ridge = peak / bandwidth
+        corners = pd.DataFrame({"intensity": [left, ridge, right], "tflops": [left * bandwidth, peak, peak]})
+        dash = [1, 0] if here else [5, 4]
+        layers.append(
+            alt.Chart(corners).mark_line(color=GREY, strokeWidth=2.2 if here else 1.3, strokeDash=dash).encode(*axes)
+        )
+        at = pd.DataFrame({"intensity": [right], "tflops": [peak], "text": [f"compute {peak:,.4g} TFLOP/s"]})
+        layers.append(_words(at, axes, align="right", dx=-6, dy=-9))
+        if here:
+            foot = pd.DataFrame({"intensity": [ridge, ridge], "tflops": [low, peak]})
+            layers.append(alt.Chart(foot).mark_line(color=GREY, strokeWidth=1.2, strokeDash=[2, 4]).encode(*axes))
+            at = pd.DataFrame({"intensity": [ridge], "tflops": [low], "text": [f"ridge {ridge:,.3g} FLOP/byte"]})
+            layers.append(_words(at, axes, align="left", dx=6, dy=-9))
+            middle = (left * ridge) ** 0.5
+            at = pd.DataFrame(
+                {"intensity": [middle], "tflops": [middle * bandwidth], "text": [f"memory {bandwidth:.3g} TB/s"]}
+            )
+            layers.append(_words(at, axes, align="right", dx=-10, dy=-8))
+    return layers
+
+
+def _words(frame: pd.DataFrame, axes: tuple[Any, Any], **style: Any) -> alt.Chart:
+    import altair as alt
+
+    chart: alt.Chart = alt.Chart(frame).mark_text(fontSize=12, color=GREY, **style).encode(*axes, text="text:N")
+    return chart
+
+
+def _named(shown: pd.DataFrame) -> pd.DataFrame:
+    """The points that get their names written: the setting itself, and the ends of each way."""
+    first, last = (shown.groupby("phase")["order"].transform(end) for end in ("min", "max"))
+    chosen = shown[shown["here"] | (shown["order"] == first) | (shown["order"] == last)]
+    text = [
+        f"{phase}, {value}" if here else value
+        for phase, value, here in zip(chosen["phase"], chosen["value"], chosen["here"], strict=True)
+    ]
+    return chosen.assign(text=text).sort_values("here", ascending=False).reset_index(drop=True)
+
+
+def growth_chart(
+    growth: pd.DataFrame, across: str, phase: str, *, here: float | None = None, title: str = ""
+) -> alt.LayerChart:
+    """GPU time in parts over `across`, a column of the frame; the dashed line is time on both clocks, where the host is
+    slower than the GPU. Shaded: outside the measured range. `here`: the setting itself."""
+    import altair as alt
+    import pandas as pd
+
+    names = {"rest_s": "linear layers and between them", "attention_s": "attention"}
+    parts = growth.melt([across], list(names), "part", "seconds")
+    parts = parts.assign(
+        part=parts["part"].map(names), ms=1e3 * parts["seconds"], order=parts["part"].eq("attention_s")
+    )
+    x = alt.X(f"{across}:Q", axis=alt.Axis(title=title or across, format=",d"), scale=alt.Scale(nice=False, zero=True))
+    y = alt.Y("ms:Q", title="GPU time (ms)", stack="zero")
+    scale = alt.Scale(domain=list(names.values()), range=list(PARTS[phase]))
+    colour = alt.Color(
+        "part:N", scale=scale, legend=alt.Legend(title=None, orient="top", symbolOpacity=1, labelLimit=320)
+    )
+    area = (
+        alt.Chart(parts)
+        .mark_area(opacity=0.9)
+        .encode(
+            x,
+            y,
+            colour,
+            order="order:O",
+            tooltip=[_tip(across, title or across, ",d"), "part", _tip("ms", "ms", ".2f")],
+        )
+    )
+    wall = growth.assign(wall_ms=1e3 * growth["wall_s"])
+    pace = (
+        alt.Chart(wall)
+        .mark_line(color=GREY, strokeWidth=1.6, strokeDash=[6, 3])
+        .encode(
+            x,
+            alt.Y("wall_ms:Q"),
+            tooltip=[_tip(across, title or across, ",d"), _tip("wall_ms", "wall time (ms)", ".2f")],
+        )
+    )
+    layers: list[alt.Chart] = [area, pace, *_outside(growth, across, x)]
+    if here is not None:
+        layers.append(
+            alt.Chart(pd.DataFrame({across: [here]})).mark_rule(color=PHASE_COLOURS[phase], strokeWidth=2).encode(x)
+        )
+    return alt.LayerChart(layer=layers).properties(width=WIDTH, height=HEIGHT_SMALL)
+
+
+def _outside(growth: pd.DataFrame, across: str, x: alt.X) -> list[alt.Chart]:
+    """A veil over what lies outside the measured range."""
+    import altair as alt
+    import pandas as pd
+
+    outside = growth.loc[growth["outside_measured"], across]
+    if outside.empty:
+        return []
+    low, high = float(outside.min()), float(growth[across].max())
+    span = alt.Chart(pd.DataFrame({across: [low], "to": [high], "text": ["outside the measured range"]}))
+    words = span.mark_text(align="left", baseline="top", dx=5, dy=5, fontSize=11, color=GREY)
+    return [
+        span.mark_rect(color=GREY, opacity=0.22).encode(x, alt.X2("to:Q")),
+        words.encode(x, y=alt.value(0), text="text:N"),
+    ]
+
+
+def burst_chart(clocks: pd.DataFrame, requests: pd.DataFrame) -> alt.LayerChart:
+    """A burst on both clocks, and below what each request gets computed: `Burst.clocks` and `Burst.requests`."""
+    import altair as alt
+    import pandas as pd
+
+    own = requests.assign(
+        part=requests["lane"].where(requests["kind"] == "prefill", "decode"), order=requests["request"]
+    )
+    busy = clocks.assign(order=[CLOCKS.index(lane) - len(CLOCKS) - 1 for lane in clocks["lane"]])
+    frame = _in_ms(pd.concat([busy, own], ignore_index=True))
+    lanes = frame.sort_values("order")["lane"].unique().tolist()
+    x = _burst_x(clocks)
+    y = alt.Y(
+        "lane:N",
+        sort=lanes,
+        scale=alt.Scale(paddingInner=0.22, paddingOuter=0.1),
+        axis=alt.Axis(title=None, ticks=False, domain=False, labelBound=False, labelFlush=False, **EXTENT),
+    )
+    tips = [
+        "lane",
+        "part",
+        "iteration:Q",
+        "mode",
+        _tip("tokens", "tokens", ",d"),
+        _tip("begin_ms", "begins (ms)", ".2f"),
+    ]
+    tips += [_tip("lasts_ms", "lasts (ms)", ".2f"), _tip("computed_tokens", "computed before (tokens)", ",d")]
+    bars = alt.Chart(frame).mark_bar(stroke="white", strokeWidth=0.4)
+    wide = frame[frame["part"].str.startswith("prompt") & (frame["lasts_ms"] >= LEAST_SHARE * _span_ms(frame))]
+    wide = wide.assign(middle_ms=(wide["begin_ms"] + wide["end_ms"]) / 2)
+    words = alt.Chart(wide).mark_text(color="white", fontSize=11, fontWeight="bold")
+    layers = [
+        bars.encode(x, alt.X2("end_ms:Q"), y, _part_colour(requests), tooltip=tips),
+        words.encode(alt.X("middle_ms:Q"), y, text=alt.Text("tokens:Q", format=",d")),
+    ]
+    return alt.LayerChart(layer=layers).properties(width=WIDTH, height=LANE * len(lanes) + AROUND)
+
+
+def tokens_chart(clocks: pd.DataFrame, requests: pd.DataFrame, token_budget: int) -> alt.LayerChart:
+    """The tokens of a burst's iterations, chunks on top of decodes, up to the budget: a column as wide as it lasts."""
+    import altair as alt
+    import pandas as pd
+
+    frame = _in_ms(requests.assign(part=requests["lane"].where(requests["kind"] == "prefill", "decode")))
+    several = {"begin_ms": "first", "end_ms": "first", "tokens": "sum"}
+    decodes = frame[frame["kind"] == "decode"].groupby("iteration", as_index=False).agg(several)
+    stacked = pd.concat([decodes.assign(request=0, part="decode"), frame[frame["kind"] == "prefill"]])
+    stacked = stacked.sort_values(["iteration", "request"])
+    top = stacked.groupby("iteration")["tokens"].cumsum()
+    stacked = stacked.assign(top=top, bottom=top - stacked["tokens"])
+    x = _burst_x(clocks)
+    scale = alt.Scale(domain=[0, 1.15 * max(token_budget, int(top.max()))], nice=False)
+    y = alt.Y("bottom:Q", scale=scale, axis=alt.Axis(title="Tokens", tickCount=4, titleX=-64, **EXTENT))
+    told = {"bottom": [token_budget], "text": [f"token budget {token_budget:,}"], "begin_ms": [frame["begin_ms"].min()]}
+    line = alt.Chart(pd.DataFrame(told))
+    tips = ["part", "iteration:Q", _tip("tokens", "tokens", ",d")]
+    layers = [
+        alt.Chart(stacked)
+        .mark_rect(stroke="white", strokeWidth=0.4)
+        .encode(x, alt.X2("end_ms:Q"), y, alt.Y2("top:Q"), _part_colour(requests, legend=False), tooltip=tips),
+        line.mark_rule(color=GREY, strokeDash=[5, 4]).encode(y),
+        line.mark_text(color=GREY, align="left", dx=4, dy=-7, fontSize=11).encode(x, y, text="text:N"),
+    ]
+    return alt.LayerChart(layer=layers).properties(width=WIDTH, height=90 + AROUND)
+
+
+def _burst_x(clocks: pd.DataFrame) -> alt.X:
+    """The same for both charts of a burst, so that they can stand one above the other."""
+    import altair as alt
+
+    scale = alt.Scale(domain=[1e3 * clocks["begin_s"].min(), 1e3 * clocks["end_s"].max()], nice=False)
+    title = "Time since the burst came (ms)"
+    return alt.X("begin_ms:Q", scale=scale, axis=alt.Axis(title=title, tickCount=12, orient="bottom"))
+
+
+def _in_ms(frame: pd.DataFrame) -> pd.DataFrame:
+    begin_ms, end_ms = 1e3 * frame["begin_s"], 1e3 * frame["end_s"]
+    return frame.assign(begin_ms=begin_ms, end_ms=end_ms, lasts_ms=end_ms - begin_ms)
+
+
+def _span_ms(frame: pd.DataFrame) -> float:
+    return float(frame["end_ms"].max() - frame["begin_ms"].min())
+
+
+def _part_colour(requests: pd.DataFrame, *, legend: bool = True) -> alt.Color:
+    """The host in greys, decodes blue, prompts in shades of prefill's colour."""
+    import altair as alt
+
+    numbers = sorted(int(number) for number in requests.loc[requests["request"] > 0, "request"].unique())
+    prompts = {f"prompt {n}": PROMPT_SHADES[(n - 1) % len(PROMPT_SHADES)] for n in numbers}
+    shades = HOST_SHADES | PHASE_COLOURS | prompts
+    shown = alt.Legend(
+        title=None, orient="top", symbolType="square", symbolOpacity=1, symbolStrokeWidth=0,
+        values=[*HOST_SHADES, *PHASE_COLOURS],
+    )  # fmt: skip
+    scale = alt.Scale(domain=list(shades), range=list(shades.values()))
+    return alt.Color("part:N", scale=scale, legend=shown if legend else None)
+
+
+def budgets_chart(budgets: pd.DataFrame, token_budget: int) -> alt.LayerChart:
+    """What the token budget trades: first tokens of the burst against gaps of those who decode."""
+    import altair as alt
+    import pandas as pd
+
+    names = {"mean_ttft_s": "mean TTFT of the burst", "longest_gap_s": "longest gap between two tokens"}
+    kept = [name for name in names if budgets[name].notna().any()]
+    long = budgets.melt(["token_budget"], kept, "what", "seconds").dropna()
+    long = long.assign(what=long["what"].map(names), ms=1e3 * long["seconds"])
+    x = alt.X(
+        "token_budget:Q",
+        scale=alt.Scale(type="log", base=2, nice=False),
+        axis=alt.Axis(
+            title="Token budget of an iteration (max_num_batched_tokens)",
+            values=budgets["token_budget"].tolist(),
+            format=",d",
+        ),
+    )
+    low, high = long["ms"].min() / 1.3, long["ms"].max() * 1.3
+    axis = alt.Axis(title="Time (ms)", values=_ticks(low, high), format=",~g")
+    y = alt.Y("ms:Q", scale=alt.Scale(type="log", domain=[low, high], nice=False), axis=axis)
+    scale = alt.Scale(domain=list(names.values()), range=list(PHASE_COLOURS.values()))
+    colour = alt.Color(
+        "what:N", scale=scale, legend=alt.Legend(title=None, orient="top", symbolOpacity=1, labelLimit=320)
+    )
+    tips = ["what", _tip("token_budget", "token budget", ",d"), _tip("ms", "ms", ".1f")]
+    lines = (
+        alt.Chart(long)
+        .mark_line(strokeWidth=2.5, point=alt.OverlayMarkDef(size=60, filled=True))
+        .encode(x, y, colour, tooltip=tips)
+    )
+    rule = alt.Chart(pd.DataFrame({"token_budget": [token_budget]})).mark_rule(color=GREY, strokeDash=[5, 4]).encode(x)
+    return alt.LayerChart(layer=[rule, lines]).properties(width=WIDTH, height=HEIGHT_SMALL)
+
+
+def _phase_colour() -> alt.Color:
+    import altair as alt
+
+    scale = alt.Scale(domain=list(PHASE_COLOURS), range=list(PHASE_COLOURS.values()))
+    return alt.Color(
+        "phase:N", scale=scale, legend=alt.Legend(title=None, orient="top-left", symbolOpacity=1, symbolSize=120)
+    )
+
+
+def _tip(field: str, title: str, form: str = ",.3~g") -> alt.Tooltip:
+    import altair as alt
+
+    return alt.Tooltip(f"{field}:Q", title=title, format=form)
