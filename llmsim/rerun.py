@@ -20,7 +20,8 @@ from llmsim.runs import facts_of_files, versions, write_run
 from llmsim.runs_origin import digest, options_from, origin
 from llmsim.scenario import Scenario
 from llmsim.simulate import simulate
-from llmsim.trace import load_trace
+from llmsim.synth import synthesise
+from llmsim.trace import load_trace, time_scaled
 
 MOST_NAMES = 8  # that a line says
 
@@ -73,7 +74,7 @@ def rerun(
         why = "its manifest does not say how the trace was read: an llmsim before rerun wrote it"
         return Rerun(shown, False, reasons=(why,))
     at = Path(known["folder"])
-    needed = [str(known["path"]), *manifest["inputs"]]
+    needed = [*([str(known["path"])] if known["path"] is not None else []), *manifest["inputs"]]
     elsewhere = trace is None and not all(Path(path).exists() for path in needed) and at.is_dir()
     with chdir(at) if elsewhere else nullcontext():
         lacking = _lacking(manifest, trace)
@@ -98,6 +99,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def _lacking(manifest: dict[str, Any], trace: str | Path | None) -> str | None:
     """What a repetition would need and is not there, or not as it was."""
     known = manifest["trace"]
+    if "synthesis" in known:
+        return f"its trace is synthetic: leave --trace {trace} out" if trace is not None else _gone(manifest)
     if trace is None and known["path"] is None:
         return "its trace came from standard input: give it with --trace FILE"
     path = str(trace or known["path"])
@@ -106,10 +109,12 @@ def _lacking(manifest: dict[str, Any], trace: str | Path | None) -> str | None:
         return f"its trace {path} is gone: give it with --trace FILE"
     if now != known["sha256"]:
         return f"its trace {path} has changed: SHA-256 {now[:12]}…, then {known['sha256'][:12]}…"
-    for file in manifest["inputs"]:
-        if not digest(file):
-            return f"{file} is gone, which its scenario names"
-    return None
+    return _gone(manifest)
+
+
+def _gone(manifest: dict[str, Any]) -> str | None:
+    gone = [file for file in manifest["inputs"] if not digest(file)]
+    return f"{gone[0]} is gone, which its scenario names" if gone else None
 
 
 def _compared(
@@ -138,10 +143,15 @@ def _repeat(
     """Writes the run anew; returns what its cost model is now."""
     scenario = Scenario.from_dict(manifest["scenario"], source="manifest.json: scenario")
     options, written, goodput = options_from(manifest["trace"]["options"]), manifest["written"], manifest["goodput"]
-    loaded = load_trace(path, **options, context_tokens=scenario.max_model_len, seed=scenario.seed)
+    made = manifest["trace"].get("synthesis")
+    if made is not None:
+        loaded = synthesise(**made)
+        loaded = time_scaled(loaded, options["time_scale"]) if "time_scale" in options else loaded
+    else:
+        loaded = load_trace(path, **options, context_tokens=scenario.max_model_len, seed=scenario.seed)
     result = simulate(loaded, scenario, progress)
     summary = result.summary(goodput)
-    extra = origin(loaded, path, options, scenario, goodput=goodput, **written)
+    extra = origin(loaded, path, options, scenario, goodput=goodput, synthesis=made, **written)
     write_run(result, again, summary=summary, manifest_extra=extra, **written)
     calibration: dict[str, Any] = summary["calibration"]
     return calibration
