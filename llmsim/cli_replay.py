@@ -95,7 +95,7 @@ def replay(
         from llmsim.runs import write_run
         from llmsim.runs_origin import origin
 
-        wrote = {"timeline": timeline, "detailed": save_detailed}
+        wrote: dict[str, Any] = {"timeline": timeline, "detailed": save_detailed}
         source = origin(trace, trace_path, trace_arguments(flags), scenario, goodput=targets, **wrote)
         extra = {"command": ["llmsim", *arguments], **source, "notes": list(trace.notes)}
         with _run_folder(out, scenario, trace) as folder:

@@ -27,6 +27,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from difflib import get_close_matches
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,8 @@ class _Reader(Nodes):
         if name == "trace":
             raise self.fail(node, f"{what}: trace has a place of its own: write trace: PATH, or a list of them in grid")
         value = self.value(node)
+        if isinstance(value, float) and not isfinite(value) and name != "rate":
+            raise self.fail(node, f"{what}: {name}: {value} is not finite: give a number")
         if "." in name:
             return value
         return self._typed(name, value, node, what)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from llmsim import Scenario, cli, load_trace, simulate
+from llmsim.choice import Replay, Synthesis, TraceChoice, replay
 from llmsim.engines import ENGINES
 from llmsim.rerun import rerun
 from llmsim.runs import write_run
@@ -50,6 +51,7 @@ def told(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
         ["--rate", "9.5", "--start", "3", "--seed", "4", "--goodput", "ttft:61.5", "--save-detailed", "--timeline"],
         ["--scheduler", "mine.py:ShortPromptsFirst", "--scheduler-arg", "prefill_tokens=300", "--closed-loop"],
         ["--columns", "arrival=arrival_time_s", "--assign-classes", "a:0.5:ttft=1s;b:0.5", "--predict", "sigma=0.4"],
+        ["--rate", "inf", "--host-scale", "1.5"],
         ["--max-model-len", "900", "--over-context", "truncate", "--concurrency", "3"],
         [
             "--spread",
@@ -189,6 +191,19 @@ def test_runs_that_python_wrote_repeat_too(folder: Path) -> None:
     extra = origin(trace, "chat.csv", {"limit": 50, "rate": 8}, scenario)
     write_run(result, folder / "mine", summary=result.summary(), manifest_extra=extra)
     assert rerun("mine").equal
+
+
+@pytest.mark.parametrize("traffic", [1.0, 3.0])
+def test_runs_of_the_dashboard_repeat(folder: Path, traffic: float) -> None:
+    """Of a file and of a synthetic trace, faster and cut short."""
+    scenario = Scenario(model="llama-3.1-8b", gpu="h100-sxm", seed=2)
+    made = TraceChoice(synthesis=Synthesis(requests=90, seed=4), traffic=traffic)
+    read = TraceChoice(path=str(folder / "chat.csv"), traffic=traffic, over_context="drop", requests=100)
+    for name, choice in (("made", made), ("read", read)):
+        replay(Replay(choice, scenario, folder / name, limit=60))
+        assert rerun(name).in_words().startswith(f"{name}: the same bytes")
+    refused = rerun("made", trace="chat.csv").in_words()
+    assert refused == "made: cannot be repeated: its trace is synthetic: leave --trace chat.csv out"
 
 
 def test_as_json(capsys: pytest.CaptureFixture[str]) -> None:

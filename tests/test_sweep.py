@@ -52,7 +52,7 @@ class Always(VllmScheduler):
 
 
 class Slow(VllmScheduler):
-    def __init__(self, sleep_s=0.03):
+    def __init__(self, sleep_s=0.02):
         super().__init__()
         time.sleep(sleep_s)
 
@@ -156,7 +156,7 @@ def test_the_same_bytes_for_any_number_of_processes_and_shards(many: dict[str, A
     assert len(parts("one")) == 12
     assert parts("one") == parts("two")
     for at in (3, 1, 2):
-        sweep(many, out="shards", shard=f"{at}/3", jobs=2, resume=True)
+        sweep(many, out="shards", shard=f"{at}/3", jobs=2)
         sweep(many, out=f"apart{at}", shard=(at, 3))
     Path("merged").mkdir()
     for at in (1, 2, 3):
@@ -192,6 +192,54 @@ def test_a_policy_that_raises_is_an_error_with_its_place() -> None:
     assert errors[0] == "ZeroDivisionError: division by zero (odd.py, line 30)"
     assert pd.isna(errors[1])
     assert errors[2].startswith("scheduler 'odd.py:Nobody': no class Nobody in odd.py.")
+
+
+def test_values_that_json_and_columns_have_no_place_for() -> None:
+    found = sweep(
+        spec(grid={"rate": [float("inf"), 2], "max_num_seqs": [2**70, 8], "concurrency": [None, 2]}), out="out"
+    )
+    frame = found.frame()
+    assert frame["rate"].tolist() == [float("inf")] * 4 + [2.0] * 4
+    assert frame["max_num_seqs"].tolist() == [str(2**70)] * 2 + ["8"] * 2 + [str(2**70)] * 2 + ["8"] * 2
+    assert frame["error"][0].startswith(f"max_num_seqs={2**70} is too large")
+    assert found.manifest(2)["trace"]["options"] == {"rate": "inf"}
+    assert pd.isna(frame["error"][2])
+    assert frame["error"][7].startswith("concurrency=2 ignores arrival times, which rate=2.0 changes")
+    assert frame["completed"].tolist()[2::4] == [10, 10]
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_what_a_policy_prints_is_no_result(jobs: str) -> None:
+    Path("loud.py").write_text(
+        "from llmsim.schedulers.vllm import VllmScheduler\nclass Loud(VllmScheduler):\n    def __init__(self):\n"
+        "        super().__init__()\n        print('hear me', flush=True)\n"
+    )
+    Path("s.yaml").write_text(json.dumps(spec(grid={"scheduler": ["loud.py:Loud"]}, seeds=2)))
+    command = [sys.executable, "-m", "llmsim", "sweep", "s.yaml", "--json", "--jobs", jobs]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["failed"] == 0
+    assert done.stderr.count("hear me") == 2
+
+
+def test_interrupting_keeps_what_is_done(folder: Path) -> None:
+    """Ctrl-C goes to all processes of a terminal: no traceback, the workers end, and --resume goes on."""
+    Path("slow.json").write_text(json.dumps(spec(grid={"scheduler": ["odd.py:Slow"]}, seeds=140)))
+    command = [sys.executable, "-m", "llmsim", "sweep", "slow.json", "--out", "out", "--jobs", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, start_new_session=True)
+    while finished_runs(folder / "out") < 6:
+        assert process.poll() is None
+        time.sleep(0.01)
+    below = processes_of(process.pid)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 130
+    assert err.decode().splitlines()[-1] == "interrupted: what was done is in out; --resume goes on"
+    assert b"Traceback" not in err
+    while any(alive(pid) for pid in below):
+        time.sleep(0.02)
+    assert finished_runs(folder / "out") >= 6
 
 
 def test_a_killed_worker_loses_only_its_run_which_is_done_again() -> None:
@@ -396,6 +444,23 @@ def test_exit_status_1_if_no_run_works(capsys: pytest.CaptureFixture[str]) -> No
     status, out, _ = command(capsys, "s.yaml")
     assert status == 1
     assert "error: replicas=0 is too small: give 1 or more" in out
+
+
+def test_a_run_of_a_sweep_repeats(capsys: pytest.CaptureFixture[str]) -> None:
+    made = spec(grid={"rate": [float("inf"), 2], "scheduler": ["odd.py:Slow", "vllm"]}, goodput={"ttft": 15})
+    sweep(made | {"scenario": MACHINE}, out="out")
+    for run in range(4):
+        assert cli.main(["rerun", "out", "--run", str(run)]) == 0
+        assert capsys.readouterr().out.startswith(f"out, run {run}: the same numbers: ")
+    Path("odd.py").write_text(KILLER + "# a comment\n")
+    assert cli.main(["rerun", "out", "--run", "2"]) == 0
+    assert capsys.readouterr().out.endswith("of its summary; odd.py has changed\n")
+    with open("ten.csv", "a") as trace:
+        trace.write("10,64,11\n")
+    assert cli.main(["rerun", "out", "--run", "1"]) == 1
+    assert "cannot be repeated: its trace ten.csv has changed: SHA-256" in capsys.readouterr().out
+    assert cli.main(["rerun", "out"]) == 2
+    assert capsys.readouterr().err == "error: out: the folder of a sweep: add --run N\n"
 
 
 def test_durations_as_people_say_them() -> None:
