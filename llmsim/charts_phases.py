@@ -21,6 +21,7 @@ GREY = "#728197"  # of lines and words beside the data: contrast 4.0 on white, 4
 PARTS = {"prefill": ("#fb923c", "#c2410c"), "decode": ("#60a5fa", "#1d4ed8")}  # the rest, attention
 PROMPT_SHADES = ("#c2410c", "#f59e0b", "#9a3412", "#fb923c", "#d97706", "#7c2d12", "#ea580c", "#fdba74")
 HOST_SHADES = {"schedule": "#94a3b8", "launch": "#64748b", "update": "#cbd5e1"}
+FEW = 5  # points of a way that all get names
 HEIGHT_SMALL = 280
 LANE = 24  # pixels of a lane of the timeline
 AROUND = 105  # of axis and legend, which a page takes from the height
@@ -100,9 +101,10 @@ def _words(frame: pd.DataFrame, axes: tuple[Any, Any], **style: Any) -> alt.Char
 
 
 def _named(shown: pd.DataFrame) -> pd.DataFrame:
-    """The points that get their names written: the setting itself, and the ends of each way."""
+    """The points that get their names written: the setting itself, the ends of each way, and all of a short one."""
     first, last = (shown.groupby("phase")["order"].transform(end) for end in ("min", "max"))
-    chosen = shown[shown["here"] | (shown["order"] == first) | (shown["order"] == last)]
+    short = shown.groupby("phase")["order"].transform("size") <= FEW
+    chosen = shown[shown["here"] | (shown["order"] == first) | (shown["order"] == last) | short]
     text = [
         f"{phase}, {value}" if here else value
         for phase, value, here in zip(chosen["phase"], chosen["value"], chosen["here"], strict=True)

@@ -72,8 +72,13 @@ class Server:
 
     def workers(self) -> list[int]:
         """Processes that do its jobs."""
-        listed = subprocess.run(["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True, check=False)
-        return [int(word) for word in listed.stdout.split()]
+        mine = []
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):  # ended meanwhile
+                state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+                if int(parent) == self.process.pid and state != "Z":
+                    mine.append(int(stat.parent.name))
+        return mine
 
 
 @contextmanager
