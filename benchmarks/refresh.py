@@ -1,7 +1,8 @@
 """Make the numbers printed in README.md and docs again: `python -m benchmarks.refresh`, after a new fit.
 
 The README's replay is run as it stands there (its trace has to be in ../shared/traces), and so are its comparison of
-the phases and the what-ifs of docs/policies; the tables of accuracy are those of `benchmarks.accuracy`. Excerpts and
+the phases and the what-ifs of docs/policies; the tables of accuracy are those of `benchmarks.accuracy`, the data that
+the dashboard's page on calibration shows that of `benchmarks.evidence`. Excerpts and
 figures in sentences are left alone, and so is the table of speed, which depends on the machine.
 """
 
@@ -15,7 +16,7 @@ import tempfile
 
 import click
 
-from benchmarks import touch_up
+from benchmarks import evidence, touch_up
 from benchmarks.accuracy import FOLDERS, METRICS, ROOT, Load, cells, judged, recordings, table, update
 
 WHOLE_LINES = 5  # of output; fewer are an excerpt
@@ -83,6 +84,7 @@ def host_scale_rows(page: str) -> str:
 @click.command()
 def main() -> None:
     """Make the numbers printed in README.md and docs again, after a new fit or recording."""
+    evidence.main([], standalone_mode=False)
     loads = [load for folder in recordings() for load in judged(folder, "auto", 1.0)]
     update(ACCURACY, table(loads))
     update(ACCURACY, touch_up.table(touch_up.judge_all()), (touch_up.START, touch_up.END))
