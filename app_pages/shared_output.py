@@ -146,15 +146,24 @@ def footer(
         downloads(key, files)
 
 
-def downloads(key: str, files: pd.DataFrame | Files, *, name: str = "llmsim", drawing: Any = None) -> None:
-    """Buttons that save: a frame as CSV, Parquet and JSON, a `drawing` as PNG too; or any files by name.
+def downloads(
+    key: str,
+    files: pd.DataFrame | Callable[[], pd.DataFrame] | Files,
+    *,
+    name: str = "llmsim",
+    drawing: Any = None,
+    more: Files | None = None,
+) -> None:
+    """Buttons that save: a frame (or what makes it) as CSV, Parquet and JSON, a `drawing` as PNG too; or any files by
+    name; and `more` of them.
 
     Nothing is made before it is asked for.
     """
-    if isinstance(files, pd.DataFrame):
+    if isinstance(files, pd.DataFrame) or callable(files):
         files = _frame_files(files, name)
     if drawing is not None:
         files = files | {f"{name}.png": lambda: _png(drawing)}
+    files = files | (more or {})
     with st.popover("Download", icon=":material/download:", key=f"{key}_downloads"):
         for file, make in files.items():
             st.download_button(
@@ -162,17 +171,20 @@ def downloads(key: str, files: pd.DataFrame | Files, *, name: str = "llmsim", dr
             )
 
 
-def _frame_files(frame: pd.DataFrame, name: str) -> Files:
+def _frame_files(given: pd.DataFrame | Callable[[], pd.DataFrame], name: str) -> Files:
+    def frame() -> pd.DataFrame:
+        return given() if callable(given) else given
+
     def parquet() -> bytes:
         buffer = io.BytesIO()
-        frame.to_parquet(buffer, index=False)
+        frame().to_parquet(buffer, index=False)
         return buffer.getvalue()
 
     def as_json() -> bytes:
-        return (json.dumps(json_safe(frame.to_dict("records")), indent=1) + "\n").encode()
+        return (json.dumps(json_safe(frame().to_dict("records")), indent=1) + "\n").encode()
 
     return {
-        f"{name}.csv": lambda: frame.to_csv(index=False).encode(),
+        f"{name}.csv": lambda: frame().to_csv(index=False).encode(),
         f"{name}.parquet": parquet,
         f"{name}.json": as_json,
     }

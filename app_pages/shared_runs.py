@@ -15,7 +15,7 @@ import pandas as pd
 import streamlit as st
 
 from app_pages.shared_output import show_error
-from llmsim.choice import Replay, TraceChoice, quick_requests, replay, replay_all
+from llmsim.choice import Replay, TraceChoice, replay, replay_all
 from llmsim.command_line import argv_of
 from llmsim.jobs import Job
 from llmsim.jobs_store import Store, remove_stale
@@ -67,12 +67,12 @@ def runs_picker(key: str) -> dict[str, Path] | None:
 
 def sample_of(choice: TraceChoice) -> int:
     """Requests of a quick answer: at most 20,000, fewer where answers are long."""
-    return quick_requests(choice.load())
+    return choice.quick()
 
 
 def sampled(choice: TraceChoice) -> str:
     """What a quick answer rests on, in words."""
-    whole, sample = len(choice.load()), sample_of(choice)
+    whole, sample = choice.size(), sample_of(choice)
     if whole <= sample:
         return f"all {whole:,} requests"
     return f"the first {sample:,} of {whole:,} requests"
@@ -98,10 +98,10 @@ def _ensure(choice: TraceChoice, scenario: Scenario, limit: int | None) -> Path:
 
 def answers(key: str, choice: TraceChoice, scenarios: Mapping[str, Scenario]) -> dict[str, Path]:
     """A quick answer now; the whole trace where that is more, on a button, with progress and Stop."""
-    if quick_requests(choice.load()) < len(choice.load()):
+    if choice.quick() < choice.size():
         whole = full_runs(key, choice, scenarios)
         if whole is not None:
-            st.caption(f"On all {len(choice.load()):,} requests.")
+            st.caption(f"On all {choice.size():,} requests.")
             return whole
     st.caption(f"Quick answer on {sampled(choice)}.")
     return quick_runs(choice, scenarios)

@@ -10,19 +10,12 @@ import streamlit as st
 from app_pages.shared_runs import store
 from llmsim.choice import OVER_CONTEXT, SHIPPED, Synthesis, TraceChoice, on_disk, shipped
 
-SOURCES = {
-    "shipped": "an example trace",
-    "upload": "a trace that I upload",
-    "file": "a file on this machine",
-    "synthetic": "a synthetic trace",
-}
+SOURCES = ("shipped", "upload", "file", "synthetic")  # as they are called in links
 
 
 def trace_picker(key: str = "trace") -> TraceChoice | None:
     """Where the requests come from and how fast; None until a file is given. Shows the reader's error in place."""
-    source = st.selectbox(
-        "Requests", list(SOURCES), format_func=SOURCES.__getitem__, key=f"{key}_from", bind="query-params"
-    )
+    source = st.selectbox("Requests", SOURCES, key=f"{key}_from", bind="query-params")
     choice = {"shipped": _shipped, "upload": _uploaded, "file": _path, "synthetic": _synthetic}[source](key)
     if choice is None:
         return None
@@ -42,7 +35,6 @@ def trace_picker(key: str = "trace") -> TraceChoice | None:
         over = st.selectbox(
             "Requests longer than the model's context",
             OVER_CONTEXT,
-            format_func={"error": "refuse", "drop": "leave out", "truncate": "cut"}.__getitem__,
             key=f"{key}_over",
             bind="query-params",
         )
@@ -50,13 +42,8 @@ def trace_picker(key: str = "trace") -> TraceChoice | None:
 
 
 def _shipped(key: str) -> TraceChoice:
-    name = st.selectbox(
-        "Trace",
-        list(SHIPPED),
-        format_func=lambda name: f"{name.partition('.')[0]}: {SHIPPED[name]}",
-        key=key,
-        bind="query-params",
-    )
+    name = st.selectbox("Trace", list(SHIPPED), key=key, bind="query-params")
+    st.caption(SHIPPED[name])
     return shipped(name)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from llmsim.charts import COLOURS, SIDE_COLOURS
 from llmsim.charts_policies import finished, log_ticks
-from llmsim.charts_run import WIDTH, styled
+from llmsim.charts_style import WIDTH, styled
 
 if TYPE_CHECKING:
     import altair as alt

@@ -11,7 +11,7 @@ from math import ceil, floor, log10
 from typing import TYPE_CHECKING, Any
 
 from llmsim.charts import COLOURS, SIDE_COLOURS, _decades, _ticks
-from llmsim.charts_run import WIDTH, styled
+from llmsim.charts_style import WIDTH, styled
 
 if TYPE_CHECKING:
     import altair as alt

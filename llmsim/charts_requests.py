@@ -150,7 +150,7 @@ def gantt_chart(frame: pd.DataFrame) -> alt.Chart:
         y,
         part_colour("phase", list(dict.fromkeys(frame["phase"]))),
         alt.X2("end_s:Q"),
-        opacity=alt.condition(picked, alt.value(1.0), alt.value(0.35)),
+        opacity=alt.condition(picked, alt.value(1.0), alt.value(0.45)),
         tooltip=_gantt_tips(),
     ).add_params(picked)
     titled = title_of(f"Phases of {rows:,} request{'s' * (rows != 1)}", frame)
@@ -177,20 +177,21 @@ def _gantt_tips() -> list[alt.Tooltip]:
 
 
 def life_chart(frame: pd.DataFrame) -> alt.LayerChart:
-    """`llmsim.views.life`: one request, a line a phase with its length; the reason is in the tooltip."""
+    """`llmsim.views.life` or `llmsim.views_life.explained`: one request, a line a phase with its length; the reason is
+    in the tooltip."""
     import altair as alt
 
     check(frame)
-    phases = list(dict.fromkeys(frame["phase"]))
-    texts = [f"{ms:,.4g} ms ({part:.0%})" for ms, part in zip(frame["duration_ms"], frame["share"], strict=True)]
-    shown = frame.assign(text=texts)
     low_s, high_s = float(frame["begin_s"].min()), float(frame["end_s"].max())
-    room_s = (high_s - low_s) * 0.22 or 1.0  # for the text of the last phase
+    room_s = (high_s - low_s) * 0.3 or 1.0  # for the text of the last phase
     x = alt.X(
         "begin_s:Q",
         scale=alt.Scale(domain=[low_s, high_s + room_s], nice=False),
-        axis=alt.Axis(title="Simulated time (s)", format=NUMBER),
+        axis=alt.Axis(title="Simulated time (s)", format=NUMBER, tickCount=6),
     )
+    sums = frame.groupby("phase", sort=False).agg({"end_s": "max", "duration_ms": "sum", "share": "sum"}).reset_index()
+    sums["text"] = [f"{ms:,.4g} ms ({part:.0%})" for ms, part in zip(sums["duration_ms"], sums["share"], strict=True)]
+    phases = list(sums["phase"])
     y = alt.Y("phase:N", sort=phases, axis=alt.Axis(title=None, grid=False, ticks=False, labelFontSize=12))
     tips = [
         alt.Tooltip("phase:N", title="phase"),
@@ -199,14 +200,14 @@ def life_chart(frame: pd.DataFrame) -> alt.LayerChart:
         alt.Tooltip("duration_ms:Q", title="length (ms)", format=SHORT_NUMBER),
         alt.Tooltip("reason:N", title="why"),
     ]
-    bars = alt.Chart(shown).mark_bar(height=18, cornerRadius=2)
+    bars = alt.Chart(frame).mark_bar(height=18)
     bars = bars.encode(x, y, part_colour("phase", phases, legend=False), alt.X2("end_s:Q"), tooltip=tips)
-    text = alt.Chart(shown).mark_text(align="left", dx=6, color=COLOURS["text"])
-    text = text.encode(alt.X("end_s:Q"), y, text="text:N", tooltip=tips)
+    text = alt.Chart(sums).mark_text(align="left", dx=6, color=COLOURS["text"])
+    text = text.encode(alt.X("end_s:Q"), y, text="text:N")
     row = frame.iloc[0]
     tokens = f"{int(row['prompt_tokens']):,} prompt and {int(row['output_tokens']):,} output tokens"
     titled = title_of(f"Request {int(row['id'])}", frame, f"{tokens}, replica {int(row['replica'])}")
     whole = alt.layer(bars, text).properties(width=WIDTH, height=34 * len(phases), title=titled)
-    lengths = ", ".join(f"{phase} {words}" for phase, words in zip(shown["phase"], texts, strict=True))
+    lengths = ", ".join(f"{phase} {words}" for phase, words in zip(phases, sums["text"], strict=True))
     chart: alt.LayerChart = styled(whole, f"Phases of request {int(row['id'])} over simulated time: {lengths}")
     return chart

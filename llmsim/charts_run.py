@@ -52,8 +52,11 @@ PANELS = (
 )
 
 
-def ecdf_chart(frame: pd.DataFrame, slo_ms: float | None = None, title: str | None = None) -> alt.LayerChart:
-    """`llmsim.views.ecdf` as curves over a logarithmic axis, runs overlaid, the SLO a dashed line."""
+def ecdf_chart(
+    frame: pd.DataFrame, slo_ms: float | None = None, title: str | None = None, *, legend: bool = True
+) -> alt.LayerChart:
+    """`llmsim.views.ecdf` as curves over a logarithmic axis, runs overlaid, the SLO a dashed line. Without `legend`:
+    beside charts that have one."""
     import altair as alt
 
     check(frame)
@@ -67,7 +70,7 @@ def ecdf_chart(frame: pd.DataFrame, slo_ms: float | None = None, title: str | No
         alt.Tooltip("requests:Q", title="requests", format=","),
     ]
     line = alt.Chart(frame).mark_line(strokeWidth=2.5, interpolate="step-after", clip=True)
-    layers: list[Any] = [line.encode(x, y, run_colour(labels), tooltip=tips)]
+    layers: list[Any] = [line.encode(x, y, run_colour(labels, legend=legend), tooltip=tips)]
     said = f"Cumulative share of requests by {heading}, for {', '.join(labels)}"
     if slo_ms is not None:
         layers += _goal(x, slo_ms, f"SLO {slo_ms:g} {unit}")
@@ -85,10 +88,17 @@ def _goal(x: alt.X, at: float, text: str) -> list[Any]:
     import pandas as pd
 
     goal = alt.Chart(pd.DataFrame({"value": [at], "text": [text]}))
-    style: dict[str, Any] = {"align": "right", "baseline": "bottom", "dx": -5, "color": COLOURS["slo"], "fontSize": 11}
+    style: dict[str, Any] = {
+        "align": "right",
+        "baseline": "bottom",
+        "dx": -5,
+        "dy": -4,
+        "color": COLOURS["slo"],
+        "fontSize": 11,
+    }
     return [
         goal.mark_rule(color=COLOURS["slo"], strokeDash=[5, 4], strokeWidth=1.5).encode(x),
-        goal.mark_text(**style).encode(x, y=alt.value(HEIGHT - 6), text="text:N"),
+        goal.mark_text(**style).encode(x, y=alt.value("height"), text="text:N"),
     ]
 
 
@@ -118,7 +128,7 @@ def _time(frame: pd.DataFrame, *, last: bool = False) -> alt.X:
 def _panel(frame: pd.DataFrame, labels: Sequence[str], field: str, title: str, form: str, *, legend: bool) -> Any:
     import altair as alt
 
-    x, colour = _time(frame), run_colour(labels, legend=legend)
+    x, colour = _time(frame), run_colour(labels, legend=legend, above=24)
     y = alt.Y(f"{field}:Q", axis=alt.Axis(title=title, format=form, tickCount=3, **ABOVE), scale=alt.Scale(zero=True))
     shown = ".1%" if "%" in form else SHORT_NUMBER
     tips = [

@@ -60,11 +60,11 @@ def title_of(text: str, frame: pd.DataFrame, *more: str) -> alt.TitleParams:
     return alt.TitleParams(text, subtitle=lines) if lines else alt.TitleParams(text)
 
 
-def run_colour(labels: Sequence[str], *, legend: bool = True, symbol: str = "stroke") -> alt.Color:
-    """A colour for each run; no legend where there is one run only."""
+def run_colour(labels: Sequence[str], *, legend: bool = True, symbol: str = "stroke", above: int = 8) -> alt.Color:
+    """A colour for each run; no legend where there is one run only. `above`: pixels between it and the plot."""
     import altair as alt
 
-    shown = alt.Legend(title=None, orient="top", symbolType=symbol, symbolStrokeWidth=3)
+    shown = alt.Legend(title=None, orient="top", symbolType=symbol, symbolStrokeWidth=3, offset=above)
     scale = alt.Scale(domain=list(labels), range=run_colours(labels))
     return alt.Color("label:N", scale=scale, legend=shown if legend and len(labels) > 1 else None)
 

@@ -57,12 +57,13 @@ class Synthesis:
             "seed": self.seed,
         }
 
-    def make(self) -> Trace:
-        """Raises ValueError for what no workload can be."""
+    def make(self, limit: int | None = None) -> Trace:
+        """The first `limit` requests are the same however many there are. Raises ValueError for what cannot be."""
         from llmsim.synth import synthesise
 
         options: dict[str, Any] = self.options()
-        return synthesise(options.pop("requests"), name="synthetic", **options)
+        requests = options.pop("requests")
+        return synthesise(requests if limit is None else min(limit, requests), name="synthetic", **options)
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class TraceChoice:
     requests: int | None = None  # the first N of the trace; None: all
     stamp: str = ""
     shown_as: str = field(default="", compare=False)  # what people call it
+    uploaded: bool = False
 
     @property
     def name(self) -> str:
@@ -88,11 +90,24 @@ class TraceChoice:
         """
         context_tokens = None if self.over_context == "error" or scenario is None else scenario.max_model_len
         over = self.over_context if context_tokens is not None else "error"
-        trace = _read(self.path, self.stamp, self.synthesis, over, context_tokens, scenario.seed if scenario else 0)
+        seed = scenario.seed if scenario is not None else 0
         fewest = min((n for n in (limit, self.requests) if n is not None), default=None)
-        if fewest is not None:
-            trace = limited(trace, fewest)
+        if self.synthesis is not None:
+            trace = _made(self.synthesis, fewest)
+        else:
+            trace = _read(self.path, self.stamp, over, context_tokens, seed)
+            trace = trace if fewest is None else limited(trace, fewest)
         return trace if self.traffic == 1.0 else time_scaled(trace, 1.0 / self.traffic)
+
+    def size(self) -> int:
+        """Requests in all."""
+        if self.synthesis is not None:
+            return min(self.synthesis.requests, self.requests or self.synthesis.requests)
+        return len(self.load())
+
+    def quick(self) -> int:
+        """How many of the first requests are simulated in well under a second: all of them, or a round number."""
+        return quick_requests(self.load(QUICK_REQUESTS), self.size())
 
     def command_line(self) -> list[str]:
         """The words of `llmsim replay` that name this trace."""
@@ -106,8 +121,10 @@ class TraceChoice:
         return words
 
     def shown(self) -> list[str]:
-        """`command_line`, with the path as it is seen from the current folder."""
+        """`command_line`, with the path as it is seen from the current folder; of an upload, its name."""
         words = self.command_line()
+        if self.uploaded:
+            return [self.shown_as, *words[1:]]
         with suppress(ValueError):
             words[0] = str(Path(words[0]).relative_to(Path.cwd()))
         return words
@@ -141,7 +158,7 @@ def on_disk(path: str | Path, shown_as: str = "") -> TraceChoice:
     if path.is_file():  # what is not there is for the reader to refuse, with its hint
         facts = path.stat()
         stamp = f"{facts.st_size}-{facts.st_mtime_ns}"
-    return TraceChoice(str(path), stamp=stamp, shown_as=shown_as)
+    return TraceChoice(str(path), stamp=stamp, shown_as=shown_as, uploaded=bool(shown_as))
 
 
 def shipped_folder() -> Path:
@@ -154,21 +171,22 @@ def shipped_folder() -> Path:
 
 
 @lru_cache(maxsize=KEPT)
-def _read(
-    path: str, stamp: str, synthesis: Synthesis | None, over_context: str, context_tokens: int | None, seed: int
-) -> Trace:
+def _read(path: str, stamp: str, over_context: str, context_tokens: int | None, seed: int) -> Trace:
     """`stamp` is there to be part of what is remembered: a file that changed is read again."""
-    if synthesis is not None:
-        return synthesis.make()
     return load_trace(path, over_context=over_context, context_tokens=context_tokens, seed=seed)
 
 
-def quick_requests(trace: Trace) -> int:
-    """How many of the first requests are simulated in well under a second: all of them, or a round number."""
-    work = np.cumsum(trace.output_tokens + 100)
-    fit = min(int(np.searchsorted(work, QUICK_TOKENS, side="right")), QUICK_REQUESTS)
-    if fit >= len(trace):
-        return len(trace)
+@lru_cache(maxsize=KEPT)
+def _made(synthesis: Synthesis, limit: int | None) -> Trace:
+    return synthesis.make(limit)
+
+
+def quick_requests(first: Trace, size: int) -> int:
+    """How many of a trace of `size` requests, which begins with `first`, make a quick answer."""
+    work = np.cumsum(first.output_tokens + 100)
+    fit = int(np.searchsorted(work, QUICK_TOKENS, side="right"))
+    if fit >= size:
+        return size
     rounded = int(10 ** max(len(str(fit)) - 2, 0))
     return max(fit // rounded * rounded, 1)
 
@@ -186,16 +204,18 @@ class Replay:
 
 def replay_all(todo: Sequence[Replay], progress: Callable[[float, float, str], None] | None = None) -> list[Path]:
     """One after the other; `progress(requests answered, requests in all, words)`."""
-    sizes = [len(one.choice.load(one.limit, one.scenario)) for one in todo]
-    folders = []
-    for index, one in enumerate(todo):
-        before, whole = sum(sizes[:index]), sum(sizes)
+    sizes = [min(one.choice.size(), one.limit or one.choice.size()) for one in todo]
+    folders: list[Path] = []
 
-        def told(done: int, _: int, simulated_s: float, before: int = before, whole: int = whole) -> None:
-            if progress is not None:
-                progress(before + done, whole, f"requests answered, {simulated_s:,.0f} s simulated")
+    def told(done: int, _: int = 0, simulated_s: float = 0.0) -> None:
+        if progress is not None:
+            words = f"requests answered, {simulated_s:,.0f} s simulated"
+            progress(sum(sizes[: len(folders)]) + done, sum(sizes), words)
 
+    for one in todo:
+        told(0)
         folders.append(replay(one, told))
+    told(0)
     return folders
 
 

@@ -83,8 +83,8 @@ def compare(
     llmsim compare chat.csv --model llama-3.1-8b --gpu h100-sxm --set max_num_batched_tokens=2048 --set replicas=2
     llmsim compare runs/a runs/b
     """
-    from llmsim import compare as comparing
     from llmsim.charts import check_plot
+    from llmsim.compare import compare as paired
     from llmsim.compare_report import report
     from llmsim.metrics import parse_goodput
 
@@ -106,7 +106,7 @@ def compare(
     else:
         odd = next(path for path in paths if not (Path(path) / "manifest.json").is_file())
         raise ValueError(f"{odd}: not a run folder (no manifest.json): give one TRACE, or RUN folders only")
-    outcome = comparing.compare(sides, targets, seed=seed)
+    outcome = paired(sides, targets, seed=seed)
     if out is not None:
         _write(out, outcome, source, ["llmsim", *arguments])
     if plot is not None:

@@ -89,12 +89,11 @@ def replay(
     folder = None
     if not no_out:
         from llmsim.runs import write_run
+        from llmsim.runs_origin import origin
 
-        extra = {
-            "command": ["llmsim", *arguments],
-            "trace": {"name": trace.name, "sha256": trace.sha256, "requests": len(trace.prompt_tokens)},
-            "notes": list(trace.notes),
-        }
+        wrote = {"timeline": timeline, "detailed": save_detailed}
+        source = origin(trace, trace_path, trace_arguments(flags), scenario, goodput=targets, **wrote)
+        extra = {"command": ["llmsim", *arguments], **source, "notes": list(trace.notes)}
         with _run_folder(out, scenario, trace) as folder:
             notes = write_run(
                 result, folder, summary=summary, manifest_extra=extra, timeline=timeline, detailed=save_detailed

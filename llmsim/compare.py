@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil, log10, sqrt
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,9 @@ from llmsim.metrics import TARGETS, Columns, Result, latencies_s
 from llmsim.scenario import Scenario
 from llmsim.simulate import simulate
 from llmsim.trace import Trace
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 LATENCIES = TARGETS  # ttft, tpot, e2el
 STATISTICS = ("mean", "p50", "p90", "p99")
@@ -76,6 +79,12 @@ class Comparison:
     shares: dict[str, dict[str, tuple[float, float]]]
     block: int  # consecutive arrivals that are drawn together
     notes: tuple[str, ...] = field(default=())
+
+    def frame(self) -> pd.DataFrame:
+        """A row a side (but the first) and number: its value, the difference, the interval, and a verdict."""
+        from llmsim.compare_frames import differences_frame
+
+        return differences_frame(self)
 
 
 def run_sides(

@@ -51,7 +51,7 @@ def page(runs: Mapping[str, Run], title: str | None = None) -> str:
     name = title or f"llmsim: {_traces(runs)}"
     curves, notes = _curves(runs)
     charts = dict(_charts(runs, curves))
-    about = ["Share of requests with at most a latency; the axis is logarithmic", *notes]
+    about = ["Share of requests with at most a latency, over a logarithmic axis; colours as above", *notes]
     body = [
         f"<h1>{escape(name)}</h1>",
         *_settings(runs),
@@ -97,7 +97,7 @@ def _charts(runs: Mapping[str, Run], curves: Mapping[str, pd.DataFrame]) -> Iter
     targets = common_targets(runs)
     for metric, frame in curves.items():
         if len(frame):
-            yield metric, sized(charts_run.ecdf_chart(frame, targets.get(metric)), PANEL_PX, 220)
+            yield metric, sized(charts_run.ecdf_chart(frame, targets.get(metric), legend=False), PANEL_PX, 220)
     yield "where", sized(charts_run.where_chart(views.where(runs)), WIDE_PX - 120)
     yield "strip", sized(charts_run.strip_chart(views.strip(runs, SLICES)), WIDE_PX)
     yield "requests", sized(charts_run.linked_chart(views.linked(runs, DOTS)), WIDE_PX)

@@ -88,7 +88,7 @@ class Store:
 
     def _trim(self) -> None:
         now_s = time.monotonic()
-        for key, used_s in list(self._used.items()):
+        for key, used_s in list(self._used.items())[:-1]:  # the latest stays, however large
             few = len(self._used) <= self.most_runs and sum(self._sizes.values()) <= self.most_bytes
             if few or (now_s - used_s < self.spared_s and len(self._used) <= 2 * self.most_runs):
                 break

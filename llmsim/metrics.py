@@ -72,7 +72,7 @@ Columns = dict[str, NDArray[Any]]
 Floats = NDArray[np.float64]
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Result:
     """One run.
 
@@ -154,6 +154,10 @@ class Result:
 
         latency_s = {f"{name}_s": values for name, values in latencies_s(self.requests).items()}
         return pd.DataFrame(self.requests | latency_s)
+
+    def frame(self) -> pd.DataFrame:
+        """A row per request: `requests_frame`."""
+        return self.requests_frame()
 
     def iterations_frame(self) -> pd.DataFrame:
         import pandas as pd

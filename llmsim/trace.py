@@ -21,9 +21,13 @@ import math
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -71,6 +75,13 @@ class Trace:
     def span_s(self) -> float:
         """Seconds from the first arrival to the last that does not wait."""
         return float(np.nanmax(self.arrival_s)) if len(self) else 0.0
+
+    def frame(self) -> pd.DataFrame:
+        """A row per request, of the columns that the trace has."""
+        import pandas as pd
+
+        values = {column.name: getattr(self, column.name) for column in fields(self)}
+        return pd.DataFrame({k: v for k, v in values.items() if isinstance(v, list | np.ndarray)})
 
     def with_notes(self, *notes: str) -> Trace:
         return replace(self, notes=self.notes + notes)

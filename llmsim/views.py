@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from llmsim.metrics import breakdown_s, latencies_s
 from llmsim.report import fewest_samples
 from llmsim.views_base import MEASURES, PARTS, POINTS, Floats, frame_of, summary_of, values
-from llmsim.views_requests import INSTANTS, gantt, life, rows_of, within
+from llmsim.views_requests import INSTANTS, gantt, life, rows_of, subset, table, window_s, within
 from llmsim.views_strip import strip
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "KPIS", "MEASURES", "PARTS", "POINTS", "Kpi", "ecdf", "gantt", "kpis", "life", "linked", "scatter", "strip",
-    "values", "where", "within",
+    "subset", "table", "values", "where", "window_s", "within",
 ]  # fmt: skip
 
 

@@ -8,12 +8,13 @@ long it did is in `preempted_ms`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llmsim.views_base import Ints, frame_of, values
+from llmsim.views_base import PARTS, Ints, frame_of, values
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,6 +36,37 @@ def within(run: Run | Result, bounds: Mapping[str, Sequence[float]]) -> Ints:
         inside &= (found >= min(low, high)) & (found <= max(low, high))  # False for nan
     ids: Ints = run.requests["id"][inside]
     return ids
+
+
+def subset(run: Run | Result, ids: Sequence[int] | NDArray[np.int64]) -> Run | Result:
+    """The run with these requests only, for `ecdf` and `where`; its iterations stay those of all."""
+    rows = rows_of(run, ids)
+    return replace(run, requests={name: column[rows] for name, column in run.requests.items()})
+
+
+def window_s(run: Run | Result, ids: Sequence[int] | NDArray[np.int64]) -> tuple[float, float]:
+    """From when the first of these requests was sent to when the last one ended (or was sent, if none was answered)."""
+    rows = rows_of(run, ids)
+    if not rows.size:
+        raise ValueError("no request is selected: draw a larger rectangle")
+    sent_s, ends_s = run.requests["arrival_s"][rows], run.requests["finish_s"][rows]
+    last_s = float(np.nanmax(np.concatenate([sent_s, ends_s])))
+    return float(sent_s.min()), float(np.nextafter(last_s, np.inf))
+
+
+def table(
+    run: Run | Result, ids: Sequence[int] | NDArray[np.int64] | None = None, by: str = "e2el", rows: int | None = 2000
+) -> pd.DataFrame:
+    """A row a request, the largest `by` first (where there is none: last): `id`, `arrival_s`, tokens, the latencies and
+    their parts in ms, `preemptions`, `replica`. `rows`: at most so many; None: all."""
+    which = np.arange(len(run.requests["id"])) if ids is None else rows_of(run, ids)
+    measured = values(run, by)[which]
+    order = which[np.argsort(-measured, kind="stable")][:rows]  # nan comes last
+    columns = {name: run.requests[name][order] for name in ("id", "arrival_s", "prompt_tokens", "output_tokens")}
+    columns |= {f"{name}_ms": values(run, name)[order] for name in ("ttft", "tpot", "e2el", *PARTS)}
+    columns |= {name: run.requests[name][order] for name in ("cached_tokens", "preemptions", "replica")}
+    notes = [f"the {order.size:,} of {which.size:,} requests with the largest {by.upper()}"] * (order.size < which.size)
+    return frame_of(columns, notes, by=by)
 
 
 def gantt(
@@ -118,8 +150,8 @@ def _reasons(run: Run | Result, row: int) -> dict[str, str]:
     times = int(requests["preemptions"][row])
     lost = f"; preempted {times} times, {requests['preempted_s'][row] * 1e3:,.0f} ms in all" if times else ""
     return {
-        "queue": f"{ahead} requests waited ahead of it and {running} were running when it was sent",
-        "prefill": f"{prompt:,} prompt tokens{found}, beside {prefills} other prompts",
-        "decode": f"{int(requests['output_tokens'][row]):,} tokens, beside {decodes} requests in all; "
+        "queue": f"Queue: {ahead} requests waited ahead of it and {running} were running when it was sent",
+        "prefill": f"Prefill: {prompt:,} prompt tokens{found}, beside {prefills} other prompts",
+        "decode": f"Decode: {int(requests['output_tokens'][row]):,} tokens, beside {decodes} requests in all; "
         f"{interrupted} prompts were computed meanwhile{lost}",
     }

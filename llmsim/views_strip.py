@@ -135,9 +135,13 @@ def _under_way(begin_s: Floats, end_s: Floats, edges_s: Floats) -> tuple[Floats,
     times_s = np.concatenate([ends, begins])  # at a tie the end comes first
     order = np.argsort(times_s, kind="stable")
     number = np.cumsum(np.repeat([-1, 1], begins.size)[order])
-    places = np.searchsorted(times_s[order], edges_s[:-1], side="right")
     mean = np.maximum(np.diff(lived_s) / np.diff(edges_s), 0.0)  # a rounding below 0 is 0
-    return mean, _highest(number, places)
+    # The level at the slice's beginning, then after each event inside it.
+    first = np.searchsorted(times_s[order], edges_s[:-1], side="right")
+    last = np.searchsorted(times_s[order], edges_s[1:], side="left")
+    padded = np.concatenate([[0], number, [0]])
+    bounds = np.stack([first, np.maximum(last, first) + 1], axis=1).ravel()
+    return mean, np.maximum.reduceat(padded, bounds)[::2]
 
 
 def _age(sorted_s: Floats, at_s: Floats) -> Floats:
@@ -145,12 +149,6 @@ def _age(sorted_s: Floats, at_s: Floats) -> Floats:
     sums = np.concatenate([[0.0], np.cumsum(sorted_s - sorted_s[0])]) if sorted_s.size else np.zeros(1)
     first = sorted_s[0] if sorted_s.size else 0.0
     return count * (at_s - first) - sums[count]  # from the first one on: sums of large times would cancel
-
-
-def _highest(level: NDArray[Any], places: NDArray[np.intp]) -> NDArray[Any]:
-    """The largest level in each slice, that at its beginning included; `places`: events before each slice."""
-    padded = np.concatenate([[0], level])
-    return np.maximum.reduceat(padded, places)
 
 
 class _Rows:

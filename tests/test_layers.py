@@ -13,16 +13,19 @@ FLOORS = {  # imports must go down; imports for type checkers only are exempt, t
         ("schedulers", "routers", "engine", "engines", "macrostep", "metrics", "recording", "synth", "compression"), 2
     ),
     **dict.fromkeys(("replica", "scenario"), 3),
-    "simulate": 4,
+    "runs": 3.5,
+    **dict.fromkeys(("simulate", "flags"), 4),
     "uncertainty": 4.5,  # plan and compare build on it
     **dict.fromkeys(
-        ("plan", "sweep", "testing", "validate", "oracle", "report", "runs", "fromvllm", "phases", "charts", "reuse"), 5
+        ("plan", "sweep", "testing", "validate", "oracle", "report", "rerun", "fromvllm", "phases", "charts"), 5
     ),
+    "reuse": 4.5,
     **dict.fromkeys(("whatif", "speculation"), 5),
     "compare": 5,
+    "explain": 5.2,  # tries changes of what-ifs
     "evidence": 5,
     **dict.fromkeys(("choice", "jobs"), 5.5),
-    "views": 5.5,
+    "views": 5.6,  # explains requests, also of a choice of a trace
     "cli": 6,
     "__main__": 7,
 }
@@ -33,9 +36,11 @@ ROOMS = {  # modules that share a room may import each other, as may the files o
     "admission": "schedulers",  # both plan with schedulers/estimate.py
     **dict.fromkeys(("gaps", "rates", "utilisation", "timeline", "groups", "slo"), "metrics"),
     **dict.fromkeys(("aside",), "engine"),
+    "observed": "replica",
     **dict.fromkeys(("recorded", "benchmark_result"), "recording"),
-    "command_line": "cli",
+    **dict.fromkeys(("cli_options", "command_line"), "flags"),
     "html_report": "views",
+    "comparing": "compare",
 }
 FORBIDDEN = {"torch", "streamlit"}
 ALTAIR_ROOMS = {"charts"}

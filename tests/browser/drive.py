@@ -72,8 +72,13 @@ class Server:
 
     def workers(self) -> list[int]:
         """Processes that do its jobs."""
-        listed = subprocess.run(["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True, check=False)
-        return [int(word) for word in listed.stdout.split()]
+        mine = []
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):  # ended meanwhile
+                state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+                if int(parent) == self.process.pid and state != "Z":
+                    mine.append(int(stat.parent.name))
+        return mine
 
 
 @contextmanager
@@ -183,6 +188,11 @@ class Window:
     def numbers(self) -> list[str]:
         return [place.inner_text() for place in self.page.get_by_test_id("stMetricValue").all()]
 
+    def chosen(self) -> list[str]:
+        """What the boxes of the side bar show."""
+        boxes = self.page.get_by_test_id("stSidebar").locator("input")
+        return [box.input_value() for box in boxes.all() if box.get_attribute("type") != "file"]
+
     def errors_shown(self) -> list[str]:
         """What the page itself says is wrong."""
         return [place.inner_text() for place in self.page.get_by_test_id("stAlertContentError").all()]
@@ -221,24 +231,29 @@ def shrink(path: Path) -> None:
 
 
 @contextmanager
-def opened(server: Server, size: tuple[int, int] = LAPTOP) -> Iterator[Window]:
+def browsing() -> Iterator[Any]:
+    """A browser; one at a time in a process."""
     from playwright.sync_api import sync_playwright
 
-    width, height = size
-    with sync_playwright() as playwright, tempfile.TemporaryDirectory() as profile:
-        context = playwright.chromium.launch_persistent_context(
-            profile,
-            executable_path=chromium(),
-            headless=True,
-            args=list(FLAGS),
-            viewport={"width": width, "height": height},
-        )
-        window = Window(context.new_page(), server)
-        window.watch()
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium(), headless=True, args=list(FLAGS))
         try:
-            yield window
+            yield browser
         finally:
-            context.close()
+            browser.close()
+
+
+@contextmanager
+def opened(server: Server, browser: Any, size: tuple[int, int] = LAPTOP) -> Iterator[Window]:
+    """A window with cookies and settings of its own."""
+    context = browser.new_context(viewport={"width": size[0], "height": size[1]})
+    context.set_default_timeout(20_000)
+    window = Window(context.new_page(), server)
+    window.watch()
+    try:
+        yield window
+    finally:
+        context.close()
 
 
 # page title: file, where it is looked at
@@ -255,7 +270,12 @@ PICTURES = {
 def take_pictures(folder: Path) -> None:
     """Every page that is there, and the first one dark."""
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as cwd, served(cwd=Path(cwd)) as server, opened(server) as window:
+    with (
+        tempfile.TemporaryDirectory() as cwd,
+        served(cwd=Path(cwd)) as server,
+        browsing() as browser,
+        opened(server, browser) as window,
+    ):
         window.open(charts=False)
         there = window.titles()
         for title, (name, path) in PICTURES.items():
