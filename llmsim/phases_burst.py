@@ -131,7 +131,7 @@ class Burst:
     chunks: int
     mean_ttft_s: float
     last_ttft_s: float  # the largest
-    steady_gap_s: float | None  # the median between two tokens before the burst
+    steady_gap_s: float | None  # the last between two tokens before the burst
     longest_gap_s: float | None  # from the burst to the last prompt's first token
     worker: bool
     shown: tuple[Noted, ...]
@@ -205,9 +205,9 @@ def burst(
     more than `MOST_ITERATIONS` iterations.
     """
     budget = scenario.max_num_batched_tokens if token_budget is None else token_budget
-    engine = Engine.of(replace(scenario, max_num_batched_tokens=budget, replicas=1, concurrency=None))
+    engine = _engine(scenario, budget)
     decoding = _decoding(engine, prompts, prompt_tokens, decodes, context_tokens)
-    arrival_s = _arrival_s(engine, decoding, context_tokens) if decodes else 0.0
+    arrival_s = _arrival_s(engine, decoding, context_tokens)
     fleet = Fleet(
         _with_prompts(decoding, prompts, prompt_tokens, arrival_s), engine.scenario, cost=engine.cost, make=Watched
     )
@@ -217,12 +217,34 @@ def burst(
     return _told(engine, result, replica, (prompts, prompt_tokens, decodes, context_tokens), arrival_s)
 
 
-def budgets(scenario: Scenario, **of: int) -> pd.DataFrame:
-    """The numbers of the same burst at every token budget of `BUDGETS` that its decodes leave room in."""
+def budgets(
+    scenario: Scenario,
+    *,
+    prompts: int = 4,
+    prompt_tokens: int = 1024,
+    decodes: int = 16,
+    context_tokens: int = 512,
+) -> pd.DataFrame:
+    """token_budget, iterations, mean_ttft_s, last_ttft_s, longest_gap_s of the same burst, as `burst` has them, at every token budget of `BUDGETS` that its decodes leave room in."""
     import pandas as pd
 
-    rows = [burst(scenario, token_budget=budget, **of).facts() for budget in BUDGETS if budget > of.get("decodes", 16)]
+    rows = []
+    for budget in BUDGETS:
+        if budget > decodes:
+            engine = _engine(scenario, budget)
+            decoding = _decoding(engine, prompts, prompt_tokens, decodes, context_tokens)
+            arrival_s = _arrival_s(engine, decoding, context_tokens)
+            trace = _with_prompts(decoding, prompts, prompt_tokens, arrival_s)
+            result = simulate(trace, engine.scenario, cost=engine.cost)
+            later = (result.iterations["prefill_requests"] > 0) & (result.iterations["start_s"] >= arrival_s)
+            rows.append(
+                {"token_budget": budget, "iterations": int(later.sum())} | _latencies_s(result, decodes, arrival_s)
+            )
     return pd.DataFrame(rows)
+
+
+def _engine(scenario: Scenario, token_budget: int | None) -> Engine:
+    return Engine.of(replace(scenario, max_num_batched_tokens=token_budget, replicas=1, concurrency=None))
 
 
 def _decoding(engine: Engine, prompts: int, prompt_tokens: int, decodes: int, context_tokens: int) -> Trace:
@@ -259,7 +281,9 @@ def _decoding(engine: Engine, prompts: int, prompt_tokens: int, decodes: int, co
 
 
 def _arrival_s(engine: Engine, decoding: Trace, context_tokens: int) -> float:
-    """When all of them decode and some steady steps have passed."""
+    """When all of them decode and some steady steps have passed; 0 if there are none."""
+    if not len(decoding):
+        return 0.0
     alone = simulate(decoding, engine.scenario, cost=engine.cost)
     step_s = decode_point(engine, len(decoding), context_tokens).wall_s
     return float(alone.requests["first_token_s"].max()) + (BEFORE + 2) * step_s
@@ -287,8 +311,6 @@ def _told(engine: Engine, result: Result, replica: Watched, of: tuple[int, int, 
     first, last = max(own[0] - BEFORE, 0), own[-1] + AFTER
     shown = [_from(one, arrival_s) for one in replica.noted[first : last + 1][:MOST_SHOWN]]
     begin_s, end_s = shown[0].schedule_s, shown[-1].gpu_end_s
-    ttft_s = result.requests["first_token_s"][decodes:] - arrival_s
-    before_s, during_s = _gaps_s(result, arrival_s, float(ttft_s.max()))
     assert engine.scenario.max_num_batched_tokens is not None
     return Burst(
         token_budget=engine.scenario.max_num_batched_tokens,
@@ -298,10 +320,8 @@ def _told(engine: Engine, result: Result, replica: Watched, of: tuple[int, int, 
         context_tokens=context_tokens,
         iterations=len(own),
         chunks=sum(chunk.kind == "prefill" for i in own for chunk in replica.noted[i].chunks),
-        mean_ttft_s=float(ttft_s.mean()),
-        last_ttft_s=float(ttft_s.max()),
-        steady_gap_s=float(np.median(before_s[-BEFORE:])) if decodes else None,
-        longest_gap_s=float(during_s.max()) if decodes else None,
+        steady_gap_s=float(result.gaps["gap_s"][result.gaps["end_s"] <= arrival_s][-1]) if decodes else None,
+        **_latencies_s(result, decodes, arrival_s),
         worker=engine.cost.host.worker,
         shown=tuple(shown),
         updates=tuple(
@@ -313,11 +333,17 @@ def _told(engine: Engine, result: Result, replica: Watched, of: tuple[int, int, 
     )
 
 
-def _gaps_s(result: Result, arrival_s: float, last_ttft_s: float) -> tuple[Any, Any]:
-    """Gaps between tokens that ended before the burst came, and those from then to the last prompt's first token."""
-    gaps = result.gaps
-    ended_s = gaps["end_s"] - arrival_s
-    return gaps["gap_s"][ended_s <= 0], gaps["gap_s"][(ended_s > 0) & (ended_s <= last_ttft_s + 1e-9)]
+def _latencies_s(result: Result, decodes: int, arrival_s: float) -> dict[str, Any]:
+    """What the clients see: first tokens of the burst, and the longest gap from its arrival to the last of them."""
+    ttft_s = result.requests["first_token_s"][decodes:] - arrival_s
+    gaps, last_ttft_s = result.gaps, float(ttft_s.max())
+    ended_s, largest_s = gaps["end_s"] - arrival_s, gaps["gap_s"] + gaps["growth_s"] * (gaps["count"] - 1)
+    during_s = largest_s[(ended_s > 0) & (ended_s <= last_ttft_s + 1e-9)]
+    return {
+        "mean_ttft_s": float(ttft_s.mean()),
+        "last_ttft_s": last_ttft_s,
+        "longest_gap_s": float(during_s.max()) if decodes else None,
+    }
 
 
 def _from(one: Noted, zero_s: float) -> Noted:
@@ -330,7 +356,7 @@ def cards(one: Burst) -> list[dict[str, str]]:
     told = (
         ("mean TTFT", _ms(one.mean_ttft_s), "Of the burst's prompts, from its arrival."),
         ("last TTFT", _ms(one.last_ttft_s), "Of the prompt that waits longest."),
-        ("gap before", _ms(one.steady_gap_s), "Between two tokens of the decodes before the burst, median."),
+        ("gap before", _ms(one.steady_gap_s), "Between two tokens of the decodes, just before the burst."),
         (
             "longest gap",
             _ms(one.longest_gap_s),

@@ -119,6 +119,13 @@ def test_small_chunks_delay_prompts_and_large_ones_stall_answers() -> None:
     assert "128 tokens to 16,384" in told and f"{1e3 * table['longest_gap_s'].iloc[-1]:,.1f} ms" in told
 
 
+def test_budgets_have_the_numbers_of_the_bursts() -> None:
+    table = budgets(MACHINE, **SMALL).astype(object).to_dict("records")
+    for row in table[::3]:
+        one = burst(MACHINE, token_budget=row["token_budget"], **SMALL).facts()
+        assert row == {name: pytest.approx(one[name], rel=1e-9) for name in row}
+
+
 def test_without_decodes_there_are_no_gaps() -> None:
     one = burst(MACHINE, decodes=0, token_budget=1024)
     assert one.steady_gap_s is None and one.longest_gap_s is None
