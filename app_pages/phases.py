@@ -6,7 +6,7 @@ from typing import Any
 import streamlit as st
 
 from app_pages import shared
-from llmsim import charts_phases, phases, phases_burst, phases_curves, phases_table
+from llmsim import charts_burst, charts_phases, phases, phases_burst, phases_curves, phases_table, phases_words
 from llmsim.command_line import argv_of
 from llmsim.hardware import gpu_names, model_names
 from llmsim.scenario import KV_CACHE_DTYPES, QUANTIZATIONS, Scenario
@@ -44,7 +44,7 @@ def roofline(scenario: Scenario, sizes: dict[str, int]) -> None:
     left, right = st.columns([3, 1.25])
     with left:
         drawing = charts_phases.moves_chart(moves.frame)
-        shared.chart(drawing, alt=phases_table.moves_in_words(moves, by), key="ph_roofline_chart")
+        shared.chart(drawing, alt=phases_words.moves_in_words(moves, by), key="ph_roofline_chart")
     with right:
         st.table(phases_table.beside(moves.prefill, moves.decode), alt="Prefill and decode side by side")
         for line in moves.left_out:
@@ -62,7 +62,7 @@ def times(scenario: Scenario, sizes: dict[str, int], outcome: phases.Phases) -> 
         st.markdown("**Prefill**: linear layers grow with the tokens, attention with their square")
         growth = cached(phases_curves.prefill_growth, scenario, prompt)
         drawing = charts_phases.growth_chart(growth, "prompt_tokens", "prefill", here=prompt, title="Prompt (tokens)")
-        shared.chart(drawing, alt=phases_table.growth_in_words(growth, "prompt_tokens"), key="ph_prefill_chart")
+        shared.chart(drawing, alt=phases_words.growth_in_words(growth, "prompt_tokens"), key="ph_prefill_chart")
         shared.downloads("ph_prefill", growth, name="prefill", drawing=drawing)
     with right:
         st.markdown("**Decode**: weights are read once a step, the cache of every request")
@@ -73,7 +73,7 @@ def times(scenario: Scenario, sizes: dict[str, int], outcome: phases.Phases) -> 
         drawing = charts_phases.growth_chart(
             steps, COLUMNS[across], "decode", here=sizes[COLUMNS[across]], title=TITLES[across]
         )
-        shared.chart(drawing, alt=phases_table.growth_in_words(steps, COLUMNS[across]), key="ph_decode_chart")
+        shared.chart(drawing, alt=phases_words.growth_in_words(steps, COLUMNS[across]), key="ph_decode_chart")
         shared.downloads("ph_decode", steps, name="decode", drawing=drawing)
     st.caption("Dashed: time on both clocks, the host's included. The line: the setting on the left.")
     for line in phases_table.growing(outcome):
@@ -94,18 +94,18 @@ def one_batch(scenario: Scenario, sizes: dict[str, int]) -> None:
     of = {"prompts": prompts, "prompt_tokens": sizes["prompt_tokens"], "decodes": decodes}
     of["context_tokens"] = sizes["context_tokens"]
     burst = cached(phases_burst.burst, scenario, token_budget=budget, **of)
-    shared.figures(phases_burst.cards(burst))
+    shared.figures(phases_words.cards(burst))
     clocks, requests = burst.clocks(), burst.requests()
-    drawing = charts_phases.burst_chart(clocks, requests)
-    shared.chart(drawing, alt=phases_burst.in_words(burst), key="ph_burst_chart")
-    tokens = charts_phases.tokens_chart(clocks, requests, budget)
+    drawing = charts_burst.burst_chart(clocks, requests)
+    shared.chart(drawing, alt=phases_words.burst_in_words(burst), key="ph_burst_chart")
+    tokens = charts_burst.tokens_chart(clocks, requests, budget)
     shared.chart(tokens, alt=f"Tokens of each iteration, against the budget of {budget:,}", key="ph_tokens_chart")
-    st.caption(phases_burst.LEGEND + phases_burst.left_out(burst))
+    st.caption(phases_words.BURST + phases_words.left_out(burst))
     shared.downloads("ph_burst", requests, name="burst", drawing=drawing)
     table = cached(phases_burst.budgets, scenario, **of)
     st.markdown("**What the token budget trades**: small chunks delay the prompts, large ones stall the answers")
-    trade = charts_phases.budgets_chart(table, budget)
-    shared.chart(trade, alt=phases_burst.budgets_in_words(table), key="ph_budgets_chart")
+    trade = charts_burst.budgets_chart(table, budget)
+    shared.chart(trade, alt=phases_words.budgets_in_words(table), key="ph_budgets_chart")
     shared.downloads("ph_budgets", table, name="budgets", drawing=trade)
 
 

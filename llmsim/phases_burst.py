@@ -3,30 +3,23 @@
 `decodes` requests with `context_tokens` cached each are decoding when `prompts` prompts of `prompt_tokens` arrive at
 once, at 0 s. The engine's scheduler cuts them into chunks: an iteration computes at most max_num_batched_tokens
 tokens, the decodes' included. The engine is the one of every other replay (`llmsim.simulate`, launch jitter off);
-iterations are taken one at a time and noted as they are launched:
+iterations are taken one at a time and noted (`llmsim.phases_watch`).
 
-    schedule    of iteration k on the host, S(k) to x0(k)
-    launch      x0(k) to L(k); with tensor parallelism by a worker
-    update      taking an iteration's results, U(k-1) to S(k+1)
-    gpu         max(E(k-1), x0(k) + lead) to E(k); waits_for_launch: E(k) is the launch's end plus its tail
-
-(the symbols of docs/architecture.md). Drawn are the last iterations before the burst, the burst, and the first few
+Drawn are the last iterations before the burst, the burst, and the first few
 decodes after its last prompt; at most `MOST_SHOWN` iterations. Gaps are those the clients of the decoding batch see.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from math import ceil
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from llmsim.cost import MODE_NAMES
-from llmsim.macrostep import Plan, Step
 from llmsim.phases import Engine, check_decodes, decode_point
-from llmsim.replica import Replica
+from llmsim.phases_watch import Noted, Watched
 from llmsim.scenario import Scenario
 from llmsim.simulate import Fleet, simulate
 from llmsim.trace import Trace
@@ -41,81 +34,6 @@ MOST_SHOWN = 400
 MOST_ITERATIONS = 20_000  # of a burst
 ANSWER_TOKENS = 8  # of the prompts that burst in
 BUDGETS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
-
-
-class Chunk(NamedTuple):
-    """What one request gets computed in an iteration."""
-
-    request: int
-    kind: str  # prefill or decode
-    tokens: int
-    computed_tokens: int  # before
-
-
-class Noted(NamedTuple):
-    """One iteration, seconds of the simulation."""
-
-    schedule_s: float
-    scheduled_s: float
-    launch_s: float
-    launched_s: float
-    gpu_begin_s: float
-    gpu_end_s: float
-    gpu_s: float
-    prefill_share: float  # of gpu_s: what the chunks take by themselves
-    mode: int
-    waits_for_launch: bool
-    chunks: tuple[Chunk, ...]
-
-
-class Watched(Replica):
-    """A replica that takes iterations one at a time and notes them."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.noted: list[Noted] = []
-        self.updates: list[tuple[float, float]] = []
-
-    def _long_run(self, step: Step, second_s: float) -> Plan | None:
-        return None
-
-    def _log(self, step: Step, steps: int, gpu_end_s: float) -> None:
-        host, mode = self.cost.host, step.mode
-        self.noted.append(
-            Noted(
-                schedule_s=step.schedule_s,
-                scheduled_s=step.free_s if host.worker else step.launch_s,
-                launch_s=step.launch_s,
-                launched_s=step.launched_s,
-                gpu_begin_s=max(self._gpu_s, step.launch_s + host.lead_s[mode]),
-                gpu_end_s=gpu_end_s,
-                gpu_s=step.gpu.first_s,
-                prefill_share=self._prefill_share(step),
-                mode=mode,
-                waits_for_launch=gpu_end_s <= step.launched_s + host.tail_s[mode],
-                chunks=tuple(self._computed()),
-            )
-        )
-        super()._log(step, steps, gpu_end_s)
-
-    def _prefill_share(self, step: Step) -> float:
-        if not step.chunks:
-            return 0.0
-        alone_s = self.cost.mixed_s(step.chunks, 0, 0)
-        return min(alone_s / self.cost.mixed_s(step.chunks, step.seqs, step.kv_tokens), 1.0)
-
-    def _computed(self) -> Iterator[Chunk]:
-        for request, tokens, computed in self.chunks:
-            yield Chunk(request.id, "prefill", tokens, computed)
-        if self.decoding:
-            now = self.batch.iteration
-            for request in self.batch:
-                yield Chunk(request.id, "decode", 1, request.computed_tokens + now - request.joined)
-
-    def _take(self, flight: Any, taken_s: float) -> float:
-        done_s = super()._take(flight, taken_s)
-        self.updates.append((taken_s, done_s))
-        return done_s
 
 
 @dataclass(frozen=True)
@@ -225,7 +143,8 @@ def budgets(
     decodes: int = 16,
     context_tokens: int = 512,
 ) -> pd.DataFrame:
-    """token_budget, iterations, mean_ttft_s, last_ttft_s, longest_gap_s of the same burst, as `burst` has them, at every token budget of `BUDGETS` that its decodes leave room in."""
+    """The same burst at every token budget of `BUDGETS` that its decodes leave room in, as `burst` has it: token_budget,
+    iterations, mean_ttft_s, last_ttft_s, longest_gap_s."""
     import pandas as pd
 
     rows = []
@@ -349,56 +268,3 @@ def _latencies_s(result: Result, decodes: int, arrival_s: float) -> dict[str, An
 def _from(one: Noted, zero_s: float) -> Noted:
     times = ("schedule_s", "scheduled_s", "launch_s", "launched_s", "gpu_begin_s", "gpu_end_s")
     return one._replace(**{name: getattr(one, name) - zero_s for name in times})
-
-
-def cards(one: Burst) -> list[dict[str, str]]:
-    """A burst in six numbers: label, value, help."""
-    told = (
-        ("mean TTFT", _ms(one.mean_ttft_s), "Of the burst's prompts, from its arrival."),
-        ("last TTFT", _ms(one.last_ttft_s), "Of the prompt that waits longest."),
-        ("gap before", _ms(one.steady_gap_s), "Between two tokens of the decodes, just before the burst."),
-        (
-            "longest gap",
-            _ms(one.longest_gap_s),
-            "Between two tokens of anyone, from the burst to its last first token.",
-        ),
-        ("iterations", f"{one.iterations:,}", "That compute prompts of the burst."),
-        ("chunks", f"{one.chunks:,}", "Into which its prompts are cut."),
-    )
-    return [{"label": label, "value": value, "help": why} for label, value, why in told]
-
-
-def _ms(seconds: float | None) -> str:
-    return "–" if seconds is None else f"{1e3 * seconds:,.1f} ms"
-
-
-LEGEND = (
-    "Bars of the GPU: how long the chunks of an iteration take by themselves, and what its decodes add. Below, what "
-    "each request gets computed, with the tokens of its chunks; an iteration ends for all at once, so all wait for it."
-)
-
-
-def left_out(one: Burst) -> str:
-    """That not all is shown, if so."""
-    return f" {one.left_out:,} further iterations are not drawn." if one.left_out else ""
-
-
-def in_words(one: Burst) -> str:
-    """For who cannot see the chart."""
-    gaps = f", their longest gap {_ms(one.longest_gap_s)} instead of {_ms(one.steady_gap_s)}" if one.decodes else ""
-    return (
-        f"Timeline of a burst: {one.prompts} prompts of {one.prompt_tokens:,} tokens cut into {one.chunks} chunks over "
-        f"{one.iterations} iterations by a budget of {one.token_budget:,} tokens, beside {one.decodes} decodes{gaps}"
-    )
-
-
-def budgets_in_words(table: pd.DataFrame) -> str:
-    """For who cannot see the chart."""
-    least, most = table.iloc[0], table.iloc[-1]
-    gaps = ""
-    if table["longest_gap_s"].notna().any():
-        gaps = f", the longest gap from {_ms(least['longest_gap_s'])} to {_ms(most['longest_gap_s'])}"
-    return (
-        f"From a budget of {least['token_budget']:,.0f} tokens to {most['token_budget']:,.0f}, mean TTFT goes from "
-        f"{_ms(least['mean_ttft_s'])} to {_ms(most['mean_ttft_s'])}{gaps}"
-    )

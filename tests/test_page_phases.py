@@ -17,7 +17,8 @@ from streamlit.testing.v1 import AppTest  # noqa: E402
 
 from llmsim import cli  # noqa: E402
 from llmsim.charts import PHASE_COLOURS  # noqa: E402
-from llmsim.charts_phases import budgets_chart, burst_chart, growth_chart, moves_chart, tokens_chart  # noqa: E402
+from llmsim.charts_burst import budgets_chart, burst_chart, tokens_chart  # noqa: E402
+from llmsim.charts_phases import growth_chart, moves_chart  # noqa: E402
 from llmsim.phases_burst import budgets, burst  # noqa: E402
 from llmsim.phases_curves import BY, decode_by_batch, moves, prefill_growth  # noqa: E402
 from llmsim.scenario import Scenario  # noqa: E402

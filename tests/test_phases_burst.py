@@ -21,12 +21,9 @@ from llmsim.phases_burst import (
     _decoding,
     _with_prompts,
     budgets,
-    budgets_in_words,
     burst,
-    cards,
-    in_words,
-    left_out,
 )
+from llmsim.phases_words import budgets_in_words, burst_in_words, cards, left_out
 from llmsim.scenario import Scenario
 
 MACHINE = Scenario(model="llama-3.1-8b", gpu="h200-sxm")
@@ -131,7 +128,7 @@ def test_without_decodes_there_are_no_gaps() -> None:
     assert one.steady_gap_s is None and one.longest_gap_s is None
     assert one.requests().query("kind == 'prefill'")["tokens"].sum() == 4 * 1024
     assert [card["value"] for card in cards(one)][2:4] == ["–", "–"]
-    assert "longest gap" not in in_words(one)
+    assert "longest gap" not in burst_in_words(one)
     assert "gap" not in budgets_in_words(budgets(MACHINE, decodes=0, prompts=1, prompt_tokens=64))
 
 

@@ -10,7 +10,8 @@ import pytest
 from llmsim.hardware import find_gpu, find_model
 from llmsim.phases import Engine, batches_beside, compare, decode_point
 from llmsim.phases_curves import BY, decode_by_batch, decode_by_context, moves, prefill_growth
-from llmsim.phases_table import beside, growing, growth_in_words, moves_in_words, points_table, served_table
+from llmsim.phases_table import beside, growing, points_table, served_table
+from llmsim.phases_words import growth_in_words, moves_in_words
 from llmsim.scenario import Scenario
 
 MACHINE = Scenario(model="llama-3.1-8b", gpu="h200-sxm")
