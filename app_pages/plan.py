@@ -55,8 +55,9 @@ def demand_picker() -> dict[str, float | int | None]:
     first, second, third, fourth = st.columns(4)
     with first:
         rate = st.number_input(
-            "Rate to hold (per s)", 0.0, None, None, key="plan_rate", bind="query-params", placeholder="the trace's",
-            help="Requests per second; sessions per second of a trace whose turns wait for answers.",
+            "Rate to hold (per s)", 0.0, None, 40.0, key="plan_rate", bind="query-params",
+            help="Requests per second; sessions per second of a trace whose turns wait. 0: the trace's own, or the "
+            "highest one where replicas are given.",
         )  # fmt: skip
     with second:
         replicas = st.number_input(
@@ -69,7 +70,7 @@ def demand_picker() -> dict[str, float | int | None]:
         )
     with fourth:
         most = st.number_input("GPUs at most", 1, 10_000, 256, key="plan_most", bind="query-params")
-    return {"rate": rate, "replicas": replicas, "budget_usd_per_h": budget, "max_gpus": most}
+    return {"rate": rate or None, "replicas": replicas, "budget_usd_per_h": budget, "max_gpus": most}
 
 
 with st.sidebar:
@@ -108,7 +109,6 @@ with shared.error_in_place():
         found = shared.long_job("plan_job", "Plan on the whole trace", planned, demand, os.cpu_count() or 1)
     used = demand if found is not None else sample
     found = found if found is not None else quick.answer(planned, sample)
-    st.caption(
-        f"Planned on {'all' if used.limit is None else 'the first'} {min(used.limit or whole, whole):,} of {whole:,} requests."
-    )
+    covered = "all" if used.limit is None or whole <= limit else f"the first {limit:,} of"
+    st.caption(f"Planned on {covered} {whole:,} requests.")
     views.show(demand, used, found)

@@ -67,7 +67,7 @@ def answers(found: Plan) -> None:
     for place, (name, option) in zip(st.columns(3), found.answers.items(), strict=True):
         if option is None:
             continue
-        with place.container(border=True):
+        with place.container(border=True, height="stretch"):
             st.metric(
                 ANSWERS[name], f"{option.gpus} GPUs · ${option.usd_per_h:,.2f}/h", help=option.run and _margins(option)
             )
@@ -148,8 +148,8 @@ def knee(demand: Demand, used: Demand, option: Option) -> None:
         with place:
             shared.chart(drawing, key=f"plan_knee_{metric}")
     st.caption(
-        f"{points[0].requests:,} requests at each of {len(points)} rates on {option.name}. Shaded: the queue kept growing, "
-        "so latencies depend on the trace's length."
+        f"{points[0].requests:,} requests at each of {len(points)} rates on {option.name}. Shaded: the queue kept "
+        "growing, so latencies depend on the trace's length."
     )
     shared.footer("plan_knee", commands=_commands(demand, ("--curve",)), frames={"knee": frame}, drawings=drawings)
 
@@ -165,8 +165,8 @@ def how_sure(demand: Demand, used: Demand, found: Plan, option: Option) -> None:
     with right:
         percent = st.slider("Confidence asked for (%)", 50, 99, 95, key="plan_confidence", bind="query-params")
     st.caption(
-        "The replay is repeated on machines that the scenario's may turn out to be: cost models off by as much as recordings "
-        "of the real engine say, and another seed."
+        "The replay is repeated on machines that the scenario's may turn out to be: cost models off by as much as "
+        "recordings of the real engine say, and another seed."
     )
     rate = option.rate if option.rate is not None else found.rate
     points = shared.long_job("plan_sure_job", "How sure is that?", plan_study.sure, used, option.scenario, rate, draws)

@@ -67,7 +67,7 @@ def _replayed(choice: TraceChoice, scenario: Scenario, evictions: list[str]) -> 
         )  # fmt: skip
     sides = cache_sides(scenario, evictions, tiers, blocks)
     study = Study(choice, sides, stamps=stamps(side for _, side in sides))
-    limit = quick_requests(len(sides))
+    limit = quick_requests(2 * len(sides))
     uses = None
     if len(choice.load()) > limit:
         uses = shared.long_job("pol_cache_job", "Replay the whole trace", in_cache, study)

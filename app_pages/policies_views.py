@@ -139,7 +139,7 @@ def rates(study: Study, base: Scenario, flags: Sequence[str]) -> None:
             help="Left empty: 1.6 times that.",
         )  # fmt: skip
     with third:
-        count = st.slider("Rates", 3, 24, 9, key="pol_rates", bind="query-params")
+        count = st.slider("Rates", 3, 24, 7, key="pol_rates", bind="query-params")
     with fourth:
         percent = st.slider(
             "Within the SLO must be (%)", 50.0, 100.0, 99.0, 0.5, key="pol_share", bind="query-params", format="%g"

@@ -18,10 +18,10 @@ NAMES = {"ttft": "TTFT", "tpot": "TPOT", "e2el": "E2EL"}
 BROKEN = "#dc3d43"  # a promise that is broken, and where the queue runs away
 STATISTIC_COLOURS = {"P50": COLOURS["baseline"], "P99": COLOURS["candidate"]}
 TOOLTIPS = (
-    ("name", "fleet", None), ("rate", "rate (per s)", ",.3~g"), ("tokens_per_s_per_gpu", "tokens/s/GPU", ",.0f"),
+    ("name", "fleet", ""), ("rate", "rate (per s)", ",.3~g"), ("tokens_per_s_per_gpu", "tokens/s/GPU", ",.0f"),
     ("tokens_per_s_per_user", "tokens/s/user", ",.1f"),
     ("usd_per_million_output_tokens", "$ / 1M output tokens", ",.2f"),
-    ("requests", "requests simulated", ","), ("verdict", "SLOs", None),
+    ("requests", "requests simulated", ","), ("verdict", "SLOs", ""),
 )  # fmt: skip
 
 
@@ -30,16 +30,14 @@ def pareto_chart(points: pd.DataFrame) -> alt.LayerChart:
 
     `points`: of `llmsim.plan_frames.points_frame`.
     """
-    return _trade_off(
-        points, "tokens_per_s_per_gpu", "output tokens/s per GPU", "frontier", "Throughput against speed of an answer"
-    )
+    return _trade_off(points, "tokens_per_s_per_gpu", "output tokens/s per GPU", "frontier", "Throughput against speed")
 
 
 def cost_chart(points: pd.DataFrame) -> alt.LayerChart:
     """Dollars per million output tokens against tokens/s/user; the line is the cheapest that hold at each speed."""
     shown = points[points["usd_per_million_output_tokens"].notna()]
     title = "$ per million output tokens"
-    return _trade_off(shown, "usd_per_million_output_tokens", title, "cost_frontier", "Cost against speed of an answer")
+    return _trade_off(shown, "usd_per_million_output_tokens", title, "cost_frontier", "Cost against speed")
 
 
 def _trade_off(points: pd.DataFrame, field: str, title: str, edge: str, name: str) -> alt.LayerChart:
@@ -54,12 +52,13 @@ def _trade_off(points: pd.DataFrame, field: str, title: str, edge: str, name: st
     legend = alt.Legend(title=None, orient="top", symbolSize=110, symbolOpacity=1)
     colour = alt.Color("gpu:N", scale=scale, legend=legend)
     hollow = alt.condition(alt.datum.holds, alt.Color("gpu:N", scale=scale, legend=None), alt.value("transparent"))
-    tips = [alt.Tooltip(column, title=words, **({"format": form} if form else {})) for column, words, form in TOOLTIPS]
+    tips = [alt.Tooltip(column, title=words, format=form or alt.Undefined) for column, words, form in TOOLTIPS]
     best = shown[shown[edge]].sort_values("tokens_per_s_per_user")
     labelled = best.sort_values(field, ascending=edge == "cost_frontier").drop_duplicates("kind")
     base = alt.Chart(shown)
     line = alt.Chart(best).mark_line(color=COLOURS["text"], strokeWidth=2, strokeDash=[6, 3], interpolate="linear")
-    text: dict[str, Any] = {"align": "left", "dx": 9, "dy": -8, "fontSize": 11, "color": COLOURS["text"]}
+    text: dict[str, Any] = {"align": "left", "dx": 9, "fontSize": 11, "color": COLOURS["text"]}
+    text["dy"] = 12 if edge == "cost_frontier" else -8  # away from the frontier
     layers = [
         line.encode(x, y),
         base.mark_point(size=70, strokeWidth=1.8, opacity=0.95).encode(x, y, colour, fill=hollow, tooltip=tips),
@@ -204,7 +203,8 @@ def promise_chart(frame: pd.DataFrame, rate: float) -> alt.LayerChart:
     names = list(dict.fromkeys(shown["slo"]))
     top = max([1.1, *(1.08 * shown["high"])])
     axis = alt.Axis(title="share of the limit", format="%")
-    x = alt.X("low:Q", scale=alt.Scale(domain=[0, top], nice=False), axis=axis)
+    scale = alt.Scale(domain=[0, top], nice=False)
+    x = alt.X("low:Q", scale=scale, axis=axis)
     y = alt.Y("slo:N", sort=names, axis=alt.Axis(title=None, ticks=False, domain=False, labelLimit=260))
     over = alt.condition(alt.datum.high > 1, alt.value(BROKEN), alt.value(SIDE_COLOURS[3]))
     tips = [
@@ -218,7 +218,7 @@ def promise_chart(frame: pd.DataFrame, rate: float) -> alt.LayerChart:
         limit.mark_rule(color=COLOURS["slo"], strokeDash=[5, 4], strokeWidth=1.5).encode(x),
         base.mark_rule(strokeWidth=4).encode(x, y, x2="high:Q", color=over, tooltip=tips),
         base.mark_point(filled=True, size=90, opacity=1).encode(
-            alt.X("median:Q", scale=x.scale, axis=axis), y, color=over, tooltip=tips
+            alt.X("median:Q", scale=scale, axis=axis), y, color=over, tooltip=tips
         ),
     ]
     rows = zip(shown["slo"], shown["low"], shown["high"], strict=True)

@@ -35,6 +35,7 @@ def list_(kind: str, as_json: bool) -> None:
 
 def gpus() -> list[Row]:
     from llmsim.hardware import find_gpu, gpu_names
+    from llmsim.prices import find_price
 
     return [
         {
@@ -44,9 +45,11 @@ def gpus() -> list[Row]:
             "bf16_tflop_per_s": round(gpu.flops_per_s["bfloat16"] / 1e12),
             "fp8_tflop_per_s": round(gpu.flops_per_s["fp8"] / 1e12) if "fp8" in gpu.flops_per_s else None,
             "link": gpu.link,
-            "price_per_hour": gpu.price_per_hour,
+            "price_per_hour": price.usd_per_gpu_hour,
+            "price_date": price.date,
+            "price_source": price.source,
         }
-        for gpu in map(find_gpu, gpu_names())
+        for gpu, price in ((find_gpu(name), find_price(name)) for name in gpu_names())
     ]
 
 

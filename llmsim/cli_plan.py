@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ from llmsim.cli_options import (
 from llmsim.scenario import Scenario
 
 if TYPE_CHECKING:
-    from llmsim.plan_types import Plan
+    from llmsim.plan_types import Plan, Run
     from llmsim.trace import Trace
 
 NO_ANSWER = 3  # exit status: nothing meets the SLOs
@@ -39,7 +40,8 @@ TAKEN = (
     "rate",
     "time_scale",
 )  # flags of our own, or none
-DRAWN_LATER = ("spread", "assign_classes", "predict")  # drawn for what is loaded: a window would draw them differently
+# What a window of the trace would not repeat: drawn for what is loaded, or counted from where that begins.
+NO_WINDOWS = ("spread", "assign_classes", "predict", "start_s")
 PROGRESS_AFTER_S = 2.0
 
 
@@ -126,10 +128,10 @@ def plan(
     promises = slos_of(slos)
     scenario = _scenario(flags, gpus)
     names = {"gpus": gpus, "tensor_parallels": tensor_parallels, "engines": engines}
-    trace, repeat = _load(trace_path, scenario, flags, names, rate)
+    trace, repeat = _load(trace_path, scenario, flags, rate)
     progress = Progress()
     processes = jobs or len(os.sched_getaffinity(0))
-    windows = not any(flags[name] for name in DRAWN_LATER)
+    windows = not any(flags[name] for name in NO_WINDOWS)
     try:
         found = find_plan(
             trace, scenario, promises, rate=rate, replicas=replicas, budget_usd_per_h=budget_usd_per_h,
@@ -154,13 +156,102 @@ def plan(
 def _scenario(flags: dict[str, Any], gpus: tuple[str, ...]) -> Scenario:
     """What the options share: everything but GPU, tensor parallelism, engine and replicas."""
     source = str(flags["scenario_file"] or "flags")
-    absent = dict.fromkeys(name for name in TAKEN if name in Scenario.__dataclass_fields__)
-    fields = scenario_fields(flags | absent)
-    for name in [name for name in flags if name in Scenario.__dataclass_fields__ or name in ("scenario_file",)]:
-        flags.pop(name)
+    fields = scenario_fields(flags)
     if gpus:
         fields["gpu"] = gpus[0]
     for name in ("model", "gpu"):
         if name not in fields:
             raise ValueError(f"no {name}: add --{name} NAME (llmsim list {name}s)")
     return Scenario.from_dict(fields, source=source)
+
+
+def _load(path: str, scenario: Scenario, flags: dict[str, Any], rate: float | None) -> tuple[Trace, Repeat]:
+    """The trace, and how a simulation of it is repeated. One without arrival times gets them at `rate`."""
+    from llmsim.hardware import find_model
+    from llmsim.trace import load_trace, mean_rate_per_s
+
+    context = scenario.max_model_len or find_model(scenario.model).max_context_tokens
+    options = trace_arguments(flags) | {"context_tokens": context, "seed": scenario.seed}
+    trace = load_trace(path, **options)
+    words, own = trace_flags(flags), trace.format != "servegen"  # whose reader takes --rate for something of its own
+    if rate is not None and mean_rate_per_s(trace) == float("inf") and len(trace) > 1:
+        if path == "-":
+            raise ValueError("-: standard input without arrival times cannot be read again at --rate: give a file")
+        trace, own = load_trace(path, **options, rate=rate), False
+        words += ["--rate", repr(rate)]
+    tell(trace.notes)
+    return trace, Repeat(path, tuple(words), own)
+
+
+def trace_flags(flags: dict[str, Any]) -> list[str]:
+    """The trace's flags as they were given."""
+    words: list[str] = []
+    for flag in _without(TRACE_FLAGS, TAKEN):
+        made: Any = flag(lambda: None)
+        option = made.__click_params__[0]
+        value = flags.get(option.name)
+        if value is not None and value is not False:
+            words += [option.opts[0]] if option.is_flag else [option.opts[0], str(value)]
+    return words
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """The command line of a simulation."""
+
+    path: str
+    trace_words: tuple[str, ...]
+    by_rate: bool  # --rate rescales this trace; otherwise its times are scaled
+
+    def __call__(self, run: Run) -> str:
+        from llmsim.command_line import argv_of, as_text
+        from llmsim.slo import goodput_targets_ms
+
+        words = list(self.trace_words)
+        if run.window is not None:
+            words = _dropped(words, ("--limit", "--duration"))
+            words += ["--start", repr(run.window.start_s), "--limit", str(run.window.requests)]
+        scaled = ["--time-scale", repr(run.time_scale)]
+        words += ["--rate", repr(run.rate)] if self.by_rate and run.window is None else scaled
+        targets = goodput_targets_ms([one.slo for one in run.measured])
+        return as_text(argv_of(run.scenario, trace=[self.path, *words], goodput=targets, options=["--no-out"]))
+
+
+def _dropped(words: list[str], flags: tuple[str, ...]) -> list[str]:
+    pairs = [at for at, word in enumerate(words) if word in flags]
+    return [word for at, word in enumerate(words) if at not in pairs and at - 1 not in pairs]
+
+
+def _curve(trace: Trace, found: Plan, jobs: int, progress: Progress) -> tuple[Run, ...]:
+    """Of the cheapest fleet: the knee."""
+    from llmsim.plan_capacity import curve, knee_rates
+
+    best = found.cheapest
+    if best is None or best.capacity_rate is None:
+        return ()
+    return curve(trace, best.scenario, found.slos, knee_rates(best.capacity_rate), jobs=jobs, progress=progress)
+
+
+class Progress:
+    """Simulations so far and the last one, on stderr once that takes longer than two seconds: one line that changes on
+    a terminal, a line every ten seconds elsewhere."""
+
+    def __init__(self) -> None:
+        self.started_s = time.monotonic()
+        self.next_s = self.started_s + PROGRESS_AFTER_S
+        self.live = sys.stderr.isatty()
+        self.shown = False
+
+    def __call__(self, done: int, expected: int, words: str) -> None:
+        now_s = time.monotonic()
+        if now_s < self.next_s:
+            return
+        self.next_s = now_s + (0.2 if self.live else 10.0)
+        text = f"{done} of about {expected} simulations in {now_s - self.started_s:.0f} s; {words}"
+        line = f"\r\x1b[K{text[:110]}" if self.live else f"{text}\n"
+        print(line, end="", file=sys.stderr, flush=True)
+        self.shown = True
+
+    def close(self) -> None:
+        if self.shown and self.live:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from llmsim.compare import Side, compare, side_of
-from llmsim.compare_cache import CacheUse, cache_uses
+from llmsim.compare_cache import CacheUse, cache_uses, check_answered
 from llmsim.compare_frames import intervals_frame, shares_frame, sides_frame
 from llmsim.compare_groups import fairness_frame, groups_frame, has_groups, latency_frame, service_frame
 from llmsim.compare_rates import RatePoint, rate_curves, rate_grid
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int, str], None]
 GROUPS = {"tenant": "tenants", "slo_class": "classes"}  # column of the trace: key of the summary
 AT_ONCE = 2000  # requests of a quick comparison
-REPLAYED = 6000  # requests that a quick look at rates or caches replays in all
+REPLAYED = 12_000  # requests that a quick look at rates or caches replays in all
 FEWEST = 200  # of each of its replays
 TOUCHED = 150_000  # prompt blocks that a quick look at reuse looks up
 SATURATION = 1000  # requests that tell how many a side serves per second
@@ -153,13 +153,9 @@ def _replayed(study: Study, trace: Trace, progress: Progress | None) -> list[Sid
             if progress is not None:
                 progress(before + done, total, f"requests; {name}, {simulated_s:,.0f} s simulated")
 
-        side = side_of(name, simulate(trace, scenario, told), study.targets or None)
-        if not side.summary["completed"]:
-            raise ValueError(
-                f"{name}: all {count} requests are rejected: a replica's KV blocks hold too few tokens; raise "
-                "num_gpu_blocks_override or gpu_memory_utilization, or leave them out"
-            )
-        found.append(side)
+        result = simulate(trace, scenario, told)
+        check_answered(name, result)
+        found.append(side_of(name, result, study.targets or None))
     if progress is not None:
         progress(total, total, "requests; comparing")
     return found

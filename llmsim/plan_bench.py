@@ -59,6 +59,7 @@ class Simulator:
             trace = time_scaled(self._window(ask.window), time_scale)
         result = simulate(trace, ask.scenario, cost=self._cost(ask.scenario))
         summary = result.summary(goodput_targets_ms(self.slos))
+        summary["cost_model"] = summary["calibration"]["label"]
         found = zip(self.slos, values_s(result, self.slos), strict=True)
         return Run(
             ask.scenario,

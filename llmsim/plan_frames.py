@@ -172,10 +172,5 @@ def unstable_from(points: Sequence[Run]) -> float | None:
 
 
 def held_rate(points: Sequence[Run]) -> float | None:
-    """The highest rate up to which every point holds; None if not even the lowest does."""
-    held = None
-    for run in sorted(points, key=lambda run: run.rate):
-        if not run.holds:
-            break
-        held = run.rate
-    return held
+    """The highest rate among the points that hold every SLO; None if none does."""
+    return max((run.rate for run in points if run.holds), default=None)

@@ -21,7 +21,7 @@ KEPT = (
     "request_goodput", "slo_attainment", *(f"{word}_{name}_ms" for name in ("ttft", "tpot", "itl", "e2el")
                         for word in ("mean", "median", "p90", "p95", "p99")),
     "tokens_per_s_per_gpu", "tokens_per_s_per_user", "gpu_busy_frac", "num_preemptions", "prefix_cache_hit_rate",
-    "stable", "stability", "extrapolated",
+    "stable", "stability", "extrapolated", "cost_model",
 )  # fmt: skip
 
 
@@ -332,10 +332,13 @@ class Plan:
 def run_row(run: Run) -> dict[str, Any]:
     """One row of `Plan.runs_frame()`."""
     row = run.to_dict()
-    window, values = row.pop("window") or {}, row.pop("values")
-    for one in row.pop("slos"):
-        row[one["slo"]] = one["value_s"]
-    return row | {"window_start_s": window.get("start_s"), "window_requests": window.get("requests")} | values
+    for name in ("window", "values", "slos"):
+        del row[name]
+    row |= {str(one.slo): one.value_s for one in run.measured}
+    window = run.window
+    row["window_start_s"] = None if window is None else window.start_s
+    row["window_requests"] = None if window is None else window.requests
+    return row | run.values
 
 
 def factor_over(ratio: float) -> str:

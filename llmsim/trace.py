@@ -285,15 +285,21 @@ def limited(trace: Trace, limit: int) -> Trace:
 
 
 def time_scaled(trace: Trace, time_scale: float) -> Trace:
-    """All arrivals `time_scale` times as late (2: half the rate). Waits between turns stay: users do not speed up."""
+    """Arrivals `time_scale` times as late (2: half the rate); of a session, its start: users do not speed up."""
     if not (time_scale > 0 and math.isfinite(time_scale)):
         raise ValueError(f"time_scale={time_scale:g} must be a finite number above 0")
     from llmsim.readers.settle import check_times
+    from llmsim.rescale import in_order, pace_note, rescaled_s
 
-    with np.errstate(over="ignore"):
-        arrival_s = trace.arrival_s * time_scale
+    arrival_s = rescaled_s(trace, time_scale)
     check_times(f"{trace.name}, time_scale={time_scale:g}", arrival_s, None)
-    return replace(trace, arrival_s=arrival_s, tick_s=trace.tick_s * time_scale)
+    scaled = replace(trace, arrival_s=arrival_s, tick_s=trace.tick_s * time_scale)
+    note = pace_note(trace, time_scale)
+    if note is None:
+        return scaled
+    order = in_order(arrival_s, trace.parent)
+    scaled = scaled if order is None else subset(scaled, order)
+    return replace(scaled, arrival_s=scaled.arrival_s - np.nanmin(scaled.arrival_s)).with_notes(note)
 
 
 def mean_rate_per_s(trace: Trace) -> float:
@@ -303,7 +309,7 @@ def mean_rate_per_s(trace: Trace) -> float:
 
 
 def at_rate(trace: Trace, rate: float) -> Trace:
-    """Rescaled to a mean rate in requests/s (sessions/s if turns wait): keeps the shape of the bursts."""
+    """Rescaled to a mean rate in requests/s (sessions/s if turns wait): keeps the shape of bursts and of sessions."""
     if not rate > 0:
         raise ValueError(f"rate={rate:g} must be above 0 requests/s")
     if math.isinf(rate):
