@@ -1,6 +1,7 @@
 """Prefill vs decode: why the two phases of one model differ, and what the engine makes of it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import streamlit as st
@@ -80,7 +81,8 @@ def times(scenario: Scenario, sizes: dict[str, int], outcome: phases.Phases) -> 
         st.markdown(f"- {line}")
 
 
-def one_batch(scenario: Scenario, sizes: dict[str, int]) -> None:
+def one_batch(scenario: Scenario, sizes: dict[str, int]) -> tuple[Scenario, list[str]]:
+    """The scenario with the token budget chosen here, and the options of a burst."""
     first, second, third = st.columns(3)
     budget = first.select_slider(
         "Token budget of an iteration",
@@ -107,6 +109,8 @@ def one_batch(scenario: Scenario, sizes: dict[str, int]) -> None:
     trade = charts_burst.budgets_chart(table, budget)
     shared.chart(trade, alt=phases_words.budgets_in_words(table), key="ph_budgets_chart")
     shared.downloads("ph_budgets", table, name="budgets", drawing=trade)
+    options = ["--burst", str(prompts), "--decodes", str(decodes)]
+    return replace(scenario, max_num_batched_tokens=budget), options
 
 
 def tables(outcome: phases.Phases) -> None:
@@ -135,6 +139,7 @@ if scenario is None:
 roofline_tab, times_tab, batch_tab, table_tab = st.tabs(
     ["Roofline", "Time", "One batch", "Table"], key="ph_tab", on_change="rerun", **BOUND
 )
+shown, options = scenario, []
 with shared.error_in_place():
     batches = cached(phases.batches_beside, scenario, sizes["batch"], sizes["context_tokens"])
     asked = {"prompt_tokens": sizes["prompt_tokens"], "context_tokens": sizes["context_tokens"]}
@@ -147,13 +152,13 @@ with shared.error_in_place():
             times(scenario, sizes, outcome)
     with batch_tab:
         if batch_tab.open:
-            one_batch(scenario, sizes)
+            shown, options = one_batch(scenario, sizes)
     with table_tab:
         if table_tab.open:
             tables(outcome)
     st.info(outcome.textbook, icon=":material/menu_book:")
     for line in phases_table.setting(outcome):
         st.caption(line)
-    options = ["--prompt", str(sizes["prompt_tokens"]), "--context", str(sizes["context_tokens"])]
+    options += ["--prompt", str(sizes["prompt_tokens"]), "--context", str(sizes["context_tokens"])]
     options += ["--batch", ",".join(str(size) for size in batches)]
-    shared.command_line(argv_of(scenario, command="phases", trace=[], options=options))
+    shared.command_line(argv_of(shown, command="phases", trace=[], options=options))

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 PROMPT_SHADES = ("#c2410c", "#f59e0b", "#9a3412", "#fb923c", "#d97706", "#7c2d12", "#ea580c", "#fdba74")
 HOST_SHADES = {"schedule": "#94a3b8", "launch": "#64748b", "update": "#cbd5e1"}
 LANE = 24  # pixels of a lane of the timeline
-AROUND = 105  # of axis and legend, which a page takes from the height
 CLOCKS = ("host", "worker", "GPU")
 EXTENT: dict[str, Any] = {"minExtent": 78, "maxExtent": 78}  # of y axes that have to begin at the same place
 LEAST_SHARE = 0.045  # of the width: bars as wide as that have their tokens written in them
@@ -55,7 +54,7 @@ def burst_chart(clocks: pd.DataFrame, requests: pd.DataFrame) -> alt.LayerChart:
         bars.encode(x, alt.X2("end_ms:Q"), y, _part_colour(requests), tooltip=tips),
         words.encode(alt.X("middle_ms:Q"), y, text=alt.Text("tokens:Q", format=",d")),
     ]
-    return alt.LayerChart(layer=layers).properties(width=WIDTH, height=LANE * len(lanes) + AROUND)
+    return alt.LayerChart(layer=layers).properties(width=WIDTH, height=LANE * len(lanes))
 
 
 def tokens_chart(clocks: pd.DataFrame, requests: pd.DataFrame, token_budget: int) -> alt.LayerChart:
@@ -83,7 +82,7 @@ def tokens_chart(clocks: pd.DataFrame, requests: pd.DataFrame, token_budget: int
         line.mark_rule(color=GREY, strokeDash=[5, 4]).encode(y),
         line.mark_text(color=GREY, align="left", dx=4, dy=-7, fontSize=11).encode(x, y, text="text:N"),
     ]
-    return alt.LayerChart(layer=layers).properties(width=WIDTH, height=90 + AROUND)
+    return alt.LayerChart(layer=layers).properties(width=WIDTH, height=96)
 
 
 def _burst_x(clocks: pd.DataFrame) -> alt.X:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 GREY = "#728197"  # of lines and words beside the data: contrast 4.0 on white, 4.5 on the dark theme
 PARTS = {"prefill": ("#fb923c", "#c2410c"), "decode": ("#60a5fa", "#1d4ed8")}  # the rest, attention
 FEW = 5  # points of a way that all get names
-HEIGHT_SMALL = 280
+HEIGHT_SMALL = 240
 
 
 def moves_chart(moves: pd.DataFrame) -> alt.LayerChart:
@@ -53,7 +53,7 @@ def moves_chart(moves: pd.DataFrame) -> alt.LayerChart:
     words = _labels(_named(shown), WIDTH / log10(right / left), HEIGHT / log10(high / low))
     names = alt.Chart(words).mark_text(align="left", baseline="top", dx=10, dy=6, fontSize=12, color=GREY)
     layers = [*_roofs(shown, axes, left, right, low), trail, dots, here, names.encode(*axes, text="text:N")]
-    return alt.LayerChart(layer=layers).properties(width=WIDTH, height=HEIGHT)
+    return alt.LayerChart(layer=layers).properties(width=WIDTH, height=400)
 
 
 def _roofs(shown: pd.DataFrame, axes: tuple[Any, Any], left: float, right: float, low: float) -> list[alt.Chart]:

@@ -5,8 +5,8 @@ once, at 0 s. The engine's scheduler cuts them into chunks: an iteration compute
 tokens, the decodes' included. The engine is the one of every other replay (`llmsim.simulate`, launch jitter off);
 iterations are taken one at a time and noted (`llmsim.phases_watch`).
 
-Drawn are the last iterations before the burst, the burst, and the first few
-decodes after its last prompt; at most `MOST_SHOWN` iterations. Gaps are those the clients of the decoding batch see.
+Shown are the last iterations before the burst, the burst, and the first few decodes after its last prompt, at most
+`MOST_SHOWN` iterations. Gaps are those that clients see.
 """
 
 from __future__ import annotations
@@ -143,8 +143,8 @@ def budgets(
     decodes: int = 16,
     context_tokens: int = 512,
 ) -> pd.DataFrame:
-    """The same burst at every token budget of `BUDGETS` that its decodes leave room in, as `burst` has it: token_budget,
-    iterations, mean_ttft_s, last_ttft_s, longest_gap_s."""
+    """The same burst at every token budget of `BUDGETS` that its decodes leave room in, as `burst` has it:
+    token_budget, iterations, mean_ttft_s, last_ttft_s, longest_gap_s."""
     import pandas as pd
 
     rows = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from itertools import pairwise
 from math import ceil
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from plain_engine import PlainEngine, PlainRequest, Settings
 
+from llmsim import cli
 from llmsim.phases import Engine
 from llmsim.phases_burst import (
     ANSWER_TOKENS,
@@ -156,6 +158,23 @@ def test_what_cannot_be_is_refused_in_a_line(given: dict[str, Any], told: str) -
     with pytest.raises(ValueError) as error:
         burst(MACHINE, **given)
     assert told in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_command_prints_a_column_a_budget(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["phases", "--model", "llama-3.1-8b", "--gpu", "h200-sxm", "--cost", "constant:0.01", "--burst", "2"]
+    assert cli.main([*argv, "--max-num-batched-tokens", "300"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    heads = next(line for line in lines if line.startswith("token budget")).split()[2:]
+    assert heads == [f"{budget:,}" for budget in sorted({*BUDGETS, 300})]
+    iterations = next(line for line in lines if line.startswith("iterations")).split()[1:]
+    assert iterations[heads.index("300")] == "8"  # 2 * 1,024 tokens, 284 beside sixteen decodes
+    assert cli.main([*argv, "--decodes", "0", "--json"]) == 0
+    met = json.loads(capsys.readouterr().out)["burst"]
+    assert (
+        met["longest_gap_s"] is None and met["budgets"][0]["iterations"] == 33
+    )  # 64 at a time, and an answer's tokens
+    assert cli.main([*argv, "--decodes", "1024"]) == 2
+    assert "decodes=1024 fill an iteration" in capsys.readouterr().err
 
 
 def test_the_numbers_are_plain() -> None:
