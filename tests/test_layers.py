@@ -16,9 +16,7 @@ FLOORS = {  # imports must go down; imports for type checkers only are exempt, t
     "runs": 3.5,
     **dict.fromkeys(("simulate", "flags"), 4),
     "uncertainty": 4.5,  # plan and compare build on it
-    **dict.fromkeys(
-        ("sweep", "testing", "validate", "oracle", "report", "rerun", "fromvllm", "phases", "charts"), 5
-    ),
+    **dict.fromkeys(("sweep", "testing", "validate", "oracle", "report", "rerun", "fromvllm", "phases", "charts"), 5),
     "reuse": 4.5,
     **dict.fromkeys(("whatif", "speculation"), 5),
     "compare": 5,
