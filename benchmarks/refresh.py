@@ -2,7 +2,8 @@
 
 The README's replay is run as it stands there (its trace has to be in ../shared/traces), and so are its comparison of
 the phases, the intervals of docs/uncertainty.md and the what-ifs of docs/policies; the tables of accuracy are those of
-`benchmarks.accuracy`, `touch_up` and `coverage`. Excerpts and
+`benchmarks.accuracy`, `touch_up` and `coverage`, the data that the dashboard's page on calibration shows that of
+`benchmarks.evidence`. Excerpts and
 figures in sentences are left alone, and so is the table of speed, which depends on the machine.
 """
 
@@ -16,7 +17,7 @@ import tempfile
 
 import click
 
-from benchmarks import coverage, pages, touch_up
+from benchmarks import coverage, evidence, pages, touch_up
 from benchmarks.accuracy import FOLDERS, METRICS, ROOT, Load, cells, judged, recordings, table, update
 
 WHOLE_LINES = 5  # of output; fewer are an excerpt
@@ -91,6 +92,7 @@ def host_scale_rows(page: str) -> str:
 @click.command()
 def main() -> None:
     """Make the numbers printed in README.md and docs again, after a new fit or recording."""
+    evidence.main([], standalone_mode=False)
     loads = [load for folder in recordings() for load in judged(folder, "auto", 1.0)]
     update(ACCURACY, table(loads))
     update(ACCURACY, touch_up.table(touch_up.judge_all()), (touch_up.START, touch_up.END))
