@@ -128,6 +128,7 @@ class Prediction:
             "seed": self.scenario.seed,
             "of": SAME if self.sources == SEED_ALONE else OTHER,
             "sources": self.sources.to_dict(),
+            "samples": dict(self.samples),
             "intervals": {key: list(ends) for key, ends in self.intervals.items()},
         }
         if self.slos:
