@@ -12,7 +12,7 @@ from app_pages import quick, shared
 from llmsim import charts_groups, charts_policies, compare_rates
 from llmsim.choice import TraceChoice
 from llmsim.command_line import argv_of
-from llmsim.compare_study import AT_ONCE, ByRate, Compared, Study, by_rate, compared, quick_requests
+from llmsim.compare_study import AT_ONCE, FEWEST, ByRate, Compared, Study, by_rate, compared, quick_requests
 from llmsim.scenario import Scenario
 
 LATENCIES = ("ttft", "tpot", "e2el")
@@ -77,7 +77,12 @@ def whole_or_sample(key: str, function: Any, study: Study, limit: int, *argument
 
 
 def differences(study: Study, base: Scenario, flags: Sequence[str]) -> None:
-    found: Compared = whole_or_sample("pol_compared", compared, study, AT_ONCE)
+    seeds = st.slider(
+        "Seeds", 1, 8, 1, key="pol_seeds", bind="query-params",
+        help="Replays of every side; what differs then holds for other launch times too, and numbers are their means.",
+    )  # fmt: skip
+    study = replace(study, seeds=seeds)
+    found: Compared = whole_or_sample("pol_compared", compared, study, max(AT_ONCE // seeds, FEWEST))
     names = found.names
     _said(found)
     table(found.sides, "pol_sides_table")
@@ -112,6 +117,7 @@ def _compare_lines(
     """One `llmsim compare` for each rate; before them what makes the trace, if it has to be made."""
     choice: TraceChoice = study.source  # type: ignore[assignment]
     drawn_too = ["--assign-classes", study.classes] if study.classes else []
+    drawn_too += ["--seeds", str(study.seeds)] if study.seeds > 1 else []
     lines = []
     for rate in rates:
         options = [*flags, *drawn_too, *(["--rate", repr(rate)] if rate is not None else [])]
