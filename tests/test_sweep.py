@@ -19,6 +19,7 @@ import pandas as pd
 import pytest
 
 from llmsim import Scenario, cli, load_trace, simulate, sweep
+from llmsim.cli_sweep import Line
 from llmsim.sweep import SweepResult, read_sweep, work_of
 from llmsim.sweep_columns import CONSTANT, METRICS
 from llmsim.sweep_files import digests
@@ -444,6 +445,27 @@ def test_exit_status_1_if_no_run_works(capsys: pytest.CaptureFixture[str]) -> No
     status, out, _ = command(capsys, "s.yaml")
     assert status == 1
     assert "error: replicas=0 is too small: give 1 or more" in out
+
+
+def test_a_line_says_how_many_are_done_and_how_long_the_rest_takes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("llmsim.cli_sweep.time.monotonic", lambda: clock[0])
+    line = Line()
+    for at, done, left_s in (
+        (101.0, 1, None),
+        (103.0, 3, 250.0),
+        (104.0, 4, 200.0),
+        (113.5, 90, 8.25),
+        (120.0, 100, 0.0),
+    ):
+        clock[0] = at
+        line(done, 100, left_s)
+    line.close()
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == "3 of 100 runs done, about 4 min 10 s left\n90 of 100 runs done, about 8.2 s left\n"
 
 
 def test_a_run_of_a_sweep_repeats(capsys: pytest.CaptureFixture[str]) -> None:
