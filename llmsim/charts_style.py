@@ -130,5 +130,5 @@ def javascript() -> str:
     import vl_convert
 
     version = alt.SCHEMA_VERSION.removeprefix("v").rsplit(".", 1)[0]
-    script: str = vl_convert.javascript_bundle(vl_version=version)
+    script: str = vl_convert.javascript_bundle(None, vl_version=version)
     return script.replace("</script", "<\\/script")
