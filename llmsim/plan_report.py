@@ -86,10 +86,12 @@ def report(plan: Plan, points: Sequence[Run] = (), repeat: Repeat | None = None)
     yield from _foot(plan)
     if repeat is not None:
         yield ""
-        yield from (f"{_verdict(run)}  {repeat(run)}" for run in plan.runs)
+        yield from dict.fromkeys(f"{_verdict(run)}  {repeat(run)}" for run in plan.runs)
 
 
 def _verdict(run: Run) -> str:
+    if run.draws is not None:
+        return "drawn "
     return "holds " if run.holds else "breaks"
 
 

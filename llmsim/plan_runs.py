@@ -72,6 +72,7 @@ class Run:
     values: dict[str, Any] = field(hash=False)  # of the summary, `KEPT`
     measured: tuple[Measured, ...]  # in the order of the plan's SLOs
     draw: int | None = None  # which of the machines that the real one may be (llmsim.uncertainty); None: as calibrated
+    draws: int | None = None  # of so many
 
     @property
     def stable(self) -> bool:
@@ -115,6 +116,7 @@ class Run:
             "time_scale": self.time_scale,
             "window": window,
             "draw": self.draw,
+            "draws": self.draws,
             "requests": self.requests,
             "holds": self.holds,
             "why_not": self.why_not,
