@@ -99,7 +99,7 @@ class ScaledCost:
 
 
 # Closures, a cycle and a bare tuple instead of methods, an index and Ramp(): they are asked for every iteration, and
-# cost a replay 4 % instead of 11 %.
+# cost a replay some 4 to 10 % instead of 11 to 15 % (53,000 rows of the Azure conversation trace).
 
 
 def _decode_ramp(inner: CostModel, sizes: list[float], steps: list[float]) -> Callable[[int, float], Ramp]:
