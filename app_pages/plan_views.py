@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import streamlit as st
@@ -28,6 +27,7 @@ OPTION_COLUMNS = {
     "capacity_rate": ("holds up to (per s)", "%.4g"),
     "tightest": ("tightest promise", None),
     "margin": ("its margin", "percent"),
+    "probability": ("P(SLOs met)", "percent"),
     "breaks_next": ("what breaks it, or the next smaller fleet", None),
     "usd_per_million_output_tokens": ("$ / 1M output tokens", "%.2f"),
     "goodput_per_gpu": ("goodput per GPU (req/s)", "%.2f"),
@@ -35,10 +35,6 @@ OPTION_COLUMNS = {
     "tokens_per_s_per_gpu": ("tokens/s/GPU", "%.0f"),
     "tokens_per_s_per_user": ("tokens/s/user", "%.1f"),
 }
-
-
-def limited(demand: Demand, limit: int) -> Demand:
-    return replace(demand, limit=limit)
 
 
 def show(demand: Demand, used: Demand, found: Plan) -> None:
@@ -73,7 +69,7 @@ def answers(found: Plan) -> None:
             )
             st.markdown(f"**{option.name}**")
             if option.broken is not None:
-                st.caption(f"next: {option.broken.why_not}")
+                st.caption(f"Breaks {plan_frames.next_break(option)}")
 
 
 def _margins(option: Option) -> str:
@@ -179,7 +175,9 @@ def how_sure(demand: Demand, used: Demand, found: Plan, option: Option) -> None:
         "probability": charts_plan.probability_chart(frame, percent / 100, unit),
         "intervals": charts_plan.promise_chart(frame, middle.rate),
     }
-    st.metric(f"P(every promise kept) at {middle.rate:g} {unit}", f"{middle.probability:.0%}", border=True)
+    each = [(str(slo), probability) for slo, probability, _ in middle.each]
+    kept = [(f"P(every promise kept) at {middle.rate:g} {unit}", middle.probability), *each]
+    shared.figures([{"label": label, "value": f"{probability:.0%}"} for label, probability in kept])
     for place, (name, drawing) in zip(st.columns(2), drawings.items(), strict=True):
         with place:
             shared.chart(drawing, key=f"plan_{name}")

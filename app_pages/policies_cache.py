@@ -24,6 +24,7 @@ def cache(choice: TraceChoice, scenario: Scenario) -> None:
         key="pol_evictions",
         bind="query-params",
         accept_new_options=True,
+        select_all=False,
         help="Which cached content goes when blocks are needed. Type your own: file.py:Class.",
     )
     with shared.error_in_place():

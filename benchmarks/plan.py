@@ -7,8 +7,8 @@ The Azure conversation trace of 2023 (in ../shared/traces) for llama-3.1-8b on t
 
 demand   40 requests/s: fewest GPUs, cheapest, fastest. Exhaustive: 1, 2, 3 ... replicas of every option on the whole
          trace until it holds.
-fleet    one replica: the highest rate per GPU, per dollar and of all. Exhaustive, vLLM only: rates from 1/s by steps
-         of 25 % until one breaks, then every per cent between the last two, on the whole trace.
+fleet    one replica: the highest rate per GPU, per dollar and of all. Exhaustive, vLLM only: rates from 64/s down by
+         steps of a fifth until one holds, then up by single per cents until one breaks, on the whole trace.
 
 The exhaustive search shares nothing with the plan but the simulator: it scales arrivals, takes percentiles and compares
 them by itself, drops nothing and knows no windows. Both keep to `--jobs` processes; wall times are those of the machine
@@ -38,7 +38,7 @@ TRACE = ROOT.parent / "shared" / "traces" / "azure-2023" / "AzureLLMInferenceTra
 GPUS, SIZES, ENGINES = ("h100-sxm", "h200-sxm", "a100-80gb-sxm"), (1, 2, 4), ("vllm", "sglang", "tensorrt-llm")
 SLOS = ("ttft_p99=500ms", "tpot_p95=50ms")
 TTFT_P99_S, TPOT_P95_S = 0.5, 0.05
-DEMAND, COARSE, FINE, SLOWEST = 40.0, 1.25, 1.01, 1.0
+DEMAND, FASTEST, COARSE, FINE, SLOWEST = 40.0, 64.0, 0.8, 1.01, 0.5
 MOST_GPUS, NEVER_S = 256, 1e12
 QUESTIONS: dict[str, dict[str, Any]] = {"demand": {"rate": DEMAND}, "fleet": {"replicas": 1}}
 
@@ -93,11 +93,11 @@ def fewest_replicas(kind: Kind) -> tuple[Kind, dict[str, float] | None]:
 
 def highest_rate(kind: Kind) -> tuple[Kind, dict[str, float] | None]:
     """Scores of one replica at the last rate of the grid that holds."""
-    rate = SLOWEST
-    if not holds(kind, 1, rate)[0]:
-        return kind, None
-    while holds(kind, 1, rate * COARSE)[0]:
+    rate = FASTEST
+    while not holds(kind, 1, rate)[0]:
         rate *= COARSE
+        if rate < SLOWEST:
+            return kind, None
     while holds(kind, 1, rate * FINE)[0]:
         rate *= FINE
     return kind, {

@@ -5,7 +5,8 @@
     result = simulate(load_trace("chat.csv"), Scenario(model="llama-3.1-8b", gpu="h100-sxm"))
     result.summary()["p99_ttft_ms"]
 
-`compare` replays a trace under several scenarios and pairs the requests, `sweep` does every run of a specification.
+`compare` replays a trace under several scenarios and pairs the requests, `plan` finds the fleets that keep promises
+about latency, `sweep` does every run of a specification; what they return has `.frame()`.
 Names are imported when they are first used: `import llmsim` itself loads nothing.
 """
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from llmsim.comparing import compare
     from llmsim.hardware import Gpu, Model, find_gpu, find_model
     from llmsim.metrics import Result
+    from llmsim.plan import plan
     from llmsim.scenario import Scenario
     from llmsim.schedulers import HOLD, PolicyError, Scheduler
     from llmsim.simulate import simulate
@@ -55,6 +57,7 @@ __all__ = [
     "find_gpu",
     "find_model",
     "load_trace",
+    "plan",
     "simulate",
     "sweep",
 ]
@@ -78,6 +81,7 @@ class _Package(ModuleType):
 
     simulate = _function("simulate", "llmsim.simulate")
     compare = _function("compare", "llmsim.comparing")
+    plan = _function("plan", "llmsim.plan")
     sweep = _function("sweep", "llmsim.sweep")
 
 

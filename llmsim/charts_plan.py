@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 NAMES = {"ttft": "TTFT", "tpot": "TPOT", "e2el": "E2EL"}
 BROKEN = "#dc3d43"  # a promise that is broken, and where the queue runs away
-STATISTIC_COLOURS = {"P50": COLOURS["baseline"], "P99": COLOURS["candidate"]}
+STATISTIC_COLOURS = {
+    "P50": COLOURS["baseline"], "P99": COLOURS["candidate"], "P95": "#a25ee8", "P90": "#0e93a8", "mean": "#6f8f1a",
+}  # fmt: skip
+ALWAYS = ("P50", "P99")  # drawn whatever the promises are about
 TOOLTIPS = (
     ("name", "fleet", ""), ("rate", "rate (per s)", ",.3~g"), ("tokens_per_s_per_gpu", "tokens/s/GPU", ",.0f"),
     ("tokens_per_s_per_user", "tokens/s/user", ",.1f"),
@@ -84,7 +87,7 @@ def _room(values: pd.Series) -> alt.Scale:
 def knee_chart(
     frame: pd.DataFrame, metric: str, slos: Sequence[Slo], held: float | None, unit: str = "requests/s"
 ) -> alt.LayerChart:
-    """P50 and P99 of one latency against the rate, its SLOs as lines; shaded: the queue kept growing.
+    """P50, P99 and what its SLOs are about, of one latency against the rate; its SLOs as lines; shaded: the queue grew.
 
     `frame`: of `llmsim.plan_frames.knee_frame`; `held`: the highest rate at which every SLO holds, a vertical line.
     """
@@ -92,18 +95,22 @@ def knee_chart(
     import pandas as pd
 
     shown = frame[(frame["metric"] == metric) & frame["value_ms"].notna()]
-    shown = shown.assign(percentile=[word.upper() for word in shown["statistic"]])
     limits = pd.DataFrame(
-        [(1e3 * slo.limit_s, slo.statistic.upper().replace("MEAN", "mean")) for slo in slos if slo.metric == metric],
+        [(1e3 * slo.limit_s, _named(slo.statistic)) for slo in slos if slo.metric == metric],
         columns=["value_ms", "of"],
     )
+    names = [name for name in STATISTIC_COLOURS if name in ALWAYS or name in set(limits["of"])]
+    shown = shown.assign(percentile=[_named(word) for word in shown["statistic"]])
+    shown = shown[shown["percentile"].isin(names)]
     values = [*shown["value_ms"], *limits["value_ms"]]
     low, high = (min(values) / 1.25, max(values) * 1.25) if values else (1.0, 10.0)
     rates = (float(shown["rate"].min()), float(shown["rate"].max())) if len(shown) else (0.0, 1.0)
-    x = alt.X("rate:Q", scale=alt.Scale(domain=list(rates), nice=False), axis=alt.Axis(title=f"rate ({unit})"))
+    room = 0.02 * (rates[1] - rates[0])
+    ends = alt.Scale(domain=[max(rates[0] - room, 0.0), rates[1] + room], nice=False)
+    x = alt.X("rate:Q", scale=ends, axis=alt.Axis(title=f"rate ({unit})"))
     y = alt.Y("value_ms:Q", scale=alt.Scale(type="log", domain=[low, high], nice=False),
               axis=alt.Axis(title=f"{NAMES[metric]} (ms)", values=log_ticks(low, high), format=",~r"))  # fmt: skip
-    scale = alt.Scale(domain=list(STATISTIC_COLOURS), range=list(STATISTIC_COLOURS.values()))
+    scale = alt.Scale(domain=names, range=[STATISTIC_COLOURS[name] for name in names])
     colour = alt.Color("percentile:N", scale=scale, legend=alt.Legend(title=None, orient="top", symbolSize=110))
     tips = [
         alt.Tooltip("percentile:N"), alt.Tooltip("rate:Q", title=f"rate ({unit})", format=",.3~g"),
@@ -111,16 +118,20 @@ def knee_chart(
         alt.Tooltip("why_not:N", title="breaks"),
     ]  # fmt: skip
     base = alt.Chart(shown)
-    layers: list[Any] = [*_shaded(shown, rates[1], x), *_limits(limits, y), *_capacity(held, x, unit)]
+    layers: list[Any] = [*_shaded(shown, rates[1] + room, x), *_limits(limits, y), *_capacity(held, x, unit)]
     layers += [
         base.mark_line(strokeWidth=2.2, clip=True).encode(x, y, colour),
         base.mark_point(filled=True, size=40, opacity=1, clip=True).encode(x, y, colour, tooltip=tips),
     ]
-    said = f"P50 and P99 of {NAMES[metric]} against the rate"
+    said = f"{', '.join(names)} of {NAMES[metric]} against the rate"
     said += "; it holds at no rate shown" if held is None else f"; every SLO holds up to {held:.4g} {unit}"
     unstable = shown[shown["unstable"]]
     said += f"; unstable from {float(unstable['rate'].min()):.4g} on" if len(unstable) else ""
     return finished(layers, f"{NAMES[metric]} as the rate rises", 230, said + ".")
+
+
+def _named(statistic: str) -> str:
+    return statistic if statistic == "mean" else statistic.upper()
 
 
 def _shaded(shown: pd.DataFrame, end: float, x: alt.X) -> list[Any]:

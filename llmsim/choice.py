@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from llmsim.runs_origin import origin
 from llmsim.scenario import Scenario
 from llmsim.trace import Trace, limited, load_trace, time_scaled
 
@@ -98,6 +99,17 @@ class TraceChoice:
             trace = _read(self.path, self.stamp, over, context_tokens, seed)
             trace = trace if fewest is None else limited(trace, fewest)
         return trace if self.traffic == 1.0 else time_scaled(trace, 1.0 / self.traffic)
+
+    def origin(self, trace: Trace, limit: int | None, scenario: Scenario) -> dict[str, Any]:
+        """What `llmsim rerun` needs of the trace that `load` gave."""
+        fewest = min((n for n in (limit, self.requests) if n is not None), default=None)
+        options: dict[str, Any] = {} if self.traffic == 1.0 else {"time_scale": 1.0 / self.traffic}
+        if self.synthesis is not None:
+            made = self.synthesis.options() | {"name": trace.name, "requests": len(trace)}
+            return origin(trace, "", options, scenario, synthesis=made)
+        options |= {} if self.over_context == "error" else {"over_context": self.over_context}
+        options |= {} if fewest is None else {"limit": fewest}
+        return origin(trace, self.path, options, scenario)
 
     def size(self) -> int:
         """Requests in all."""
@@ -233,11 +245,7 @@ def replay(one: Replay, progress: Callable[[int, int, float], None] | None = Non
     trace = one.choice.load(one.limit, scenario)
     result = simulate(trace, scenario, progress)
     _check_answered(result)
-    extra = {
-        "command": list(one.command),
-        "trace": {"name": one.choice.name, "sha256": trace.sha256, "requests": len(trace)},
-        "notes": list(trace.notes),
-    }
+    extra = {"command": list(one.command), **one.choice.origin(trace, one.limit, scenario), "notes": list(trace.notes)}
     try:
         write_run(result, one.folder, summary=result.summary(), manifest_extra=extra)
     except (ValueError, OSError):

@@ -1,13 +1,9 @@
 """The command `llmsim`: which commands there are, and what becomes of an error.
 
-Exit status: 0 done; 1 `validate` found a difference; 2 the input is wrong or a file cannot be read or written (one line
-on stderr, no traceback); 3 `plan` found nothing that meets the SLOs; 130 interrupted; 141 the reader of the output went
-away. An exception that is none of these, such as one raised inside a user's policy, keeps its traceback and ends with
-70.
 Exit status: 0 done; 1 `validate` or `rerun` found a difference, or every run of a `sweep` failed; 2 the input is wrong
-or a file cannot be read or written (one line on stderr, no traceback); 130 interrupted; 141 the reader of the output
-went away. An exception that is none of these, such as one raised inside a user's policy, keeps its traceback and ends
-with 70.
+or a file cannot be read or written (one line on stderr, no traceback); 3 `plan` found nothing that meets the SLOs; 130
+interrupted; 141 the reader of the output went away. An exception that is none of these, such as one raised inside a
+user's policy, keeps its traceback and ends with 70.
 
 Only click is imported here: a command's own module is loaded when that command runs, so `llmsim --help` stays fast.
 """
@@ -34,8 +30,8 @@ COMMANDS = {
     "demo": ("llmsim.cli_replay:demo", "Replay the bundled chat trace on an H100: a first look in seconds."),
     "compare": ("llmsim.cli_compare:compare", "Compare schedulers and settings on one trace, paired by request."),
     "report": ("llmsim.cli_report:report", "Write runs as one HTML page with charts, for others to read."),
-    "plan": ("llmsim.cli_plan:plan", "Fleets for a trace and promises about latency: fewest GPUs, cheapest, fastest."),
     "explain": ("llmsim.cli_explain:explain", "Where the time of slow requests went, and what would help most."),
+    "plan": ("llmsim.cli_plan:plan", "Fleets for a trace and promises about latency: fewest GPUs, cheapest, fastest."),
     "sweep": ("llmsim.cli_sweep:sweep", "Do every run of a specification: grids, scenarios, rates, traces, seeds."),
     "rerun": ("llmsim.cli_rerun:rerun", "Repeat a run from its manifest and compare the bytes."),
     "phases": ("llmsim.cli_phases:phases", "Compare prefill and decode of a model on a GPU, with its roofline."),

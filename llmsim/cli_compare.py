@@ -14,12 +14,15 @@ import click
 
 from llmsim.cli_options import (
     CONTEXT,
+    ENGINE_FLAG,
     SCENARIO_FLAGS,
     SCHEDULER_FLAGS,
     Known,
     SectionedCommand,
     apply,
     builtins_of,
+    check_engine,
+    engine_names,
     json_option,
     scenario_fields,
     trace_arguments,
@@ -31,9 +34,10 @@ from llmsim.scenario import Scenario
 
 if TYPE_CHECKING:
     from llmsim.compare import Comparison, Side
+    from llmsim.trace import Trace
 
 HEADINGS = {"ttft": "TTFT", "tpot": "TPOT", "e2el": "E2EL"}
-SETTING_FLAGS = [flag for flag in SCENARIO_FLAGS if flag is not SCHEDULER_FLAGS[0]]
+SETTING_FLAGS = [flag for flag in SCENARIO_FLAGS if flag not in (SCHEDULER_FLAGS[0], ENGINE_FLAG)]
 
 
 @click.command(cls=SectionedCommand, context_settings=CONTEXT, epilog="Differences are to the first side.")
@@ -47,6 +51,14 @@ SETTING_FLAGS = [flag for flag in SCENARIO_FLAGS if flag is not SCHEDULER_FLAGS[
     help="A side: a policy, or your own file.py:Class. Repeatable.",
 )
 @click.option(
+    "--engine",
+    "engines",
+    multiple=True,
+    type=Known(engine_names),
+    metavar="NAME",
+    help="The engine of every side, or if given twice or more, a side each. [vllm]",
+)
+@click.option(
     "--set",
     "variants",
     multiple=True,
@@ -58,9 +70,14 @@ SETTING_FLAGS = [flag for flag in SCENARIO_FLAGS if flag is not SCHEDULER_FLAGS[
 @click.option(
     "--goodput", multiple=True, metavar="METRIC:MS…", help="For ttft, tpot, e2el: --goodput ttft:500 tpot:50."
 )
+@click.option(
+    "--slo", "promises", multiple=True, metavar="METRIC_STATISTIC=LIMIT", help="A tick or a cross: ttft_p99=500ms."
+)
+@click.option("--seeds", type=click.IntRange(min=1), default=1, help="Replay every side under so many seeds. [1]")
 @click.option("--jobs", type=click.IntRange(min=1), default=1, help="Replays at a time. [1]")
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder for the paired rows.")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Picture: .html, .svg or .png.")
+@click.option("--md", "as_markdown", is_flag=True, help="A Markdown table, for pull requests.")
 @json_option
 @click.pass_obj
 def compare(
@@ -68,45 +85,57 @@ def compare(
     /,
     paths: tuple[str, ...],
     schedulers: tuple[str, ...],
+    engines: tuple[str, ...],
     variants: tuple[str, ...],
     goodput: tuple[str, ...],
+    promises: tuple[str, ...],
+    seeds: int,
     jobs: int,
     out: Path | None,
     plot: Path | None,
+    as_markdown: bool,
     as_json: bool,
     **flags: Any,
 ) -> None:
-    """Replay TRACE under every --scheduler and --set, and compare request by request; or compare RUN folders.
+    """Replay TRACE under every --scheduler, --engine and --set, and compare request by request; or compare RUN folders.
 
     \b
     llmsim compare chat.csv --model llama-3.1-8b --gpu h100-sxm --scheduler vllm --scheduler chunked
     llmsim compare chat.csv --model llama-3.1-8b --gpu h100-sxm --set max_num_batched_tokens=2048 --set replicas=2
+    llmsim compare chat.csv --model llama-3.1-8b --gpu h100-sxm --engine vllm --engine sglang --slo ttft_p99=500ms --md
     llmsim compare runs/a runs/b
     """
     from llmsim.charts import check_plot
     from llmsim.compare import compare as paired
+    from llmsim.compare_prepared import check_slos
     from llmsim.compare_report import report
     from llmsim.metrics import parse_goodput
+    from llmsim.slo import Slo
 
+    if as_json and as_markdown:
+        raise ValueError("--json and --md: one of them is printed: leave the other out")
+    slos = [Slo.parse(text) for text in promises]
+    check_slos(slos)
+    repeats: list[list[Side]] = []
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out}: exists and is not an empty folder: give another name")
     if plot is not None:
         check_plot(plot)
     targets = parse_goodput(goodput) or None
     if all((Path(path) / "manifest.json").is_file() for path in paths):
-        _refuse_settings(schedulers, variants, flags)
+        _refuse_settings(schedulers, engines, variants, flags, seeds)
         sides = [_read_side(path) for path in paths]
         targets = targets or _common_targets(sides)
         seed, source = 0, {"runs": list(paths)}
     elif len(paths) == 1:
         _check_closed_loop(flags)
-        scenarios = scenarios_of(schedulers, variants, flags)
+        scenarios = scenarios_of(schedulers, engines, variants, flags)
         seed = next(iter(scenarios.values())).seed
-        sides, source = _replayed(paths[0], scenarios, flags, targets, jobs)
+        (sides, *repeats), source = _replayed(paths[0], scenarios, flags, targets, jobs, seeds)
     else:
         odd = next(path for path in paths if not (Path(path) / "manifest.json").is_file())
         raise ValueError(f"{odd}: not a run folder (no manifest.json): give one TRACE, or RUN folders only")
-    outcome = paired(sides, targets, seed=seed)
+    outcome = paired(sides, targets, seed=seed, repeats=repeats, slos=slos)
     if out is not None:
         _write(out, outcome, source, ["llmsim", *arguments])
     if plot is not None:
@@ -117,6 +146,11 @@ def compare(
 
         click.echo(json.dumps(json_safe(document(outcome)), allow_nan=False))
         return
+    if as_markdown:
+        from llmsim.compare_markdown import markdown
+
+        click.echo(markdown(outcome))
+        return
     click.echo(report(outcome))
     for path in (out, plot):
         if path is not None:
@@ -126,23 +160,40 @@ def compare(
 # ---- sides ----------------------------------------------------------------------------------------------------------
 
 
-def scenarios_of(schedulers: tuple[str, ...], variants: tuple[str, ...], flags: dict[str, Any]) -> dict[str, Scenario]:
+def scenarios_of(
+    schedulers: tuple[str, ...], engines: tuple[str, ...], variants: tuple[str, ...], flags: dict[str, Any]
+) -> dict[str, Scenario]:
     """Name -> scenario of every side, all checked before the first replay. Takes the scenario flags out of `flags`."""
     source = str(flags["scenario_file"] or "flags")
     fields = scenario_fields(flags)
+    if len(engines) == 1:
+        fields["engine"] = engines[0]
+    for name in engines:
+        check_engine(fields | {"engine": name})
     for name in ("model", "gpu"):
         if name not in fields:
             raise ValueError(f"no {name}: add --{name} NAME (llmsim list {name}s)")
-    return sides_of(fields, schedulers, variants, source=source)
+    return sides_of(fields, schedulers, variants, engines=engines if len(engines) > 1 else (), source=source)
 
 
 def _replayed(
-    path: str, scenarios: dict[str, Scenario], flags: dict[str, Any], targets: dict[str, float] | None, jobs: int
-) -> tuple[list[Side], dict[str, Any]]:
-    from llmsim.compare import run_sides
+    path: str,
+    scenarios: dict[str, Scenario],
+    flags: dict[str, Any],
+    targets: dict[str, float] | None,
+    jobs: int,
+    seeds: int,
+) -> tuple[list[list[Side]], dict[str, Any]]:
+    """The sides, for each seed; what a trace is read with is drawn anew too."""
+    from llmsim.compare import run_seeds, with_seeds
 
+    if seeds > 1 and path == "-":
+        raise ValueError(f"--seeds {seeds}: the trace is read once for each, which standard input is not: give a file")
     shortest = min(scenario.max_model_len or 0 for scenario in scenarios.values())
-    trace = _load(path, replace(next(iter(scenarios.values())), max_model_len=shortest), flags)
+    repeats: list[tuple[Trace, dict[str, Scenario]]] = []
+    for drawn in with_seeds(scenarios, seeds):
+        first = replace(next(iter(drawn.values())), max_model_len=shortest)
+        repeats.append((_load(path, first, flags, quiet=bool(repeats)), drawn))
     started_s = time.monotonic()
 
     def done(name: str, side: Side) -> None:
@@ -150,18 +201,22 @@ def _replayed(
             wall_s = side.summary["sim_wall_s"]
             click.echo(f"{name}: {side.summary['completed']} requests answered in {wall_s:.1f} s", err=True)
 
-    sides = run_sides(trace, scenarios, targets, jobs=jobs, done=done)
-    for side in sides:
+    trace = repeats[0][0]
+    every = run_seeds(repeats, targets, jobs=jobs, done=done)
+    for side in (side for sides in every for side in sides):
         if not side.summary["completed"]:
             raise ValueError(
                 f"{side.name}: all {len(trace)} requests are rejected: a replica's KV blocks hold too few tokens; "
                 "raise num_gpu_blocks_override or gpu_memory_utilization, or leave them out"
             )
-    return sides, {"trace": {"name": trace.name, "sha256": trace.sha256, "requests": len(trace)}}
+    return every, {"trace": {"name": trace.name, "sha256": trace.sha256, "requests": len(trace)}}
 
 
-def _refuse_settings(schedulers: tuple[str, ...], variants: tuple[str, ...], flags: dict[str, Any]) -> None:
-    given = [f"--scheduler {name}" for name in schedulers] + [f"--set {text}" for text in variants]
+def _refuse_settings(
+    schedulers: tuple[str, ...], engines: tuple[str, ...], variants: tuple[str, ...], flags: dict[str, Any], seeds: int
+) -> None:
+    given = [f"--scheduler {name}" for name in schedulers] + [f"--engine {name}" for name in engines]
+    given += [f"--set {text}" for text in variants] + ([f"--seeds {seeds}"] if seeds > 1 else [])
     given += [f"--{name.replace('_', '-')}" for name in (*scenario_fields(flags), *trace_arguments(flags))]
     if given:
         raise ValueError(f"{given[0]}: run folders are compared as they are: leave it out, or give a TRACE")

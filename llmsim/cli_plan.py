@@ -27,7 +27,8 @@ from llmsim.cli_options import (
 from llmsim.scenario import Scenario
 
 if TYPE_CHECKING:
-    from llmsim.plan_types import Plan, Run
+    from llmsim.plan_runs import Run
+    from llmsim.plan_types import Plan
     from llmsim.trace import Trace
 
 NO_ANSWER = 3  # exit status: nothing meets the SLOs
@@ -83,6 +84,7 @@ def _sizes(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -
 @click.option("--replicas", type=click.IntRange(min=1), help="The fleet is given: which rate does it hold?")
 @click.option("--budget", "budget_usd_per_h", type=float, metavar="DOLLARS", help="At most so many dollars an hour.")
 @click.option("--max-gpus", type=click.IntRange(min=1), default=256, help="At most so many GPUs. [256]")
+@click.option("--confidence", type=float, metavar="P", help="The answers hold with this probability, e.g. 0.95.")
 @click.option("--prices", type=click.Path(path_type=Path), metavar="FILE", help="Dollars per GPU and hour. [llmsim's]")
 @lambda command: apply(_without(SCENARIO_FLAGS, TAKEN), command)
 @lambda command: apply(_without(TRACE_FLAGS, TAKEN), command)
@@ -104,6 +106,7 @@ def plan(
     replicas: int | None,
     budget_usd_per_h: float | None,
     max_gpus: int,
+    confidence: float | None,
     prices: Path | None,
     jobs: int | None,
     out: Path | None,
@@ -121,7 +124,7 @@ def plan(
     """
     from llmsim import plan_report
     from llmsim.plan import plan as find_plan
-    from llmsim.plan_types import slos_of
+    from llmsim.plan_runs import slos_of
 
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out}: exists and is not an empty folder: give another name")
@@ -135,7 +138,7 @@ def plan(
     try:
         found = find_plan(
             trace, scenario, promises, rate=rate, replicas=replicas, budget_usd_per_h=budget_usd_per_h,
-            max_gpus=max_gpus, prices=prices, windows=windows, jobs=processes, progress=progress,
+            max_gpus=max_gpus, confidence=confidence, prices=prices, windows=windows, jobs=processes, progress=progress,
             **{name: value or None for name, value in names.items()},  # type: ignore[arg-type]
         )  # fmt: skip
         points = _curve(trace, found, processes, progress) if curve else ()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from llmsim.cli import INTERRUPTED
 from llmsim.cli_options import CONTEXT, json_option
 
 if TYPE_CHECKING:
@@ -58,7 +60,12 @@ def sweep(
         return
     line = Line()
     try:
-        found = sweep(spec, out=folder, jobs=jobs, executor=executor, shard=part, resume=resume, progress=line)
+        with redirect_stdout(sys.stderr):  # Ray says there which of its processes died, and policies may print
+            found = sweep(spec, out=folder, jobs=jobs, executor=executor, shard=part, resume=resume, progress=line)
+    except KeyboardInterrupt:
+        line.close()
+        click.echo(f"interrupted: what was done is in {folder}; --resume goes on", err=True)
+        click.get_current_context().exit(INTERRUPTED)
     finally:
         line.close()
     if as_json:

@@ -6,7 +6,8 @@ A side is written as for `llmsim compare`:
     FIELD=VALUE,…                the first side with these fields changed; KIND.NAME=VALUE is an argument of the plug-in
                                  KIND (scheduler.tpot_ms=40), and another engine brings its own scheduler
 
-Schedulers come first, in the order given; without any the first side is the scenario itself.
+Schedulers come first, in the order given, or engines, each with the scheduler and the defaults it brings; without any
+the first side is the scenario itself.
 """
 
 from __future__ import annotations
@@ -26,9 +27,17 @@ DEFAULT_SIDE = "vllm"  # the scheduler of a scenario that names none
 
 
 def sides_of(
-    fields: dict[str, Any], schedulers: Sequence[str], variants: Sequence[str], *, source: str = "flags"
+    fields: dict[str, Any],
+    schedulers: Sequence[str],
+    variants: Sequence[str],
+    *,
+    engines: Sequence[str] = (),
+    source: str = "flags",
 ) -> dict[str, Scenario]:
-    """Name -> scenario of every side, each checked and resolved. Raises ValueError for fewer than two, or one twice."""
+    """Name -> scenario of every side, each checked and resolved. Raises ValueError for fewer than two, or one twice.
+
+    `engines`: two or more, each a side; one is a field like any other.
+    """
     own = fields.get("scheduler_args")
     if own and len(schedulers) > 1:
         raise ValueError(
@@ -36,7 +45,16 @@ def sides_of(
             f"--set scheduler=NAME,scheduler.{next(iter(own))}={own[next(iter(own))]} instead"
         )
     sides: dict[str, dict[str, Any]] = {}
-    if not schedulers:
+    if engines and schedulers:
+        raise ValueError(
+            f"--engine {engines[0]} and {engines[1]} with --scheduler {schedulers[0]}: an engine brings its own"
+            f" scheduler: give --set engine={engines[1]},scheduler={schedulers[0]} for such a side"
+        )
+    for name in engines:
+        if name in sides:
+            raise ValueError(f"--engine {name} is given twice: leave one out")
+        sides[name] = changed(fields, f"engine={name}")
+    if not schedulers and not engines:
         sides[str(fields.get("scheduler") or fields.get("engine") or DEFAULT_SIDE)] = fields
     for spec in schedulers:
         name = _short(spec, schedulers)
@@ -117,7 +135,7 @@ def changed(fields: dict[str, Any], text: str) -> dict[str, Any]:
     """Scenario fields with those of FIELD=VALUE,… changed; KIND.NAME=VALUE is an argument of the plug-in KIND."""
     values = dict(fields)
     seen: set[str] = set()
-    for pair in text.split(","):
+    for pair in pairs_of(text):
         name, sign, word = (part.strip() for part in pair.partition("="))
         name = name.replace("-", "_")
         kind, dot, argument = name.partition(".")
@@ -138,6 +156,24 @@ def changed(fields: dict[str, Any], text: str) -> dict[str, Any]:
     return values
 
 
+def pairs_of(text: str) -> list[str]:
+    """FIELD=VALUE,… cut at its commas, but for those within brackets, braces and quotes of a value."""
+    pairs, depth, quoted, start = [], 0, False, 0
+    for at, letter in enumerate(text):
+        if letter == '"' and text[at - 1 : at] != "\\":
+            quoted = not quoted
+        elif not quoted and letter in "[{":
+            depth += 1
+        elif not quoted and letter in "]}":
+            depth -= 1
+        elif letter == "," and not quoted and depth == 0:
+            pairs.append(text[start:at])
+            start = at + 1
+    if depth or quoted:
+        raise ValueError(f"--set {text}: a bracket or a quote is not closed: write a table as JSON has it")
+    return [*pairs, text[start:]]
+
+
 def _typed(name: str, word: str) -> Any:
     """The value as the field has it: text stays text, 32k is a number where a number is wanted."""
     field = Scenario.__dataclass_fields__.get(name)
@@ -147,4 +183,6 @@ def _typed(name: str, word: str) -> Any:
     if kind == "str" and word.lower() not in ("null", "none"):
         return word
     value = value_of(word.lower() if kind == "bool" else word)
+    if kind.startswith("dict") and isinstance(value, str):
+        raise ValueError(f'--set {name}={word}: not JSON: write a table, e.g. {name}={{"name": 1}}')
     return None if isinstance(value, str) and value.lower() == "none" else value

@@ -10,10 +10,10 @@ add up to its latency. Of a tail they are averaged over its requests, and the ca
     tokens    waits while the iteration was full (max_num_batched_tokens), half-prefilled ones too
     order     waits while requests that came later went first; set aside by the policy
     policy    waits while nothing was short: the policy's own rule; complete answers that it withholds
-    host      waits for the next schedule; in iterations, the GPU waiting for the host
+    host      the GPU waiting for the host, in its iterations and before them
     prefill   computing its own prompt
-    prompts   other requests' prompts in its iterations
-    batch     other requests' decodes in its iterations
+    prompts   other requests' prompts in its iterations, and in those it waits for
+    batch     other requests' decodes, likewise
     decode    computing its own tokens
     client    the client side;  tier: KV on its way from a lower tier
 
@@ -45,11 +45,11 @@ if TYPE_CHECKING:
 MOST = 500  # requests of a tail that are explained
 PREEMPTED = "preempted."
 CAUSES = {  # endings of a part's name
-    "client": "client", "schedule": "host", "host": "host", "kv": "kv", "seqs": "seqs", "tokens": "tokens",
+    "client": "client", "host": "host", "kv": "kv", "seqs": "seqs", "tokens": "tokens",
     "order": "order", "policy": "policy", "loading": "tier", "own": "prefill", "prompts": "prompts",
     "decodes": "batch", "paused": "order", "handout": "policy",
 }  # fmt: skip
-SECOND = 0.25  # share of the seconds from which the changes for a second cause are tried too
+SECOND = 0.2  # share of the seconds from which the changes for a second cause are tried too
 SPAN_COLUMNS = (
     "request", "replica", "start_s", "end_s", "phase", "kind", "reason", "own_s", "decodes_s", "prompts_s", "host_s",
     "iterations", "batch", "prompt_tokens", "preemptions",

@@ -25,7 +25,7 @@ from llmsim.scenario import Scenario
 from llmsim.simulate import simulate
 from llmsim.trace import Trace
 from llmsim.whatif_changes import CHANGES
-from llmsim.whatif_fields import Answer, Change, Setting
+from llmsim.whatif_fields import Answer, Change, Setting, ignored
 
 HELPS = 0.01  # relative change of the latency from which a change is said to help
 MOST = 8  # changes that are tried
@@ -78,10 +78,14 @@ def _memory(setting: Setting) -> Answer:
     return {"gpu_memory_utilization": FULL_MEMORY}
 
 
-def _half_seqs(setting: Setting) -> Answer:
-    seqs = setting.scenario.max_num_seqs
-    assert seqs is not None
-    return {"max_num_seqs": seqs // 2} if seqs > 1 else "max_num_seqs is 1 already"
+def _half_seqs(peak: int) -> Change:
+    """A limit that binds: half of what ran at once."""
+
+    def fields(setting: Setting) -> Answer:
+        most = min(peak, setting.scenario.max_num_seqs or peak)
+        return {"max_num_seqs": most // 2} if most > 1 else "one request runs at a time already"
+
+    return Change("seqs-half", "half as many requests at once", fields)
 
 
 def _threshold(setting: Setting) -> Answer:
@@ -108,7 +112,6 @@ def _scheduler(name: str) -> Callable[[Setting], Answer]:
 OWN = (
     Change("replica-more", "one more replica", _replica),
     Change("memory-more", "all KV blocks that fit the GPU", _memory),
-    Change("seqs-half", "half of max_num_seqs", _half_seqs),
     Change("prefill-threshold", "long prompts in smaller chunks", _threshold),
     Change("scheduler-vllm", "the scheduler vllm", _scheduler("vllm")),
     Change("scheduler-sjf", "shortest prompts and answers first", _scheduler("sjf")),
@@ -143,7 +146,8 @@ def tried(
     progress: Callable[[int, int, str], None] | None = None,
 ) -> tuple[tuple[Knob, ...], dict[str, str]]:
     """The changes for these causes, best first; and those that were left out, with the reason."""
-    wanted, left_out = candidates(trace, scenario, causes)
+    peak = int(baseline.iterations["running"].max(initial=1))
+    wanted, left_out = candidates(trace, scenario, causes, peak)
     before_s, p99_before_s = _latency(baseline, metric, ids)
     gpus = _gpus(scenario.resolved())
     knobs = []
@@ -165,14 +169,17 @@ def tried(
 
 
 def candidates(
-    trace: Trace, scenario: Scenario, causes: Iterable[str]
+    trace: Trace, scenario: Scenario, causes: Iterable[str], peak: int
 ) -> tuple[list[tuple[Change, dict[str, Any], Scenario]], dict[str, str]]:
-    """What to try for these causes, those for the first one first: (change, its fields, scenario)."""
+    """What to try for these causes, those for the first one first: (change, its fields, scenario).
+
+    `peak`: most requests that ran at once; fewer than that is what a lower max_num_seqs has to mean.
+    """
     setting = Setting.of(scenario, trace.block_ids is not None)
     wanted: list[tuple[Change, dict[str, Any], Scenario]] = []
     left_out: dict[str, str] = {}
     for name in dict.fromkeys(name for cause in causes for name in BY_CAUSE[cause]):
-        change = KNOWN[name]
+        change = _half_seqs(peak) if name == "seqs-half" else KNOWN[name]
         answer: Answer = "the scenario has it" if change.on(setting) else change.fields(setting)
         if isinstance(answer, str):
             left_out[name] = answer
@@ -186,9 +193,9 @@ def candidates(
         except ValueError as refused:
             left_out[name] = str(refused)
             continue
-        unchanged = [field for field, value in answer.items() if getattr(other, field) != value]
-        if unchanged:
-            left_out[name] = f"the engine {scenario.engine} has no {unchanged[0]}"
+        lacking = ignored(other, answer)
+        if lacking is not None:
+            left_out[name] = lacking
             continue
         wanted.append((change, answer, other))
     return wanted, left_out

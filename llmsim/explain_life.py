@@ -1,117 +1,24 @@
-"""One request's critical path: spans that follow one another without a gap from its send to its last token.
+"""One request's critical path, found in the record of its replica: from event to event of its trail.
 
-    phase      kind        what the request does in it
-    queue      client      is on its way to the engine (the client side)
-               schedule    is schedulable; the engine's host comes to schedule next when the iterations under way allow
-               queue       waits; the reason names the resource that was short at each schedule (explain_record), or
-                           `order`: a request that came later was admitted, or stood at the head, at that schedule
-               loading     its KV comes from a lower tier
-    prefill    prefill     iterations that compute chunks of its prompt
-               held        half-prefilled, in an iteration that has no chunk of it
-    decode     decode      iterations that make its tokens, and those of others' prompts alone between two of them
-               sat-out     it keeps its slot and makes no token in an iteration in which others do
-               paused      set aside by the policy
-    preempted  queue       waits to be admitted again; the other kinds likewise, from the last token before the
-                           preemption to the next one
-               recompute   iterations that compute again what it had
-    handout                its answer is complete and withheld
-
-Seconds of a span in which it computes are split four ways, and add up to the span:
-
-    own_s      what the iteration would take on the GPU with this request alone
-    decodes_s  what the other requests' decodes add
-    prompts_s  what the other requests' prompts add
-    host_s     the rest: the GPU waited for the host, clocks, copies; results on their way back
-
-(`llmsim.explain_prices`). An iteration counts from when clients saw the tokens of the one before it to when they saw
-its own; the first after an admission from the schedule that admitted, and there the time until the GPU is through with
-the iteration before belongs to what that one held.
+What spans there are and how their seconds are divided: `llmsim.explain_spans`. A wait is cut at every answer of the
+policy that left the request waiting. An iteration counts from when clients saw the tokens of the one before it to when
+they saw its own; the first after an admission from the schedule that admitted, and there the time until the GPU is
+through with the iteration before belongs to what that one held. A wait for the next schedule belongs to what the GPU
+computes meanwhile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import groupby
+from bisect import bisect_right
 from math import isnan, nan
 from typing import Any
 
 from llmsim.explain_prices import Prices
 from llmsim.explain_record import RESOURCES, Event, Trail
+from llmsim.explain_spans import ORDER, Life, Span, merged
 from llmsim.metrics import Columns
 
-ORDER = "order"
-
-
-@dataclass
-class Span:
-    """Seconds in which one thing happened to a request."""
-
-    request: int
-    replica: int
-    start_s: float
-    end_s: float
-    phase: str
-    kind: str
-    reason: str = ""
-    own_s: float = 0.0
-    decodes_s: float = 0.0
-    prompts_s: float = 0.0
-    host_s: float = 0.0
-    iterations: int = 0
-    decoded: int = 0  # decodes in them, of all requests
-    prompt_tokens: int = 0  # of others, in the same iterations
-    who: int = -1  # whose lack of the resource held the queue up, or for whom it was preempted
-    blocks: tuple[int, int] = (0, 0)  # free and needed, when the wait began
-    preemptions: int = 0  # in the replica, while it waited
-
-    @property
-    def length_s(self) -> float:
-        return self.end_s - self.start_s
-
-    @property
-    def batch(self) -> float:
-        """Mean decodes of its iterations."""
-        return self.decoded / self.iterations if self.iterations else 0.0
-
-    def shorten(self, end_s: float) -> None:
-        """What was under way is cut off; its parts in proportion."""
-        share = (end_s - self.start_s) / self.length_s
-        self.end_s = end_s
-        for name in ("own_s", "decodes_s", "prompts_s", "host_s"):
-            setattr(self, name, share * getattr(self, name))
-
-
-@dataclass(frozen=True)
-class Life:
-    """A request's spans; `facts`: its row of the requests table."""
-
-    request: int
-    facts: dict[str, Any]
-    spans: tuple[Span, ...]
-    ahead: int  # requests that waited when it became schedulable
-    preempted_for: tuple[int, ...] = field(default=())
-
-    def of(self, metric: str) -> tuple[Span, ...]:
-        """The spans that a latency consists of: e2el all, ttft those to the first token, tpot those after it."""
-        first_s = self.facts["first_token_s"]
-        if metric == "e2el":
-            return self.spans
-        return tuple(span for span in self.spans if (span.start_s < first_s) == (metric == "ttft"))
-
-    def parts_s(self, metric: str = "e2el") -> dict[str, float]:
-        """Seconds by part: PHASE.KIND for waits (with `.REASON`), PHASE.KIND.own, .decodes, .prompts, .host else."""
-        parts: dict[str, float] = {}
-        for span in self.of(metric):
-            name = f"{span.phase}.{span.kind}"
-            if span.iterations:
-                pieces = {"own": span.own_s, "decodes": span.decodes_s, "prompts": span.prompts_s, "host": span.host_s}
-                for piece, seconds in pieces.items():
-                    parts[f"{name}.{piece}"] = parts.get(f"{name}.{piece}", 0.0) + seconds
-            else:
-                name = f"{name}.{span.reason}" if span.reason else name
-                parts[name] = parts.get(name, 0.0) + span.length_s
-        return parts
+__all__ = ["Life", "Span", "life_of"]
 
 
 def life_of(request: int, requests: Columns, prices: Prices) -> Life:
@@ -179,6 +86,8 @@ class _Walk:
             return None
         span = Span(self.request, int(self.facts["replica"]), self.now_s, end_s, "", kind, reason, **facts)
         self.spans.append(span)
+        if kind == "schedule":
+            self._divide_by_others(span)
         self.now_s = end_s
         return span
 
@@ -246,6 +155,8 @@ class _Walk:
         span = self._step_to(self.recorder.seen_s[at], kind)
         if span is None:
             return
+        if kind == "recompute":
+            span.who = self.preempted_for[-1]
         row, length_s, behind_s = self.prices.row(at), span.length_s, 0.0
         if begun and at:
             behind_s = min(max(self.prices.row(at - 1).gpu_end_s - span.start_s, 0.0), length_s)
@@ -260,6 +171,20 @@ class _Walk:
         span.iterations, span.decoded = row.steps, row.steps * row.decodes
         span.prompt_tokens = sum(tokens for request, tokens, _ in row.chunks if request != self.request)
 
+    def _divide_by_others(self, span: Span) -> None:
+        """A wait that ends when iterations under way allow it: by what the GPU computes meanwhile."""
+        ends_s = self.recorder.tables()[0]["gpu_end_s"]
+        for at in range(bisect_right(ends_s, span.start_s), len(ends_s)):
+            row = self.prices.row(at)
+            begin_s = max(row.gpu_end_s - row.gpu_s, float(ends_s[at - 1]) if at else 0.0, span.start_s)
+            if begin_s >= span.end_s:
+                break
+            _, decodes, prompts = self.prices.shares(at, None)
+            seconds = min(row.gpu_end_s, span.end_s) - begin_s
+            span.decodes_s += seconds * decodes
+            span.prompts_s += seconds * prompts
+        span.host_s = max(span.length_s - span.decodes_s - span.prompts_s, 0.0)
+
     # ---- phases
 
     def _name_phases(self) -> None:
@@ -272,17 +197,3 @@ class _Walk:
                 span.phase = "preempted"
             else:
                 span.phase = "prefill" if span.start_s < first_s else "decode"
-
-
-def merged(spans: Sequence[Span]) -> Iterator[Span]:
-    """Neighbours of one kind and reason as one; `who` is then the one that it was for the longest."""
-    for _, same in groupby(spans, key=lambda span: (span.phase, span.kind, span.reason)):
-        group = list(same)
-        whole = replace(group[0], end_s=group[-1].end_s)
-        for name in ("own_s", "decodes_s", "prompts_s", "host_s", "iterations", "decoded", "prompt_tokens"):
-            setattr(whole, name, sum(getattr(span, name) for span in group))
-        held_s: dict[int, float] = {}
-        for span in group:
-            held_s[span.who] = held_s.get(span.who, 0.0) + span.length_s
-        whole.who = max(held_s, key=lambda who: held_s[who])
-        yield whole

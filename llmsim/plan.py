@@ -11,7 +11,8 @@ How it searches (`llmsim.plan_search`, `plan_option`, `plan_bench`, `plan_contes
 1. Every option is searched on a window of the trace, its busiest: short simulations.
 2. The best by each measure are searched again on the whole trace, around what the window said; so is every option that
    could still win, until none is left. The others are dropped; they keep the window's numbers, and the plan says so.
-3. Of the winners, the highest rate that their fleet holds.
+3. If asked for, what makes the winners hold with a probability (`llmsim.plan_sure`).
+4. Of the winners, the highest rate that their fleet holds.
 
 Steps follow each other; within one, options do not depend on each other: the plan is the same for any number of `jobs`.
 """
@@ -19,12 +20,14 @@ Steps follow each other; within one, options do not depend on each other: the pl
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+from llmsim.engines import find_engine
 from llmsim.plan_bench import Ask, Bench, busiest_window, own_rate
+from llmsim.plan_candidates import Limits, candidate
 from llmsim.plan_capacity import (
     TOLERANCE,
     WINDOW_REQUESTS,
@@ -37,10 +40,10 @@ from llmsim.plan_capacity import (
 )
 from llmsim.plan_contest import Candidate, Contest
 from llmsim.plan_option import Found, Trial
-from llmsim.plan_types import Capacity, Measured, Option, Plan, Run, Window, slos_of
-from llmsim.prices import find_price
+from llmsim.plan_runs import Capacity, Measured, Run, Window, slos_of
+from llmsim.plan_sure import Doubter, check_confidence, draws_for
+from llmsim.plan_types import Option, Plan
 from llmsim.scenario import Scenario
-from llmsim.simulate import Fleet
 from llmsim.slo import Slo
 from llmsim.trace import Trace
 
@@ -66,6 +69,7 @@ def plan(
     engines: Sequence[str] | None = None,
     budget_usd_per_h: float | None = None,
     max_gpus: int = MAX_GPUS,
+    confidence: float | None = None,
     prices: Path | None = None,
     tolerance: float = TOLERANCE,
     windows: bool = True,
@@ -76,19 +80,24 @@ def plan(
 
     `scenario` (not `resolved()`): everything that the options do not set. `rate`: requests/s (sessions/s if turns
     wait). `replicas`: the fleet is given; with `rate`, whether it holds that, otherwise the highest rate it holds.
-    `prices`: a file as `llmsim.prices` describes. `progress(done, expected, words)` after every simulation. Raises
-    ValueError for a question that has no meaning; an option that cannot start is listed with its reason instead.
+    `confidence`: with which probability the answers hold (`llmsim.plan_sure`). `prices`: a file as `llmsim.prices`
+    describes. `progress(done, expected, words)` after every simulation. Raises ValueError for a question that has no
+    meaning; an option that cannot start is listed with its reason instead.
     """
     promises = slos_of(slos)
     _check(rate, replicas, budget_usd_per_h, max_gpus, tolerance)
     check_open(scenario)
+    if confidence is not None:
+        check_confidence(confidence)
+    for engine in engines or ():
+        find_engine(engine)  # a name that nobody has is a slip; what it names may still not start
     fleet = replicas is not None and rate is None
     demand = None if fleet else (rate or own_rate(trace))
-    limits = _Limits(replicas, budget_usd_per_h, max_gpus, prices)
+    limits = Limits(replicas, budget_usd_per_h, max_gpus, prices)
     kinds = product(
         gpus or (scenario.gpu,), tensor_parallels or (scenario.tensor_parallel,), engines or (scenario.engine,)
     )
-    candidates = [_candidate(trace, scenario, kind, limits) for kind in dict.fromkeys(kinds)]
+    candidates = [candidate(trace, scenario, kind, limits) for kind in dict.fromkeys(kinds)]
     able = [one for one in candidates if not one.cannot]
     window = _window(trace, demand, replicas or 1) if windows else None
     told = _Told(progress, SIMULATIONS[0] * len(able))
@@ -96,6 +105,10 @@ def plan(
         search = _Search(bench, Contest(able, demand, window), replicas, tolerance, told)
         search.look()
         search.verify()
+        if confidence is not None:
+            told.expected = told.done + draws_for(confidence)
+            while Doubter(bench, search.contest, confidence).look():
+                search.verify()
         search.headroom()
     options = {id(one): _option(one, search.contest) for one in candidates}
     fewest, cheapest, fastest = (None if one is None else options[id(one)] for one in search.contest.winners())
@@ -108,17 +121,10 @@ def plan(
         fewest=fewest,
         cheapest=cheapest,
         fastest=fastest,
-        runs=tuple(run for one in candidates for run in one.trial.runs.values()),
+        runs=tuple(run for one in candidates for run in (*one.trial.runs.values(), *one.drawn)),
         prices={one.price.gpu: str(one.price) for one in candidates},
+        confidence=confidence,
     )
-
-
-@dataclass(frozen=True)
-class _Limits:
-    replicas: int | None
-    budget_usd_per_h: float | None
-    max_gpus: int
-    prices: Path | None
 
 
 def _check(rate: float | None, replicas: int | None, budget: float | None, max_gpus: int, tolerance: float) -> None:
@@ -132,41 +138,6 @@ def _check(rate: float | None, replicas: int | None, budget: float | None, max_g
         raise ValueError(f"max_gpus={max_gpus}: give 1 or more GPUs")
     if not 0.0 < tolerance < 1.0:
         raise ValueError(f"tolerance={tolerance:g}: give a fraction of the rate, e.g. {TOLERANCE}")
-
-
-def _candidate(trace: Trace, scenario: Scenario, kind: tuple[str, int, str], limits: _Limits) -> Candidate:
-    """One kind of fleet; if no engine would start it, or it is beyond the limits, with the reason."""
-    gpu, tensor_parallel, engine = kind
-    price, least = find_price(gpu, limits.prices), limits.replicas or 1
-    own = replace(scenario, gpu=price.gpu, replicas=least)
-    try:
-        own = replace(own, tensor_parallel=tensor_parallel, engine=engine)
-        Fleet(trace, own)
-    except ValueError as refused:
-        named = _named(own, tensor_parallel, engine)
-        return Candidate(Trial(named), price, 0, " ".join(str(refused).split()), "cannot start")
-    one = Candidate(Trial(own), price, least)
-    most = limits.max_gpus // tensor_parallel
-    if most < least:
-        gpus = least * tensor_parallel
-        return replace(one, cannot=f"{gpus} GPUs, {limits.max_gpus} are allowed", status="over budget")
-    budget = limits.budget_usd_per_h
-    if budget is not None and one.replica_usd:
-        most = min(most, int(budget / one.replica_usd * (1.0 + 1e-12)))
-        if most < least:
-            usd = least * one.replica_usd
-            return replace(one, cannot=f"${usd:.2f} an hour, the budget is ${budget:.2f}", status="over budget")
-    return one if limits.replicas else replace(one, most=most)
-
-
-def _named(scenario: Scenario, tensor_parallel: int, engine: str) -> Scenario:
-    """What could not be started, with as much of it as a scenario can say."""
-    for changes in ({"tensor_parallel": tensor_parallel, "engine": engine}, {"tensor_parallel": tensor_parallel}):
-        try:
-            return replace(scenario, **changes)
-        except ValueError:
-            continue
-    return scenario
 
 
 def _window(trace: Trace, demand: float | None, replicas: int) -> Window | None:
@@ -282,10 +253,14 @@ def _option(one: Candidate, contest: Contest) -> Option:
         broken=found.broken if found.held is not None else None,
         verified=one.whole is not None,
         capacity_rate=one.capacity_rate,
+        probability=None if one.sure is None else one.sure.probability,
+        doubts="" if one.sure is None else one.sure.doubts,
     )
 
 
 def _broken_words(one: Candidate, run: Run, contest: Contest) -> str:
+    if run.holds and one.sure is not None:
+        return one.sure.doubts
     if contest.demand is None:
         return f"even at {run.rate:.3g}/s: {run.why_not}"
     most = f"even with {run.scenario.replicas} replicas" if run.scenario.replicas > 1 else "with 1 replica"

@@ -18,16 +18,17 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from dataclasses import dataclass, replace
 from math import isinf
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from llmsim.cost import CostModel
-from llmsim.plan_types import KEPT, Measured, Run, Window
+from llmsim.plan_runs import KEPT, Measured, Run, Window
 from llmsim.scenario import Scenario
 from llmsim.simulate import cost_of, simulate
 from llmsim.slo import Slo, goodput_targets_ms, values_s
 from llmsim.trace import Trace, at_rate, limited, mean_rate_per_s, time_scaled, window
+from llmsim.uncertainty_draws import Draw
 
 T = TypeVar("T")
 Search = Generator["Ask", Run, T]
@@ -40,6 +41,14 @@ class Ask:
     scenario: Scenario
     rate: float
     window: Window | None = None
+    draw: Drawn | None = None
+
+
+class Drawn(NamedTuple):
+    """Which of the machines that the real one may be."""
+
+    number: int
+    machine: Draw
 
 
 class Simulator:
@@ -57,7 +66,11 @@ class Simulator:
             trace = at_rate(self.trace, ask.rate)
         else:
             trace = time_scaled(self._window(ask.window), time_scale)
-        result = simulate(trace, ask.scenario, cost=self._cost(ask.scenario))
+        scenario, cost = ask.scenario, self.cost(ask.scenario)
+        if ask.draw is not None:
+            machine = ask.draw.machine
+            scenario, cost = replace(scenario, seed=machine.seed), machine.of(cost)
+        result = simulate(trace, scenario, cost=cost)
         summary = result.summary(goodput_targets_ms(self.slos))
         summary["cost_model"] = summary["calibration"]["label"]
         found = zip(self.slos, values_s(result, self.slos), strict=True)
@@ -69,6 +82,7 @@ class Simulator:
             len(trace),
             {name: summary[name] for name in KEPT},
             tuple(Measured(slo, value) for slo, value in found),
+            None if ask.draw is None else ask.draw.number,
         )
 
     def _window(self, wanted: Window) -> Trace:
@@ -76,7 +90,7 @@ class Simulator:
             self._windows[wanted] = limited(window(self.trace, wanted.start_s), wanted.requests)
         return self._windows[wanted]
 
-    def _cost(self, scenario: Scenario) -> CostModel:
+    def cost(self, scenario: Scenario) -> CostModel:
         key = replace(scenario, replicas=1).to_toml()
         if key not in self._costs:
             self._costs[key] = cost_of(scenario)

@@ -12,18 +12,26 @@ another has shown on the whole trace cannot win.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import exp, inf, isfinite, log
 from statistics import median
 
 from llmsim.plan_option import Found, Trial
+from llmsim.plan_runs import Run, Window
 from llmsim.plan_search import SLOPE, rounded
-from llmsim.plan_types import Run, Window
 from llmsim.prices import Price
 
 SLACK = 0.1  # of the logarithm: a value 10 % lower than any shift so far would have it
 SLOPES = (0.5, 20.0)  # of log latency over log rate, between which two close points are believed
 Scores = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Sure:
+    """What was found of the probability that a fleet holds."""
+
+    probability: float | None  # None: nothing within the limits reaches what was asked for
+    doubts: str  # of what holds as calibrated, and too seldom otherwise
 
 
 @dataclass
@@ -38,6 +46,8 @@ class Candidate:
     rough: Found | None = None  # on the window
     whole: Found | None = None
     capacity_rate: float | None = None
+    sure: Sure | None = None
+    drawn: list[Run] = field(default_factory=list)  # simulations on machines that the real one may be
 
     @property
     def replica_gpus(self) -> int:

@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmsim.plan_types import Option, Plan, Run
+from llmsim.plan_runs import Run
+from llmsim.plan_types import Option, Plan
 
 if TYPE_CHECKING:
     import pandas as pd
 
-STATISTICS = ("p50", "p99")
+STATISTICS = ("mean", "p50", "p90", "p95", "p99")  # of a curve's points
 METRICS = ("ttft", "tpot", "e2el")
 
 
@@ -103,6 +104,17 @@ def options_frame(plan: Plan) -> pd.DataFrame:
     made = pd.DataFrame(rows)
     numbers = ["rate", "capacity_rate", "margin", "goodput_per_gpu", "goodput_per_usd", "probability"]
     return made.astype(dict.fromkeys([*numbers, "usd_per_million_output_tokens"], "float64"))
+
+
+def next_break(option: Option) -> str:
+    """What breaks in the nearest fleet or at the nearest rate that does not hold, in a line; empty if nothing did."""
+    run = option.broken
+    if run is None:
+        return ""
+    words = [str(one) for one in run.breaks] + ([] if run.stable else ["the queue runs away"])
+    left = run.scenario.replicas
+    where = f"at {run.rate:.4g} per s" if left == option.replicas else f"with {left} replica{'s' * (left > 1)}"
+    return f"{where}: {'; '.join(words)}"
 
 
 def _option(plan: Plan, option: Option) -> dict[str, Any]:

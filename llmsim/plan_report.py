@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from llmsim.metrics import json_safe
 from llmsim.plan_capacity import curve_rows
-from llmsim.plan_types import Measured, Option, Plan, Run
+from llmsim.plan_runs import Measured, Run
+from llmsim.plan_types import Option, Plan
 from llmsim.report import fewest_samples
 
 if TYPE_CHECKING:
@@ -126,7 +127,13 @@ def _answers(plan: Plan) -> Iterator[str]:
         ))  # fmt: skip
     yield from _table(rows, left=2)
     for option, _ in by_option.values():
-        yield from _wrapped(f"{option.name}: {_next_break(plan, option)}")
+        yield from _wrapped(f"{option.name}: {_surely(option)}{_next_break(plan, option)}")
+
+
+def _surely(option: Option) -> str:
+    if option.probability is None:
+        return ""
+    return f"holds with probability {option.probability:.2f}; {option.doubts + '; ' if option.doubts else ''}"
 
 
 def _next_break(plan: Plan, option: Option) -> str:
@@ -185,6 +192,8 @@ def _options(plan: Plan) -> Iterator[str]:
 
 
 def _short_break(plan: Plan, option: Option) -> str:
+    if option.doubts:
+        return option.doubts
     broken = option.broken
     if broken is None:
         return "-"

@@ -17,16 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from llmsim.runs import facts_of_files, versions, write_run
-from llmsim.runs_origin import digest, origin
+from llmsim.runs_origin import digest, options_from, origin
 from llmsim.scenario import Scenario
 from llmsim.simulate import simulate
-from llmsim.trace import load_trace
+from llmsim.synth import synthesise
+from llmsim.trace import load_trace, time_scaled
+
+MOST_NAMES = 8  # that a line says
 
 
 @dataclass(frozen=True)
 class Rerun:
-    """`same` and `different`: names of files; `reasons`: what has changed, most telling first; `repeated`: whether it
-    could be."""
+    """`same` and `different`: names of files, or of a sweep's numbers; `reasons`: what has changed, most telling first;
+    `repeated`: whether it could be."""
 
     folder: Path
     repeated: bool
@@ -44,11 +47,14 @@ class Rerun:
         why = "; ".join(self.reasons)
         if not self.repeated:
             return f"{self.folder}: cannot be repeated: {why}"
+        if self.equal and not self.size_bytes:  # a row of a sweep
+            return f"{self.folder}: the same numbers: {len(self.same)} of its summary{f'; {why}' if why else ''}"
         if self.equal:
             size = f"{len(self.same)} files, {self.size_bytes / 1e6:.2f} MB"
             return f"{self.folder}: the same bytes: {', '.join(self.same)} ({size}){f'; {why}' if why else ''}"
         why = why or "the manifest's versions and inputs are as they were, so llmsim's own code has changed"
-        return f"{self.folder}: differs in {', '.join(self.different)}: {why}"
+        names = [*self.different[:MOST_NAMES], *(["…"] if len(self.different) > MOST_NAMES else [])]
+        return f"{self.folder}: differs in {', '.join(names)}: {why}"
 
 
 def rerun(
@@ -68,7 +74,7 @@ def rerun(
         why = "its manifest does not say how the trace was read: an llmsim before rerun wrote it"
         return Rerun(shown, False, reasons=(why,))
     at = Path(known["folder"])
-    needed = [str(known["path"]), *manifest["inputs"]]
+    needed = [*([str(known["path"])] if known["path"] is not None else []), *manifest["inputs"]]
     elsewhere = trace is None and not all(Path(path).exists() for path in needed) and at.is_dir()
     with chdir(at) if elsewhere else nullcontext():
         lacking = _lacking(manifest, trace)
@@ -93,6 +99,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def _lacking(manifest: dict[str, Any], trace: str | Path | None) -> str | None:
     """What a repetition would need and is not there, or not as it was."""
     known = manifest["trace"]
+    if "synthesis" in known:
+        return f"its trace is synthetic: leave --trace {trace} out" if trace is not None else _gone(manifest)
     if trace is None and known["path"] is None:
         return "its trace came from standard input: give it with --trace FILE"
     path = str(trace or known["path"])
@@ -101,10 +109,12 @@ def _lacking(manifest: dict[str, Any], trace: str | Path | None) -> str | None:
         return f"its trace {path} is gone: give it with --trace FILE"
     if now != known["sha256"]:
         return f"its trace {path} has changed: SHA-256 {now[:12]}…, then {known['sha256'][:12]}…"
-    for file in manifest["inputs"]:
-        if not digest(file):
-            return f"{file} is gone, which its scenario names"
-    return None
+    return _gone(manifest)
+
+
+def _gone(manifest: dict[str, Any]) -> str | None:
+    gone = [file for file in manifest["inputs"] if not digest(file)]
+    return f"{gone[0]} is gone, which its scenario names" if gone else None
 
 
 def _compared(
@@ -132,18 +142,23 @@ def _repeat(
 ) -> dict[str, Any]:
     """Writes the run anew; returns what its cost model is now."""
     scenario = Scenario.from_dict(manifest["scenario"], source="manifest.json: scenario")
-    options, written, goodput = manifest["trace"]["options"], manifest["written"], manifest["goodput"]
-    loaded = load_trace(path, **options, context_tokens=scenario.max_model_len, seed=scenario.seed)
+    options, written, goodput = options_from(manifest["trace"]["options"]), manifest["written"], manifest["goodput"]
+    made = manifest["trace"].get("synthesis")
+    if made is not None:
+        loaded = synthesise(**made)
+        loaded = time_scaled(loaded, options["time_scale"]) if "time_scale" in options else loaded
+    else:
+        loaded = load_trace(path, **options, context_tokens=scenario.max_model_len, seed=scenario.seed)
     result = simulate(loaded, scenario, progress)
     summary = result.summary(goodput)
-    extra = origin(loaded, path, options, scenario, goodput=goodput, **written)
+    extra = origin(loaded, path, options, scenario, goodput=goodput, synthesis=made, **written)
     write_run(result, again, summary=summary, manifest_extra=extra, **written)
     calibration: dict[str, Any] = summary["calibration"]
     return calibration
 
 
-def _changes(manifest: dict[str, Any], calibration: dict[str, Any] | None) -> Iterator[str]:
-    """What the manifest names and is another now."""
+def changed_inputs(manifest: dict[str, Any]) -> Iterator[str]:
+    """Versions, and files that the scenario names."""
     for name, now in versions().items():
         then = manifest["versions"].get(name)
         if then != now:
@@ -151,6 +166,11 @@ def _changes(manifest: dict[str, Any], calibration: dict[str, Any] | None) -> It
     for file, then in manifest["inputs"].items():
         if digest(file) not in ("", then):
             yield f"{file} has changed"
+
+
+def _changes(manifest: dict[str, Any], calibration: dict[str, Any] | None) -> Iterator[str]:
+    """What the manifest names and is another now."""
+    yield from changed_inputs(manifest)
     if calibration is not None and manifest["calibration"] != calibration:
         before, after = (one.get("id") or one["label"] for one in (manifest["calibration"], calibration))
         yield f"the profile has changed: {before} then, {after} now"

@@ -31,22 +31,37 @@ def origin(
     goodput: Mapping[str, float] | None = None,
     timeline: bool = False,
     detailed: bool = False,
+    synthesis: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """`manifest_extra` of write_run. `options`: the keyword arguments load_trace got, context_tokens and seed apart."""
-    streamed = str(path) == "-"
+    """`manifest_extra` of write_run. `options`: the keyword arguments load_trace got, context_tokens and seed apart.
+
+    `path` says nothing for a synthetic trace (`synthesis`: what it was made from).
+    """
+    nowhere = str(path) == "-" or synthesis is not None
+    facts = {
+        "name": trace.name,
+        "sha256": trace.sha256 or ("" if nowhere else digest(path)),
+        "requests": len(trace),
+        "path": None if nowhere else str(path),
+        "folder": os.getcwd(),
+        "options": recorded(options),
+    }
     return {
-        "trace": {
-            "name": trace.name,
-            "sha256": trace.sha256 or digest(path),
-            "requests": len(trace),
-            "path": None if streamed else str(path),
-            "folder": os.getcwd(),
-            "options": dict(options),
-        },
+        "trace": facts if synthesis is None else facts | {"synthesis": dict(synthesis)},
         "goodput": None if goodput is None else dict(goodput),
         "written": {"timeline": timeline, "detailed": detailed},
         "inputs": {file: digest(file) for file in scenario_files(scenario.to_dict())},
     }
+
+
+def recorded(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as JSON has them: a rate of inf, which it lacks, as text."""
+    return {name: "inf" if value == float("inf") else value for name, value in options.items()}
+
+
+def options_from(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The same back again."""
+    return {name: float("inf") if value == "inf" else value for name, value in record.items()}
 
 
 def scenario_files(settings: Mapping[str, Any]) -> Iterator[str]:

@@ -104,7 +104,7 @@ def sweep(
     parts = parts_of(checked.runs, wanted)
     files = digests(checked)
     store = Store(Path(out), columns_of(checked), described(checked, files))
-    store.begin(checked.text, resume=resume)
+    store.begin(checked.text, parts, resume=resume)
     todo = _Todo(checked, store, parts, files)
     try:
         works = iter(todo)
@@ -159,7 +159,8 @@ def work_of(spec: Spec, run: int, files: Mapping[str, str]) -> Work:
     named = {path: digest for path, digest in files.items() if path in used_files(settings)}
     what = json.dumps([settings, spec.goodput, named], sort_keys=True)
     identity = hashlib.sha256(what.encode()).hexdigest()[:16]
-    return Work(run, identity, labels, settings, spec.goodput, files[settings["trace"]])
+    sha256 = named.pop(settings["trace"])
+    return Work(run, identity, labels, settings, spec.goodput, sha256, named)
 
 
 def described(spec: Spec, files: Mapping[str, str]) -> dict[str, Any]:

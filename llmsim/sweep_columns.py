@@ -67,13 +67,13 @@ def _labels(spec: Spec, name: str) -> list[tuple[Any, ...]]:
 
 
 def _kind(values: Sequence[Any]) -> str:
-    """The type that holds all of them; text (JSON) for anything mixed."""
+    """The type that holds all of them; text (JSON) for anything mixed, and for whole numbers beyond 64 bits."""
     kinds = {type(value) for value in values if value is not None}
     if kinds == {bool}:
         return "bool"
-    if kinds == {int}:
+    if kinds == {int} and all(-(2**63) <= value < 2**63 for value in values if value is not None):
         return "int64"
-    if kinds and kinds <= {int, float}:
+    if float in kinds and kinds <= {int, float}:
         return "float64"
     return "string"
 

@@ -9,6 +9,7 @@ memory of the runs under way; each worker has the next run in its pipe already, 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 from collections import deque
 from collections.abc import Iterator
@@ -17,12 +18,12 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from llmsim.sweep_work import Row, Traces, Work, lost, run_one
+from llmsim.sweep_work import Row, Took, Traces, Work, lost, run_one
 
 AHEAD = 2  # runs in a worker's pipe: the one under way, and the next
 TRIES = 2  # a run whose process dies as often is given up
 DIED = "its process died {times} times ({how}): it may need more memory than there is, or its policy ends the process"
-Done = tuple[Work, Row, float]
+Done = tuple[Work, Row, Took]
 
 
 def in_process(works: Iterator[Work]) -> Iterator[Done]:
@@ -73,11 +74,11 @@ class _Pool:
             for pipe in wait(list(busy)):
                 worker = busy[pipe]  # type: ignore[index]  # only pipes were waited for
                 try:
-                    row, wall_s = worker.pipe.recv()
+                    row, took = worker.pipe.recv()
                 except (EOFError, OSError):
                     yield from self._buried(worker)
                     continue
-                yield worker.given.popleft(), row, wall_s
+                yield worker.given.popleft(), row, took
 
     def _fill(self, works: Iterator[Work]) -> None:
         """Every worker its next run, those with nothing to do first."""
@@ -113,7 +114,7 @@ class _Pool:
         if times < TRIES:
             self.again.append(first)
             return
-        yield first, lost(first, DIED.format(times=times, how=_how(worker.process.exitcode))), 0.0
+        yield first, lost(first, DIED.format(times=times, how=_how(worker.process.exitcode))), Took()
 
     def stop(self) -> None:
         for worker in self.workers:
@@ -136,6 +137,7 @@ def _how(exitcode: int | None) -> str:
 def _serve(pipe: Connection) -> None:
     """A worker: does the runs of its pipe until the pipe ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    os.dup2(2, 1)  # what a policy prints is no result
     traces = Traces()
     while True:
         try:

@@ -11,8 +11,10 @@ class Nodes:
     def __init__(self, source: str, text: str, *, lines: bool) -> None:
         self.source, self.text, self.lines = source, text, lines
 
-    def fail(self, node: Any, message: str) -> ValueError:
-        where = f", line {node.start_mark.line + 1}" if self.lines and node is not None else ""
+    def fail(self, node: Any, message: str, *, name: bool = False) -> ValueError:
+        """`name`: what is wrong is the key that the node stands under."""
+        mark = None if node is None else getattr(node, "key_mark", node.start_mark) if name else node.start_mark
+        where = f", line {mark.line + 1}" if self.lines and mark is not None else ""
         return ValueError(f"{self.source}{where}: {message}")
 
     def table(self, node: Any, what: str) -> dict[str, Any]:
@@ -28,6 +30,7 @@ class Nodes:
                 raise self.fail(key_node, f"{what}: {key!r} is not a name: write it in quotes if it is meant as text")
             if key in found:
                 raise self.fail(key_node, f"{what}: {key} is given twice: keep one")
+            value_node.key_mark = key_node.start_mark
             found[key] = value_node
         return found
 

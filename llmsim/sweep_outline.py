@@ -10,7 +10,7 @@ from typing import Any
 from llmsim.scenario import Scenario
 from llmsim.sweep_files import digests
 from llmsim.sweep_spec import Spec, options_of, scenario_of
-from llmsim.sweep_store import Store, parts_of
+from llmsim.sweep_store import finished_runs, parts_of
 from llmsim.sweep_work import Traces, in_one_line, run_one
 
 TIMED_RUNS = 3  # spread over the sweep
@@ -30,11 +30,10 @@ class Outlined:
 def outline(spec: Spec, folder: Path | None = None, shard: tuple[int, int] | None = None) -> Iterator[Outlined]:
     """Every run of a sweep or of one shard. `folder`: where results of it may be."""
     for part in parts_of(spec.runs, shard):
-        done = folder is not None and (folder / f"{part.name}.parquet").is_file()
-        journal = Store.journalled(folder, part) if folder is not None and not done else set()
+        done = set() if folder is None else finished_runs(folder, part)
         for run in range(part.first, part.last):
             labels, settings = spec.run(run)
-            yield Outlined(run, labels, done or run in journal, impossible(settings))
+            yield Outlined(run, labels, run in done, impossible(settings))
 
 
 def impossible(settings: dict[str, Any]) -> str | None:
@@ -70,11 +69,11 @@ def estimate(spec: Spec) -> Estimate:
         few = min(TIMED_REQUESTS, work.settings.get("limit") or TIMED_REQUESTS)
         short = replace(work, settings=work.settings | {"limit": few})
         run_one(short, traces)  # reads the profile and the trace, which a worker does once
-        row, wall_s = run_one(short, traces)
+        row, took = run_one(short, traces)
         if row.summary is None:
             continue
         scenario = Scenario.from_dict(scenario_of(work.settings)).resolved()
         whole = traces.load(work.settings["trace"], options_of(work.settings), scenario.max_model_len, scenario.seed)
-        taken_s.append(wall_s * len(whole) / row.summary["num_prompts"])
+        taken_s.append(took.cpu_s * len(whole) / row.summary["num_prompts"])
         requests += row.summary["num_prompts"]
     return Estimate(sum(taken_s) / len(taken_s) if taken_s else None, len(taken_s), requests)

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from llmsim.runs import versions
-from llmsim.sweep_work import Row, Traces, Work, lost, run_one
+from llmsim.sweep_work import Row, Took, Traces, Work, lost, run_one
 
 TRIES = 4  # machines of a cluster come and go
-Done = tuple[Work, Row, float]
+Done = tuple[Work, Row, Took]
 
 
 def on_ray(works: Iterator[Work], jobs: int | None, files: Mapping[str, str]) -> Iterator[Done]:
@@ -83,12 +83,12 @@ def _connected(ray: Any, jobs: int | None) -> Iterator[bool]:
 def _done(ray: Any, reference: Any, work: Work) -> Done:
     errors = ray.exceptions
     try:
-        row, wall_s = ray.get(reference)
+        row, took = ray.get(reference)
     except errors.RayTaskError as error:  # runs turn their own errors into rows: this is llmsim not being there
         reason = str(error).strip().splitlines()[-1]
         raise ValueError(f"executor=ray: a machine cannot do runs ({reason}): install the same llmsim there") from None
     except errors.RayError as error:
-        return work, lost(work, f"its process died {TRIES} times (Ray: {type(error).__name__})"), 0.0
+        return work, lost(work, f"its process died {TRIES} times (Ray: {type(error).__name__})"), Took()
     for name, here in versions().items():
         there = row.manifest["versions"].get(name)
         if there != here:
@@ -96,10 +96,10 @@ def _done(ray: Any, reference: Any, work: Work) -> Done:
                 f"executor=ray: a machine has {name} {there}, this one {here}: results would depend on where a run is"
                 " done: install the same on all of them"
             )
-    return work, row, wall_s
+    return work, row, took
 
 
-def _run(work: Work, home: list[tuple[str, dict[str, str], dict[str, Any]]]) -> tuple[Row, float]:
+def _run(work: Work, home: list[tuple[str, dict[str, str], dict[str, Any]]]) -> tuple[Row, Took]:
     """On the worker."""
     folder, files, sent = home[0]
     os.chdir(_arrived(folder, files, lambda path: import_module("ray").get(sent[path])))

@@ -72,20 +72,26 @@ class Store:
         self._open: dict[int, _Journal] = {}
         self._size = runs_per_part(described["runs"])
 
-    def begin(self, spec_text: str, *, resume: bool) -> None:
-        """Make the folder, or check that the one there is this sweep's."""
+    def begin(self, spec_text: str, parts: Sequence[Part], *, resume: bool) -> None:
+        """Make the folder, or check that the one there is this sweep's and, unless it is to go on, holds no `parts`."""
         folder = self.folder
         about = folder / "_sweep.json"
         if about.is_file():
             self._check_same(about)
-            if not resume and any(folder.glob("*part-*")):
+            if not resume and any(path.exists() for part in parts for path in (self._file(part), self._journal(part))):
                 raise ValueError(f"out={folder}: holds results of this sweep: add --resume to go on, or another --out")
             return
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(f"out={folder}: exists and is not the folder of a sweep: give another --out")
         folder.mkdir(parents=True, exist_ok=True)
+        _write_whole(about, (json.dumps(self.described, indent=1) + "\n").encode())  # first: another shard may look
         _write_whole(folder / "_sweep.yaml", spec_text.encode())
-        _write_whole(about, (json.dumps(self.described, indent=1) + "\n").encode())
+
+    def _file(self, part: Part) -> Path:
+        return self.folder / f"{part.name}.parquet"
+
+    def _journal(self, part: Part) -> Path:
+        return self.folder / f"_{part.name}.jsonl"
 
     def _check_same(self, about: Path) -> None:
         try:
@@ -103,25 +109,16 @@ class Store:
         """Runs of a part that are still to be done; opens its journal if there are any."""
         if self.is_complete(part):
             return []
-        journal = _Journal(self.folder / f"_{part.name}.jsonl", part)
+        journal = _Journal(self._journal(part), part)
         self._open[part.index] = journal
         missing = [run for run in range(part.first, part.last) if run not in journal.rows]
         if not missing:
             self._finish(journal)
         return missing
 
-    @staticmethod
-    def journalled(folder: Path, part: Part) -> set[int]:
-        """Runs of a part that its journal holds; changes nothing."""
-        try:
-            lines = (folder / f"_{part.name}.jsonl").read_bytes().splitlines(keepends=True)
-        except OSError:
-            return set()
-        return {row.run for line in lines if (row := _row(line)) is not None}
-
     def is_complete(self, part: Part) -> bool:
         """Whether its file is there and whole; one that is not is taken away."""
-        path = self.folder / f"{part.name}.parquet"
+        path = self._file(part)
         if not path.exists():
             return False
         pq: Any = import_module("pyarrow.parquet")
@@ -149,7 +146,7 @@ class Store:
         pq.write_table(
             table_of(rows, self.columns), buffer, compression="zstd", use_dictionary=False, write_statistics=["run"]
         )
-        _write_whole(self.folder / f"{journal.part.name}.parquet", buffer.getvalue().to_pybytes())
+        _write_whole(self._file(journal.part), buffer.getvalue().to_pybytes())
         journal.remove()
         del self._open[journal.part.index]
 
@@ -237,6 +234,17 @@ def _write_whole(path: Path, content: bytes) -> None:
         with suppress(OSError):
             partial.unlink()
         raise
+
+
+def finished_runs(folder: Path, part: Part) -> set[int]:
+    """Runs of a part whose results are there; changes nothing."""
+    if (folder / f"{part.name}.parquet").is_file():
+        return set(range(part.first, part.last))
+    try:
+        lines = (folder / f"_{part.name}.jsonl").read_bytes().splitlines(keepends=True)
+    except OSError:
+        return set()
+    return {row.run for line in lines if (row := _row(line)) is not None}
 
 
 def part_files(folder: Path) -> Iterator[Path]:

@@ -1,7 +1,7 @@
 """One run of a sweep: settings in, a row out, in whatever process it is done.
 
 A run that cannot be (a model that does not fit, a policy that breaks a rule or raises) is a row too, with the error in
-one line. Nothing in a row depends on where, when or beside what it was made: the wall time is told apart from it.
+one line. Nothing in a row depends on where, when or beside what it was made: what it took is told apart from it.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ import json
 import traceback
 from collections import OrderedDict
 from dataclasses import dataclass
-from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from time import perf_counter, process_time
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llmsim.metrics import WALL_KEYS
 from llmsim.plugins import PolicyError
 from llmsim.runs import versions
+from llmsim.runs_origin import recorded
 from llmsim.scenario import Scenario
 from llmsim.simulate import simulate
 from llmsim.sweep_command import replay_command
@@ -39,6 +40,7 @@ class Work:
     settings: dict[str, Any]
     goodput: dict[str, float] | None
     sha256: str  # of the trace's file, as it was when the sweep began
+    inputs: dict[str, str]  # the same of every other file that the scenario names
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Row:
     error: str | None
 
     def to_json(self) -> str:
-        return json.dumps(self.__dict__, allow_nan=False)
+        return json.dumps(self.__dict__)
 
     @classmethod
     def from_json(cls, text: str) -> Row:
@@ -82,9 +84,16 @@ class Traces:
         return len(self.kept) > KEPT_TRACES or sum(len(one) for one in self.kept.values()) > KEPT_REQUESTS
 
 
-def run_one(work: Work, traces: Traces) -> tuple[Row, float]:
-    """The row of a run, and the seconds it took."""
-    started_s = perf_counter()
+class Took(NamedTuple):
+    """Seconds of a run, in the process that did it."""
+
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
+
+
+def run_one(work: Work, traces: Traces) -> tuple[Row, Took]:
+    """The row of a run, and what it took."""
+    wall_s, cpu_s = perf_counter(), process_time()
     manifest: dict[str, Any] = {}
     summary: dict[str, Any] | None = None
     error: str | None = None
@@ -92,7 +101,8 @@ def run_one(work: Work, traces: Traces) -> tuple[Row, float]:
         summary = _summary(work, traces, manifest)
     except (Exception, SystemExit) as raised:  # of the user's policy too: the other runs go on
         error = in_one_line(raised)
-    return Row(work.run, work.id, work.labels, _manifest(work, manifest), summary, error), perf_counter() - started_s
+    row = Row(work.run, work.id, work.labels, _manifest(work, manifest), summary, error)
+    return row, Took(perf_counter() - wall_s, process_time() - cpu_s)
 
 
 def lost(work: Work, reason: str) -> Row:
@@ -105,13 +115,15 @@ def _summary(work: Work, traces: Traces, manifest: dict[str, Any]) -> dict[str, 
     scenario = given.resolved()
     manifest["scenario"] = scenario.to_dict()
     options = options_of(work.settings)
+    _check_closed_loop(scenario, options)
     path = work.settings["trace"]
     manifest["command"] = replay_command(given, path, options, work.goodput)
     # A seed makes another trace only where something is drawn; the file alone decides the rest.
     trace = traces.load(path, options, scenario.max_model_len, scenario.seed)
     if trace.sha256 not in ("", work.sha256):  # a folder has none
         raise ValueError(f"{path}: changed while the sweep ran: start it again with another --out")
-    manifest["trace"] = {"path": path, "sha256": work.sha256, "options": options, "requests": len(trace)}
+    facts = {"path": path, "sha256": work.sha256, "options": recorded(options), "requests": len(trace)}
+    manifest["trace"] = facts | {"notes": list(trace.notes)}
     result = simulate(trace, scenario)
     if not result.finished.any():
         raise ValueError(
@@ -123,11 +135,22 @@ def _summary(work: Work, traces: Traces, manifest: dict[str, Any]) -> dict[str, 
     return {name: value for name, value in summary.items() if name not in WALL_KEYS}
 
 
+def _check_closed_loop(scenario: Scenario, options: dict[str, Any]) -> None:
+    """What shifts arrival times says nothing where they are ignored; `llmsim replay` refuses it too."""
+    for name in ("rate", "time_scale", "spread"):
+        if scenario.concurrency is not None and options.get(name) is not None:
+            raise ValueError(
+                f"concurrency={scenario.concurrency} ignores arrival times, which {name}={options[name]} changes: leave"
+                " one of them out"
+            )
+
+
 def _manifest(work: Work, found: dict[str, Any]) -> dict[str, Any]:
     """What repeats the run, as far as it came."""
     settings = scenario_of(work.settings)
-    trace = {"path": work.settings["trace"], "sha256": work.sha256, "options": options_of(work.settings)}
+    trace = {"path": work.settings["trace"], "sha256": work.sha256, "options": recorded(options_of(work.settings))}
     known = {"scenario": settings, "seed": settings.get("seed", 0), "trace": trace, "goodput": work.goodput}
+    known |= {"inputs": work.inputs, "command": None}
     return known | found | {"versions": versions()}
 
 

@@ -27,6 +27,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from difflib import get_close_matches
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ class _Reader(Nodes):
         sections = self.table(root, "a specification")
         for name, node in sections.items():
             if name not in SECTIONS:
-                raise self.fail(node, f"unknown key {name!r}.{_near(name, SECTIONS)}")
+                raise self.fail(node, f"unknown key {name!r}.{_near(name, SECTIONS)}", name=True)
         settings = self._scenario(sections["scenario"]) if "scenario" in sections else {}
         if "trace" in sections:
             settings |= self._trace(sections["trace"])
@@ -124,6 +125,8 @@ class _Reader(Nodes):
         if name == "trace":
             raise self.fail(node, f"{what}: trace has a place of its own: write trace: PATH, or a list of them in grid")
         value = self.value(node)
+        if isinstance(value, float) and not isfinite(value) and name != "rate":
+            raise self.fail(node, f"{what}: {name}: {value} is not finite: give a number")
         if "." in name:
             return value
         return self._typed(name, value, node, what)
@@ -135,7 +138,7 @@ class _Reader(Nodes):
         if name not in KINDS and name != "trace":
             known = [*KINDS, "trace"]
             hint = _near(name, known) if not dot else f" Arguments are written KIND.NAME, with {', '.join(PLUGINS)}"
-            raise self.fail(node, f"{what}: unknown field {name!r}.{hint}")
+            raise self.fail(node, f"{what}: unknown field {name!r}.{hint}", name=True)
 
     def _typed(self, name: str, value: Any, node: Any, what: str) -> Any:
         """As the field has it: 32k is a number where one is wanted, and so is 1e-3, which YAML takes for text."""
@@ -168,7 +171,8 @@ class _Reader(Nodes):
         settings = {"trace": self._path(given.pop("path"))}
         for name, one in given.items():
             if name not in TRACE_OPTIONS:
-                raise self.fail(one, f"trace: unknown option {name!r}.{_near(name, ['path', *TRACE_OPTIONS])}")
+                hint = _near(name, ["path", *TRACE_OPTIONS])
+                raise self.fail(one, f"trace: unknown option {name!r}.{hint}", name=True)
             settings[name] = self.setting(name, one, "trace")
         return settings
 
@@ -187,7 +191,8 @@ class _Reader(Nodes):
         for name, one in self.table(node, "goodput").items():
             value = self.value(one)
             if name not in TARGETS:
-                raise self.fail(one, f"goodput: {name!r} is not one of {', '.join(TARGETS)}.{_near(name, TARGETS)}")
+                hint = _near(name, TARGETS)
+                raise self.fail(one, f"goodput: {name!r} is not one of {', '.join(TARGETS)}.{hint}", name=True)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
                 raise self.fail(one, f"goodput: {name}: {value!r} is not milliseconds: write {name}: 500")
             targets[name] = float(value)

@@ -243,7 +243,7 @@ def test_the_knee_shades_what_is_unstable_and_draws_every_slo() -> None:
     chart = charts_plan.knee_chart(knee(), "ttft", slos, 1.0, "sessions/s")
     made = chart.to_dict()
     data = {layer["mark"]["type"]: made["datasets"][layer["data"]["name"]] for layer in made["layer"]}
-    assert data["rect"] == [{"rate": 2.0, "end": 3.0, "text": "unstable"}]  # from the last rate that was stable
+    assert data["rect"] == [{"rate": 2.0, "end": 3.04, "text": "unstable"}]  # from the last rate that was stable
     texts = [
         row["text"]
         for layer in made["layer"]

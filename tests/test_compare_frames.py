@@ -345,6 +345,21 @@ def test_a_study_returns_what_its_parts_do() -> None:
     assert found.fairness is not None and list(found.fairness["side"]) == ["vllm", "sjf"]
 
 
+def test_seeds_are_replayed_and_averaged() -> None:
+    host = Scenario(**BASE)  # launch times are drawn
+    study = Study(
+        CHAT, (("vllm", host.resolved()), ("sjf", replace(host, scheduler="sjf").resolved())), limit=60, seeds=2
+    )
+    told: list[tuple[int, int]] = []
+    found = compared(study, lambda done, total, _: told.append((done, total)))
+    alone = [simulate(CHAT.load(60), replace(host, seed=seed)).summary()["p99_ttft_ms"] for seed in (0, 1000)]
+    assert alone[0] != alone[1]
+    assert found.sides.set_index("side")["p99_ttft_ms"]["vllm"] == pytest.approx(np.mean(alone))
+    assert told[-1] == (240, 240)
+    with pytest.raises(ValueError, match="seeds=0: give 1 to"):
+        compared(replace(study, seeds=0))
+
+
 def test_where_nothing_waits_the_study_says_so() -> None:
     idle = Scenario(**BASE, cost="constant:0.001")
     found = compared(Study(CHAT, (("vllm", idle), ("sjf", replace(idle, scheduler="sjf"))), limit=100))

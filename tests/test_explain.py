@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -15,7 +16,7 @@ from test_twin import HOSTS, SteppedCost
 
 from llmsim import cli
 from llmsim.cost.graphs import Graphs
-from llmsim.explain import SPAN_COLUMNS, explain, missing, spans, worst
+from llmsim.explain import SPAN_COLUMNS, by_cause, explain, missing, spans, worst
 from llmsim.explain_life import Life, life_of
 from llmsim.explain_prices import Prices
 from llmsim.explain_record import Recorder
@@ -66,11 +67,13 @@ def check_whole(result: Result, lives: list[Life]) -> None:
             assert span.start_s == at_s < span.end_s, (life.request, span)
             at_s = span.end_s
             phases[span.phase] += span.length_s
-            if span.iterations:
+            if span.divided:
                 pieces = (span.own_s, span.decodes_s, span.prompts_s, span.host_s)
                 assert min(pieces) >= 0.0, span
                 assert sum(pieces) == pytest.approx(span.length_s, abs=ROUNDING_S)
         assert at_s == life.facts["finish_s"], life.request
+        lengths = [Fraction(span.end_s) - Fraction(span.start_s) for span in life.spans]
+        assert sum(lengths) == Fraction(life.facts["finish_s"]) - Fraction(life.facts["arrival_s"]), "exactly"
         for phase, seconds in phases.items():
             assert seconds == pytest.approx(parts[phase][life.request], abs=ROUNDING_S), (life.request, phase)
 
@@ -205,6 +208,17 @@ def test_an_iteration_is_divided_by_what_each_part_adds() -> None:
     assert parts.decodes_s == pytest.approx(sum(doubles) - sum(singles))
     assert parts.prompts_s == pytest.approx(sum(chunked) - sum(doubles))
     assert parts.host_s == pytest.approx(0.0, abs=ROUNDING_S)
+
+
+def test_a_wait_for_the_next_schedule_is_what_the_gpu_computes_meanwhile() -> None:
+    """At 4 ms the first prompt's iteration is under way until 10 ms, at 24 ms the third until 30 ms: a decode."""
+    _, (_, second, third) = explained(a_trace((0.0, 100, 9), (0.004, 100, 1), (0.024, 100, 1)), PLAIN)
+    (wait,) = [span for span in second.spans if span.kind == "schedule"]
+    assert (wait.prompts_s, wait.decodes_s, wait.host_s) == pytest.approx((0.006, 0.0, 0.0), abs=ROUNDING_S)
+    (wait,) = [span for span in third.spans if span.kind == "schedule"]
+    assert (wait.prompts_s, wait.decodes_s, wait.host_s) == pytest.approx((0.0, 0.006, 0.0), abs=ROUNDING_S)
+    causes_s = {cause: seconds for cause, seconds in by_cause(second.parts_s("ttft")).items() if seconds}
+    assert causes_s == pytest.approx({"prefill": STEP_S, "prompts": 0.006})
 
 
 def test_first_come_first_served_is_never_a_matter_of_order() -> None:

@@ -16,7 +16,7 @@ FLOORS = {  # imports must go down; imports for type checkers only are exempt, t
     "runs": 3.5,
     **dict.fromkeys(("simulate", "flags"), 4),
     "uncertainty": 4.5,  # plan and compare build on it
-    **dict.fromkeys(("sweep", "testing", "validate", "oracle", "report", "rerun", "fromvllm", "phases", "charts"), 5),
+    **dict.fromkeys(("sweep", "testing", "validate", "oracle", "report", "fromvllm", "phases", "charts"), 5),
     "reuse": 4.5,
     **dict.fromkeys(("whatif", "speculation"), 5),
     "compare": 5,
@@ -40,6 +40,7 @@ ROOMS = {  # modules that share a room may import each other, as may the files o
     **dict.fromkeys(("cli_options", "command_line"), "flags"),
     "html_report": "views",
     "comparing": "compare",
+    "rerun": "sweep",  # a run of a sweep can be repeated too
 }
 FORBIDDEN = {"torch", "streamlit"}
 ALTAIR_ROOMS = {"charts"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +18,8 @@ from streamlit.testing.v1 import AppTest  # noqa: E402
 
 from llmsim import cli  # noqa: E402
 from llmsim.charts import PHASE_COLOURS  # noqa: E402
-from llmsim.charts_phases import budgets_chart, burst_chart, growth_chart, moves_chart, tokens_chart  # noqa: E402
+from llmsim.charts_burst import budgets_chart, burst_chart, tokens_chart  # noqa: E402
+from llmsim.charts_phases import growth_chart, moves_chart  # noqa: E402
 from llmsim.phases_burst import budgets, burst  # noqa: E402
 from llmsim.phases_curves import BY, decode_by_batch, moves, prefill_growth  # noqa: E402
 from llmsim.scenario import Scenario  # noqa: E402
@@ -177,6 +179,15 @@ def test_the_burst_is_that_of_the_settings() -> None:
     one = burst(MACHINE, prompts=3, prompt_tokens=1024, decodes=16, context_tokens=512, token_budget=512)
     values = {metric.label: metric.value for metric in test.metric}
     assert values["mean TTFT"] == f"{1e3 * one.mean_ttft_s:,.1f} ms" and values["chunks"] == str(one.chunks)
+
+
+def test_the_command_line_of_a_burst_prints_its_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    test = page(ph_tab="One batch", ph_gpu="h200-sxm", ph_budget=512, ph_prompts=3, ph_decodes=8, ph_context=512)
+    assert cli.main([*shlex.split(test.code[0].value)[1:], "--json"]) == 0
+    met = json.loads(capsys.readouterr().out)["burst"]
+    values = {metric.label: metric.value for metric in test.metric}
+    assert values["longest gap"] == f"{1e3 * met['longest_gap_s']:,.1f} ms" and met["token_budget"] == 512
+    assert values["mean TTFT"] == f"{1e3 * met['mean_ttft_s']:,.1f} ms" and met["decodes"] == 8
 
 
 def test_the_command_line_prints_the_pages_table(capsys: pytest.CaptureFixture[str]) -> None:

@@ -117,6 +117,14 @@ def test_a_given_fleet_is_asked_for_its_highest_rate() -> None:
     assert "--replicas 2" in command(at) and "--rate" not in command(at)
 
 
+def test_confidence_is_looked_at_on_the_whole_trace_only() -> None:
+    at = opened()
+    at.selectbox(key="plan_sure").set_value("0.95").run()
+    assert not errors(at) and "--confidence 0.95" in command(at)
+    assert at.button(key="plan_job_start").label == "Plan on the whole trace"
+    assert at.dataframe[0].value["probability"].isna().all()
+
+
 @pytest.mark.parametrize(
     ("widget", "value", "said"),
     [

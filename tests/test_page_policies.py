@@ -45,7 +45,9 @@ def test_differences_and_their_command_line() -> None:
     assert list(table["side"]) == at.multiselect(key="pol_sides").value
     assert "--scheduler vllm --scheduler vllm-v0 --scheduler vtc --set engine=sglang" in commands(at)
     assert "--goodput ttft:500 tpot:50" in commands(at)
-    at.multiselect(key="pol_sides").set_value(["vllm", "max_num_seqs=2"]).run()
+    at.multiselect(key="pol_sides").set_value(["vllm", "max_num_seqs=2"])
+    at.slider(key="pol_seeds").set_value(2).run()
+    assert "--seeds 2" in commands(at)
     assert not at.exception and not errors(at)
     assert list(at.dataframe[0].value["side"]) == ["vllm", "max_num_seqs=2"]
 

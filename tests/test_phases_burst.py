@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from itertools import pairwise
 from math import ceil
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from plain_engine import PlainEngine, PlainRequest, Settings
 
+from llmsim import cli
 from llmsim.phases import Engine
 from llmsim.phases_burst import (
     ANSWER_TOKENS,
@@ -21,12 +23,9 @@ from llmsim.phases_burst import (
     _decoding,
     _with_prompts,
     budgets,
-    budgets_in_words,
     burst,
-    cards,
-    in_words,
-    left_out,
 )
+from llmsim.phases_words import budgets_in_words, burst_in_words, cards, left_out
 from llmsim.scenario import Scenario
 
 MACHINE = Scenario(model="llama-3.1-8b", gpu="h200-sxm")
@@ -119,12 +118,19 @@ def test_small_chunks_delay_prompts_and_large_ones_stall_answers() -> None:
     assert "128 tokens to 16,384" in told and f"{1e3 * table['longest_gap_s'].iloc[-1]:,.1f} ms" in told
 
 
+def test_budgets_have_the_numbers_of_the_bursts() -> None:
+    table = budgets(MACHINE, **SMALL).astype(object).to_dict("records")
+    for row in table[::3]:
+        one = burst(MACHINE, token_budget=row["token_budget"], **SMALL).facts()
+        assert row == {name: pytest.approx(one[name], rel=1e-9) for name in row}
+
+
 def test_without_decodes_there_are_no_gaps() -> None:
     one = burst(MACHINE, decodes=0, token_budget=1024)
     assert one.steady_gap_s is None and one.longest_gap_s is None
     assert one.requests().query("kind == 'prefill'")["tokens"].sum() == 4 * 1024
     assert [card["value"] for card in cards(one)][2:4] == ["–", "–"]
-    assert "longest gap" not in in_words(one)
+    assert "longest gap" not in burst_in_words(one)
     assert "gap" not in budgets_in_words(budgets(MACHINE, decodes=0, prompts=1, prompt_tokens=64))
 
 
@@ -152,6 +158,23 @@ def test_what_cannot_be_is_refused_in_a_line(given: dict[str, Any], told: str) -
     with pytest.raises(ValueError) as error:
         burst(MACHINE, **given)
     assert told in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_command_prints_a_column_a_budget(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["phases", "--model", "llama-3.1-8b", "--gpu", "h200-sxm", "--cost", "constant:0.01", "--burst", "2"]
+    assert cli.main([*argv, "--max-num-batched-tokens", "300"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    heads = next(line for line in lines if line.startswith("token budget")).split()[2:]
+    assert heads == [f"{budget:,}" for budget in sorted({*BUDGETS, 300})]
+    iterations = next(line for line in lines if line.startswith("iterations")).split()[1:]
+    assert iterations[heads.index("300")] == "8"  # 2 * 1,024 tokens, 284 beside sixteen decodes
+    assert cli.main([*argv, "--decodes", "0", "--json"]) == 0
+    met = json.loads(capsys.readouterr().out)["burst"]
+    assert (
+        met["longest_gap_s"] is None and met["budgets"][0]["iterations"] == 33
+    )  # 64 at a time, and an answer's tokens
+    assert cli.main([*argv, "--decodes", "1024"]) == 2
+    assert "decodes=1024 fill an iteration" in capsys.readouterr().err
 
 
 def test_the_numbers_are_plain() -> None:

@@ -10,7 +10,8 @@ import pytest
 from llmsim.hardware import find_gpu, find_model
 from llmsim.phases import Engine, batches_beside, compare, decode_point
 from llmsim.phases_curves import BY, decode_by_batch, decode_by_context, moves, prefill_growth
-from llmsim.phases_table import beside, growing, growth_in_words, moves_in_words, points_table, served_table
+from llmsim.phases_table import beside, growing, points_table, served_table
+from llmsim.phases_words import growth_in_words, moves_in_words
 from llmsim.scenario import Scenario
 
 MACHINE = Scenario(model="llama-3.1-8b", gpu="h200-sxm")
@@ -65,7 +66,7 @@ def test_precisions_have_their_own_roofs() -> None:
 
 
 def test_tensor_parallelism_splits_the_work() -> None:
-    frame = moves(ROOFLINE, "gpus", **SIZES).frame
+    frame = moves(ROOFLINE, "GPUs", **SIZES).frame
     assert frame["value"].unique().tolist() == ["TP 1", "TP 2", "TP 4", "TP 8"]
     for _, own in frame.groupby("phase"):
         total = own["flops_per_token"] * [1, 2, 4, 8]
@@ -74,7 +75,7 @@ def test_tensor_parallelism_splits_the_work() -> None:
 
 def test_what_cannot_be_is_left_out_with_its_reason() -> None:
     large = Scenario(model="llama-3.1-70b", gpu="h100-sxm", tensor_parallel=4, cost="roofline")
-    way = moves(large, "gpus", **SIZES)
+    way = moves(large, "GPUs", **SIZES)
     assert way.frame["value"].unique().tolist() == ["TP 4", "TP 8"]
     assert [line.split(":")[0] for line in way.left_out] == ["TP 1", "TP 2"]
     assert all("\n" not in line for line in way.left_out)

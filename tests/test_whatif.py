@@ -74,12 +74,21 @@ def test_a_change_taken_back_is_the_baseline_and_says_the_opposite(change):
         ({"model": "llama-3.2-1b"}, "speculation-model", "a quarter of the size"),
         ({"cudagraph": "none"}, "full-graphs", "no piecewise graphs"),
         ({"scheduler": "chunked"}, "chunked-prefill", "an option of the scheduler vllm"),
+        ({"engine": "sarathi"}, "async-scheduling", "the engine sarathi has no async_scheduling"),
     ],
 )
 def test_what_does_not_apply_is_listed_with_why(fields, name, why):
     outcome = what_if(steady(5), replace(BASE, **fields), chosen((name,), ()), PRICE)
     assert not outcome.effects
     assert why in outcome.left_out[name]
+
+
+def test_prefix_caching_is_not_offered_to_an_engine_without():
+    ids = [("system", i) for i in range(5)]
+    shared = steady(5, block_ids=[tuple(ids[:3]) for _ in range(5)], block_tokens=64)
+    outcome = what_if(shared, replace(BASE, engine="sarathi"), chosen(("prefix-caching",), ()), PRICE)
+    assert outcome.left_out["prefix-caching"] == "the engine sarathi has no enable_prefix_caching"
+    assert what_if(shared, BASE, chosen(("prefix-caching",), ()), PRICE).effects
 
 
 def test_a_run_that_no_engine_would_start_is_listed_too():
