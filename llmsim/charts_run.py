@@ -29,7 +29,10 @@ if TYPE_CHECKING:
     import altair as alt
     import pandas as pd
 
-__all__ = ["ecdf_chart", "gantt_chart", "life_chart", "linked_chart", "scatter_chart", "strip_chart", "where_chart"]
+__all__ = [
+    "ecdf_chart", "gantt_chart", "life_chart", "linked_chart", "scatter_chart", "strip_chart", "strip_panels",
+    "where_chart", "where_panels",
+]  # fmt: skip
 
 DASHES = {"P50": [1, 0], "P90": [5, 3], "P99": [2, 2]}
 # The title of an axis, written above it from left to right
