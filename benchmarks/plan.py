@@ -1,6 +1,6 @@
 """`llmsim plan` against an exhaustive search: how long it takes, and how far from the optimum its answers are.
 
-    python -m benchmarks.plan [--question demand|fleet|both] [--jobs 2] [--no-exhaustive]
+    python -m benchmarks.plan [--question demand|fleet|both] [--jobs 2] [--no-exhaustive] [--update]
 
 The Azure conversation trace of 2023 (in ../shared/traces) for llama-3.1-8b on three kinds of GPU, tensor-parallel sizes
 1, 2 and 4, and three engines: 27 options, promised TTFT p99 <= 500 ms and TPOT p95 <= 50 ms.
@@ -12,7 +12,7 @@ fleet    one replica: the highest rate per GPU, per dollar and of all. Exhaustiv
 
 The exhaustive search shares nothing with the plan but the simulator: it scales arrivals, takes percentiles and compares
 them by itself, drops nothing and knows no windows. Both keep to `--jobs` processes; wall times are those of the machine
-as it is, CPU seconds those of all processes.
+as it is, CPU seconds those of all processes. `--update` puts what is printed into docs/planning.md.
 """
 
 from __future__ import annotations
@@ -29,11 +29,13 @@ from typing import Any
 import click
 import numpy as np
 
+from benchmarks.accuracy import update as put
 from llmsim import Scenario, load_trace, simulate
 from llmsim.plan import Plan, plan
 from llmsim.prices import find_price
 
 ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "planning.md"
 TRACE = ROOT.parent / "shared" / "traces" / "azure-2023" / "AzureLLMInferenceTrace_conv.csv"
 GPUS, SIZES, ENGINES = ("h100-sxm", "h200-sxm", "a100-80gb-sxm"), (1, 2, 4), ("vllm", "sglang", "tensorrt-llm")
 SLOS = ("ttft_p99=500ms", "tpot_p95=50ms")
@@ -169,12 +171,17 @@ def judge(question: str, jobs: int, with_exhaustive: bool) -> Iterator[str]:
 @click.option("--question", type=click.Choice(["demand", "fleet", "both"]), default="both", show_default=True)
 @click.option("--jobs", default=2, show_default=True, help="Processes.")
 @click.option("--exhaustive/--no-exhaustive", "with_exhaustive", default=True, help="Minutes. [on]")
-def main(question: str, jobs: int, with_exhaustive: bool) -> None:
+@click.option("--update", is_flag=True, help="Put it into docs/planning.md.")
+def main(question: str, jobs: int, with_exhaustive: bool, update: bool) -> None:
     if not TRACE.is_file():
         raise click.ClickException(f"{TRACE} is missing: see README.md for where the trace is published")
+    printed = []
     for one in QUESTIONS if question == "both" else (question,):
         for line in judge(one, jobs, with_exhaustive):
             click.echo(line)
+            printed.append(line)
+    if update:
+        put(PAGE, "```text\n" + "\n".join(printed) + "\n```", ("<!-- plan -->", "<!-- /plan -->"))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from benchmarks.accuracy import FOLDERS, METRICS, ROOT, Load, cells, judged, rec
 WHOLE_LINES = 5  # of output; fewer are an excerpt
 POLICIES = ROOT / "docs" / "policies"
 README, ACCURACY, UNCERTAINTY = ROOT / "README.md", ROOT / "docs" / "accuracy.md", ROOT / "docs" / "uncertainty.md"
+PLANNING = ROOT / "docs" / "planning.md"
 SECOND = FOLDERS[0] / "vllm-0.25.1_h100-sxm_llama-3.1-8b_bf16_second-machine"
 
 
@@ -57,6 +58,16 @@ def whatif_blocks(page: str) -> str:
         return block[0].replace(block[2], printed)
 
     shown = r"^(llmsim (?:whatif|speculation) [^\n]*)\n```\n```text\n(.*?)\n```$"
+    return re.sub(shown, again, page, flags=re.DOTALL | re.MULTILINE)
+
+
+def plan_blocks(page: str) -> str:
+    """The page with what each `llmsim plan` on it prints."""
+
+    def again(block: re.Match[str]) -> str:
+        return block[0].replace(block[2], _printed(block[1]))
+
+    shown = r"^(llmsim plan [^\n]*)\n```\n```text\n(.*?)\n```$"
     return re.sub(shown, again, page, flags=re.DOTALL | re.MULTILINE)
 
 
@@ -101,6 +112,7 @@ def main() -> None:
     UNCERTAINTY.write_text(intervals_block(UNCERTAINTY.read_text(encoding="utf-8")), encoding="utf-8")
     update(README, table([load for load in loads if (FOLDERS[0] / load.folder).is_dir()]))
     README.write_text(phases_block(replay_block(README.read_text(encoding="utf-8"))), encoding="utf-8")
+    PLANNING.write_text(plan_blocks(PLANNING.read_text(encoding="utf-8")), encoding="utf-8")
     for page in sorted(POLICIES.glob("*.md")):
         page.write_text(whatif_blocks(page.read_text(encoding="utf-8")), encoding="utf-8")
     ACCURACY.write_text(host_scale_rows(ACCURACY.read_text(encoding="utf-8")), encoding="utf-8")

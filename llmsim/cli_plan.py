@@ -217,7 +217,11 @@ class Repeat:
         scaled = ["--time-scale", repr(run.time_scale)]
         words += ["--rate", repr(run.rate)] if self.by_rate and run.window is None else scaled
         targets = goodput_targets_ms([one.slo for one in run.measured])
-        return as_text(argv_of(run.scenario, trace=[self.path, *words], goodput=targets, options=["--no-out"]))
+        options = ["--no-out"]
+        if run.draws is not None:  # all draws at once: they come as one set
+            promises = [word for one in run.measured for word in ("--slo", str(one.slo))]
+            options += ["--intervals", str(run.draws), *promises]
+        return as_text(argv_of(run.scenario, trace=[self.path, *words], goodput=targets, options=options))
 
 
 def _dropped(words: list[str], flags: tuple[str, ...]) -> list[str]:

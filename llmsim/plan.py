@@ -39,6 +39,7 @@ from llmsim.plan_capacity import (
     told_as,
 )
 from llmsim.plan_contest import Candidate, Contest
+from llmsim.plan_notes import notes_of
 from llmsim.plan_option import Found, Trial
 from llmsim.plan_runs import Capacity, Measured, Run, Window, slos_of
 from llmsim.plan_sure import Doubter, check_confidence, draws_for
@@ -124,6 +125,7 @@ def plan(
         runs=tuple(run for one in candidates for run in (*one.trial.runs.values(), *one.drawn)),
         prices={one.price.gpu: str(one.price) for one in candidates},
         confidence=confidence,
+        notes=notes_of(trace, demand, search.contest),
     )
 
 

@@ -48,6 +48,7 @@ class Drawn(NamedTuple):
     """Which of the machines that the real one may be."""
 
     number: int
+    of: int
     machine: Draw
 
 
@@ -83,6 +84,7 @@ class Simulator:
             {name: summary[name] for name in KEPT},
             tuple(Measured(slo, value) for slo, value in found),
             None if ask.draw is None else ask.draw.number,
+            None if ask.draw is None else ask.draw.of,
         )
 
     def _window(self, wanted: Window) -> Trace:

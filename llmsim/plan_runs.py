@@ -72,6 +72,7 @@ class Run:
     values: dict[str, Any] = field(hash=False)  # of the summary, `KEPT`
     measured: tuple[Measured, ...]  # in the order of the plan's SLOs
     draw: int | None = None  # which of the machines that the real one may be (llmsim.uncertainty); None: as calibrated
+    draws: int | None = None  # of so many
 
     @property
     def stable(self) -> bool:
@@ -102,7 +103,8 @@ class Run:
     def why_not(self) -> str:
         """What breaks, in words; empty if it holds."""
         words = [str(one) for one in self.breaks]
-        return "; ".join(words + ([] if self.stable else [str(self.values["stability"])]))
+        queue = str(self.values["stability"]).partition(", so ")[0]
+        return "; ".join(words + ([] if self.stable else [queue]))
 
     def to_dict(self) -> dict[str, Any]:
         window = None if self.window is None else {"start_s": self.window.start_s, "requests": self.window.requests}
@@ -115,6 +117,7 @@ class Run:
             "time_scale": self.time_scale,
             "window": window,
             "draw": self.draw,
+            "draws": self.draws,
             "requests": self.requests,
             "holds": self.holds,
             "why_not": self.why_not,
@@ -162,7 +165,7 @@ def run_row(run: Run) -> dict[str, Any]:
 
 def factor_over(ratio: float) -> str:
     """By how much a limit is exceeded: 12 %, or 4.2 times where that says more."""
-    return f"{100 * (ratio - 1):.2g} %" if ratio < 2.0 else f"{ratio:.3g} times"
+    return f"{100 * (ratio - 1):.{0 if ratio >= 1.01 else 2}f} %" if ratio < 2.0 else f"{ratio:.3g} times"
 
 
 def with_replicas(scenario: Scenario, replicas: int) -> Scenario:

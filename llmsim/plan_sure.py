@@ -93,7 +93,7 @@ class Doubter:
         scenario = replace(one.trial.scenario, replicas=replicas)
         count = draws_for(self.confidence)
         sources = sources_of(scenario.resolved(), self.bench.simulator.cost(scenario))
-        drawn = [Drawn(*item) for item in enumerate(draws_of(scenario, sources, count))]
+        drawn = [Drawn(at, count, machine) for at, machine in enumerate(draws_of(scenario, sources, count))]
         failed, allowed = 0, floor(count * (1.0 - self.confidence) + 1e-9)
         for at in range(0, count, BLOCK):
             runs = self._drawn_runs(one, scenario, rate, drawn[at : at + BLOCK])

@@ -354,7 +354,7 @@ def test_the_table_names_fleets_margins_and_what_breaks(trace_file: Path, capsys
     assert re.search(
         r"fewest GPUs, cheapest, fastest +3 x h100-sxm TP1 vllm +3 +11\.97 +[\d.]+ ms \(\+\d+ %\)", printed
     )
-    assert "3 x h100-sxm TP1 vllm: with 2 replicas breaks E2EL p99" in printed
+    assert "3 x h100-sxm TP1 vllm: breaks with 2 replicas: E2EL p99" in printed
     assert "as the rate rises:" in printed and "Price: $3.99 per h100-sxm" in printed
     assert len(re.findall(r"^(holds|breaks) +llmsim replay ", printed, flags=re.MULTILINE)) > 4
 
@@ -396,6 +396,7 @@ def test_a_confident_plan_pays_for_doubt() -> None:
     assert sure is not None and sure.replicas > 1
     assert f"{sure.replicas - 1} hold" in sure.doubts and "with a probability below 0.9" in sure.doubts
     assert {run.draw for run in found.runs} == {None, *range(20)}
+    assert {run.draws for run in found.runs} == {None, 20}
     for replicas, enough in ((sure.replicas, True), (sure.replicas - 1, False)):
         told = predict(at_rate(trace, 20.0), replace(base, replicas=replicas), draws=20, slos=[slo]).probability().all
         assert (told >= 0.9) is enough
@@ -435,7 +436,7 @@ def test_another_rate_moves_sessions_as_a_whole() -> None:
     assert time_scaled(named, 0.1).arrival_s.tolist() == [0.0, 1.0, 4.0, 12.0]
     plain = replace(trace, parent=None, session=None)
     assert time_scaled(plain, 0.1).arrival_s.tolist() == pytest.approx([0.0, 0.4, 1.0, 1.2])
-    assert "sessions are rescaled" in at_rate(trace, 1.0).notes[0]
+    assert "the longest lasts 12 s" in at_rate(trace, 1.0).notes[0]
 
 
 def test_waiting_turns_keep_their_waits_at_any_rate() -> None:
@@ -452,6 +453,19 @@ def test_waiting_turns_keep_their_waits_at_any_rate() -> None:
     assert points[1].values["duration"] == pytest.approx(points[0].values["duration"] / 10, rel=0.05)
     found = plan(trace, ONE_AT_A_TIME, ["ttft_p99=1s"], rate=1.0)
     assert found.trace["unit"] == "sessions/s" and found.holds
+
+
+def test_a_trace_too_short_for_its_rate_is_said() -> None:
+    """5 s of requests that take 0.2 s and more; and sessions that last longer than all of them take to start."""
+    found = plan(poisson(500), replace(ONE_AT_A_TIME, max_num_seqs=8), ["e2el_p99=1s"], rate=100.0)
+    assert found.holds and not found.notes
+    long = replace(poisson(500, tokens=60), tenant=None)
+    (note,) = plan(long, replace(ONE_AT_A_TIME, max_num_seqs=256), ["e2el_p99=1s"], rate=100.0).notes
+    assert "lasts 4.99 s" in note and "a longer trace" in note
+    stamps = np.sort(np.random.default_rng(0).uniform(0.0, 500.0, 500))
+    sessions = replace(poisson(500), arrival_s=stamps - stamps[0], session=[str(i % 50) for i in range(500)])
+    notes = plan(sessions, replace(ONE_AT_A_TIME, max_num_seqs=8), ["e2el_p99=1s"], rate=10.0).notes
+    assert any("the load is not steady" in note for note in notes)
 
 
 def test_excess_is_the_log_of_the_worst_ratio() -> None:

@@ -98,8 +98,7 @@ class ScaledCost:
         self._inner.drafts = drafts  # type: ignore[attr-defined]  # as above
 
 
-# Closures, a cycle and a bare tuple instead of methods, an index and Ramp(): they are asked for every iteration, and
-# cost a replay 4 % instead of 11 %.
+# Asked for every iteration: a replay of a draw takes 7 % longer than a plain one (Azure conversation trace).
 
 
 def _decode_ramp(inner: CostModel, sizes: list[float], steps: list[float]) -> Callable[[int, float], Ramp]:
