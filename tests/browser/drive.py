@@ -286,10 +286,10 @@ def opened(server: Server, browser: Any = None, size: tuple[int, int] = LAPTOP) 
 PICTURES = {
     "What if": ("what-if", "/?cand_tokens=512&trace_traffic=2.5"),
     "Prefill vs decode": ("phases", "/phases"),
-    "Policies": ("policies", "/policies"),
+    "Policies": ("policies", "/policies?trace_traffic=3.5"),
     "Plan": ("plan", "/plan"),
-    "Requests": ("requests", "/requests"),
-    "Calibration": ("calibration", "/calibration"),
+    "Requests": ("requests", "/requests?trace=bursty.csv&trace_traffic=0.7&requests_rows=60"),
+    "Calibration": ("calibration", "/calibration?ca_profile=h200-sxm"),
 }
 
 
