@@ -36,10 +36,10 @@ def parity(points: Any, by: str, key: str) -> None:
 
 def steps(profile: Profile) -> None:
     errors, points = (cached(table, profile.name, evidence.STEPS) for table in (evidence.errors, evidence.points))
-    model = pick("Model", evidence_words.panels(errors), "ca_model")
-    errors, points = errors[errors["panel"] == model], points[points["panel"] == model]
     left, right = st.columns(2)
     with left:
+        model = pick("Model", evidence_words.panels(errors), "ca_model")
+        errors, points = errors[errors["panel"] == model], points[points["panel"] == model]
         st.markdown("**GPU seconds of engine steps**, a row a recorded load")
         drawing = charts_calibration.errors_chart(errors)
         shared.chart(drawing, alt=evidence_words.errors_in_words(errors), key="ca_steps_chart")

@@ -1,12 +1,13 @@
 """Prefill vs decode: why the two phases of one model differ, and what the engine makes of it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import streamlit as st
 
 from app_pages import shared
-from llmsim import charts_phases, phases, phases_burst, phases_curves, phases_table
+from llmsim import charts_burst, charts_phases, phases, phases_burst, phases_curves, phases_table, phases_words
 from llmsim.command_line import argv_of
 from llmsim.hardware import gpu_names, model_names
 from llmsim.scenario import KV_CACHE_DTYPES, QUANTIZATIONS, Scenario
@@ -44,7 +45,7 @@ def roofline(scenario: Scenario, sizes: dict[str, int]) -> None:
     left, right = st.columns([3, 1.25])
     with left:
         drawing = charts_phases.moves_chart(moves.frame)
-        shared.chart(drawing, alt=phases_table.moves_in_words(moves, by), key="ph_roofline_chart")
+        shared.chart(drawing, alt=phases_words.moves_in_words(moves, by), key="ph_roofline_chart")
     with right:
         st.table(phases_table.beside(moves.prefill, moves.decode), alt="Prefill and decode side by side")
         for line in moves.left_out:
@@ -62,7 +63,7 @@ def times(scenario: Scenario, sizes: dict[str, int], outcome: phases.Phases) -> 
         st.markdown("**Prefill**: linear layers grow with the tokens, attention with their square")
         growth = cached(phases_curves.prefill_growth, scenario, prompt)
         drawing = charts_phases.growth_chart(growth, "prompt_tokens", "prefill", here=prompt, title="Prompt (tokens)")
-        shared.chart(drawing, alt=phases_table.growth_in_words(growth, "prompt_tokens"), key="ph_prefill_chart")
+        shared.chart(drawing, alt=phases_words.growth_in_words(growth, "prompt_tokens"), key="ph_prefill_chart")
         shared.downloads("ph_prefill", growth, name="prefill", drawing=drawing)
     with right:
         st.markdown("**Decode**: weights are read once a step, the cache of every request")
@@ -73,14 +74,15 @@ def times(scenario: Scenario, sizes: dict[str, int], outcome: phases.Phases) -> 
         drawing = charts_phases.growth_chart(
             steps, COLUMNS[across], "decode", here=sizes[COLUMNS[across]], title=TITLES[across]
         )
-        shared.chart(drawing, alt=phases_table.growth_in_words(steps, COLUMNS[across]), key="ph_decode_chart")
+        shared.chart(drawing, alt=phases_words.growth_in_words(steps, COLUMNS[across]), key="ph_decode_chart")
         shared.downloads("ph_decode", steps, name="decode", drawing=drawing)
     st.caption("Dashed: time on both clocks, the host's included. The line: the setting on the left.")
     for line in phases_table.growing(outcome):
         st.markdown(f"- {line}")
 
 
-def one_batch(scenario: Scenario, sizes: dict[str, int]) -> None:
+def one_batch(scenario: Scenario, sizes: dict[str, int]) -> tuple[Scenario, list[str]]:
+    """The scenario with the token budget chosen here, and the options of a burst."""
     first, second, third = st.columns(3)
     budget = first.select_slider(
         "Token budget of an iteration",
@@ -94,19 +96,21 @@ def one_batch(scenario: Scenario, sizes: dict[str, int]) -> None:
     of = {"prompts": prompts, "prompt_tokens": sizes["prompt_tokens"], "decodes": decodes}
     of["context_tokens"] = sizes["context_tokens"]
     burst = cached(phases_burst.burst, scenario, token_budget=budget, **of)
-    shared.figures(phases_burst.cards(burst))
+    shared.figures(phases_words.cards(burst))
     clocks, requests = burst.clocks(), burst.requests()
-    drawing = charts_phases.burst_chart(clocks, requests)
-    shared.chart(drawing, alt=phases_burst.in_words(burst), key="ph_burst_chart")
-    tokens = charts_phases.tokens_chart(clocks, requests, budget)
+    drawing = charts_burst.burst_chart(clocks, requests)
+    shared.chart(drawing, alt=phases_words.burst_in_words(burst), key="ph_burst_chart")
+    tokens = charts_burst.tokens_chart(clocks, requests, budget)
     shared.chart(tokens, alt=f"Tokens of each iteration, against the budget of {budget:,}", key="ph_tokens_chart")
-    st.caption(phases_burst.LEGEND + phases_burst.left_out(burst))
+    st.caption(phases_words.BURST + phases_words.left_out(burst))
     shared.downloads("ph_burst", requests, name="burst", drawing=drawing)
     table = cached(phases_burst.budgets, scenario, **of)
     st.markdown("**What the token budget trades**: small chunks delay the prompts, large ones stall the answers")
-    trade = charts_phases.budgets_chart(table, budget)
-    shared.chart(trade, alt=phases_burst.budgets_in_words(table), key="ph_budgets_chart")
+    trade = charts_burst.budgets_chart(table, budget)
+    shared.chart(trade, alt=phases_words.budgets_in_words(table), key="ph_budgets_chart")
     shared.downloads("ph_budgets", table, name="budgets", drawing=trade)
+    options = ["--burst", str(prompts), "--decodes", str(decodes)]
+    return replace(scenario, max_num_batched_tokens=budget), options
 
 
 def tables(outcome: phases.Phases) -> None:
@@ -135,6 +139,7 @@ if scenario is None:
 roofline_tab, times_tab, batch_tab, table_tab = st.tabs(
     ["Roofline", "Time", "One batch", "Table"], key="ph_tab", on_change="rerun", **BOUND
 )
+shown, options = scenario, []
 with shared.error_in_place():
     batches = cached(phases.batches_beside, scenario, sizes["batch"], sizes["context_tokens"])
     asked = {"prompt_tokens": sizes["prompt_tokens"], "context_tokens": sizes["context_tokens"]}
@@ -147,13 +152,13 @@ with shared.error_in_place():
             times(scenario, sizes, outcome)
     with batch_tab:
         if batch_tab.open:
-            one_batch(scenario, sizes)
+            shown, options = one_batch(scenario, sizes)
     with table_tab:
         if table_tab.open:
             tables(outcome)
     st.info(outcome.textbook, icon=":material/menu_book:")
     for line in phases_table.setting(outcome):
         st.caption(line)
-    options = ["--prompt", str(sizes["prompt_tokens"]), "--context", str(sizes["context_tokens"])]
+    options += ["--prompt", str(sizes["prompt_tokens"]), "--context", str(sizes["context_tokens"])]
     options += ["--batch", ",".join(str(size) for size in batches)]
-    shared.command_line(argv_of(scenario, command="phases", trace=[], options=options))
+    shared.command_line(argv_of(shown, command="phases", trace=[], options=options))

@@ -5,17 +5,19 @@ import os
 import streamlit as st
 
 from app_pages import plan_views as views
-from app_pages import quick, shared
+from app_pages import shared
+from app_pages.quick import answer
 from app_pages.shared_scenario import other_fields
 from llmsim.engines import ENGINES
 from llmsim.hardware import gpu_names, model_names
-from llmsim.plan_study import Demand, planned, quick_requests
+from llmsim.plan_study import Demand, planned, quick
 from llmsim.scenario import QUANTIZATIONS, Scenario
 
 PROMISES = ["ttft_p99=500ms", "tpot_p95=50ms"]
 MORE_PROMISES = ["ttft_p50=200ms", "ttft_p99=1s", "tpot_p99=40ms", "itl_p99=100ms", "e2el_p99=20s"]
 GPUS = ["h100-sxm", "h200-sxm"]
 PUBLISHED = "as published"
+NO_CONFIDENCE, CONFIDENCES = "as calibrated", ("0.8", "0.9", "0.95", "0.99")
 
 
 def model_picker() -> dict[str, object]:
@@ -52,11 +54,12 @@ def fleet_picker() -> dict[str, tuple[object, ...]]:
 
 
 def demand_picker() -> dict[str, float | int | None]:
-    first, second, third, fourth = st.columns(4)
+    first, second, third, fourth, fifth = st.columns(5)
     with first:
         rate = st.number_input(
-            "Rate to hold (per s)", 0.0, None, None, key="plan_rate", bind="query-params", placeholder="the trace's",
-            help="Requests per second; sessions per second of a trace whose turns wait for answers.",
+            "Rate to hold (per s)", 0.0, None, 40.0, key="plan_rate", bind="query-params",
+            help="Requests per second; sessions per second of a trace whose turns wait. 0: the trace's own, or the "
+            "highest one where replicas are given.",
         )  # fmt: skip
     with second:
         replicas = st.number_input(
@@ -69,7 +72,19 @@ def demand_picker() -> dict[str, float | int | None]:
         )
     with fourth:
         most = st.number_input("GPUs at most", 1, 10_000, 256, key="plan_most", bind="query-params")
-    return {"rate": rate, "replicas": replicas, "budget_usd_per_h": budget, "max_gpus": most}
+    with fifth:
+        confidence = st.selectbox(
+            "Confidence", [NO_CONFIDENCE, *CONFIDENCES], key="plan_sure", bind="query-params",
+            help="The answers hold with this probability, given how far the cost model may be off. Looked at on the "
+            "whole trace.",
+        )  # fmt: skip
+    return {
+        "rate": rate or None,
+        "replicas": replicas,
+        "budget_usd_per_h": budget,
+        "max_gpus": most,
+        "confidence": None if confidence == NO_CONFIDENCE else float(confidence),
+    }
 
 
 with st.sidebar:
@@ -100,15 +115,12 @@ if demand is None:
     st.stop()
 
 with shared.error_in_place():
-    limit = quick_requests(demand)
-    whole = len(choice.load())
-    sample = views.limited(demand, limit)
-    found = None
-    if whole > limit:
+    whole, sample, found = len(choice.load()), quick(demand), None
+    if whole > sample.limit or demand.confidence is not None:
         found = shared.long_job("plan_job", "Plan on the whole trace", planned, demand, os.cpu_count() or 1)
     used = demand if found is not None else sample
-    found = found if found is not None else quick.answer(planned, sample)
-    st.caption(
-        f"Planned on {'all' if used.limit is None else 'the first'} {min(used.limit or whole, whole):,} of {whole:,} requests."
-    )
+    found = found if found is not None else answer(planned, sample)
+    covered = "all" if used.limit is None or whole <= used.limit else f"the first {used.limit:,} of"
+    sure = "" if found.confidence is None else f", so that answers hold with probability {found.confidence:g}"
+    st.caption(f"Planned on {covered} {whole:,} requests{sure}.")
     views.show(demand, used, found)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import streamlit as st
@@ -28,6 +27,7 @@ OPTION_COLUMNS = {
     "capacity_rate": ("holds up to (per s)", "%.4g"),
     "tightest": ("tightest promise", None),
     "margin": ("its margin", "percent"),
+    "probability": ("P(SLOs met)", "percent"),
     "breaks_next": ("what breaks it, or the next smaller fleet", None),
     "usd_per_million_output_tokens": ("$ / 1M output tokens", "%.2f"),
     "goodput_per_gpu": ("goodput per GPU (req/s)", "%.2f"),
@@ -35,10 +35,6 @@ OPTION_COLUMNS = {
     "tokens_per_s_per_gpu": ("tokens/s/GPU", "%.0f"),
     "tokens_per_s_per_user": ("tokens/s/user", "%.1f"),
 }
-
-
-def limited(demand: Demand, limit: int) -> Demand:
-    return replace(demand, limit=limit)
 
 
 def show(demand: Demand, used: Demand, found: Plan) -> None:
@@ -67,13 +63,13 @@ def answers(found: Plan) -> None:
     for place, (name, option) in zip(st.columns(3), found.answers.items(), strict=True):
         if option is None:
             continue
-        with place.container(border=True):
+        with place.container(border=True, height="stretch"):
             st.metric(
                 ANSWERS[name], f"{option.gpus} GPUs · ${option.usd_per_h:,.2f}/h", help=option.run and _margins(option)
             )
             st.markdown(f"**{option.name}**")
             if option.broken is not None:
-                st.caption(f"next: {option.broken.why_not}")
+                st.caption(f"Breaks {plan_frames.next_break(option)}")
 
 
 def _margins(option: Option) -> str:
@@ -148,8 +144,8 @@ def knee(demand: Demand, used: Demand, option: Option) -> None:
         with place:
             shared.chart(drawing, key=f"plan_knee_{metric}")
     st.caption(
-        f"{points[0].requests:,} requests at each of {len(points)} rates on {option.name}. Shaded: the queue kept growing, "
-        "so latencies depend on the trace's length."
+        f"{points[0].requests:,} requests at each of {len(points)} rates on {option.name}. Shaded: the queue kept "
+        "growing, so latencies depend on the trace's length."
     )
     shared.footer("plan_knee", commands=_commands(demand, ("--curve",)), frames={"knee": frame}, drawings=drawings)
 
@@ -165,8 +161,8 @@ def how_sure(demand: Demand, used: Demand, found: Plan, option: Option) -> None:
     with right:
         percent = st.slider("Confidence asked for (%)", 50, 99, 95, key="plan_confidence", bind="query-params")
     st.caption(
-        "The replay is repeated on machines that the scenario's may turn out to be: cost models off by as much as recordings "
-        "of the real engine say, and another seed."
+        "The replay is repeated on machines that the scenario's may turn out to be: cost models off by as much as "
+        "recordings of the real engine say, and another seed."
     )
     rate = option.rate if option.rate is not None else found.rate
     points = shared.long_job("plan_sure_job", "How sure is that?", plan_study.sure, used, option.scenario, rate, draws)
@@ -179,7 +175,9 @@ def how_sure(demand: Demand, used: Demand, found: Plan, option: Option) -> None:
         "probability": charts_plan.probability_chart(frame, percent / 100, unit),
         "intervals": charts_plan.promise_chart(frame, middle.rate),
     }
-    st.metric(f"P(every promise kept) at {middle.rate:g} {unit}", f"{middle.probability:.0%}", border=True)
+    each = [(str(slo), probability) for slo, probability, _ in middle.each]
+    kept = [(f"P(every promise kept) at {middle.rate:g} {unit}", middle.probability), *each]
+    shared.figures([{"label": label, "value": f"{probability:.0%}"} for label, probability in kept])
     for place, (name, drawing) in zip(st.columns(2), drawings.items(), strict=True):
         with place:
             shared.chart(drawing, key=f"plan_{name}")

@@ -25,6 +25,7 @@ def side_picker() -> list[str]:
         key="pol_sides",
         bind="query-params",
         accept_new_options=True,
+        select_all=False,
         help="The first one is what the others are compared with. Type your own: file.py:Class is a scheduler, "
         "FIELD=VALUE,… changes the first side, e.g. max_num_seqs=64 or scheduler=slo-chunk,scheduler.tpot_ms=40.",
     )

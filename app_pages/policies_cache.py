@@ -24,6 +24,7 @@ def cache(choice: TraceChoice, scenario: Scenario) -> None:
         key="pol_evictions",
         bind="query-params",
         accept_new_options=True,
+        select_all=False,
         help="Which cached content goes when blocks are needed. Type your own: file.py:Class.",
     )
     with shared.error_in_place():
@@ -67,7 +68,7 @@ def _replayed(choice: TraceChoice, scenario: Scenario, evictions: list[str]) -> 
         )  # fmt: skip
     sides = cache_sides(scenario, evictions, tiers, blocks)
     study = Study(choice, sides, stamps=stamps(side for _, side in sides))
-    limit = quick_requests(len(sides))
+    limit = quick_requests(2 * len(sides))
     uses = None
     if len(choice.load()) > limit:
         uses = shared.long_job("pol_cache_job", "Replay the whole trace", in_cache, study)

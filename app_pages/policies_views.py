@@ -12,7 +12,7 @@ from app_pages import quick, shared
 from llmsim import charts_groups, charts_policies, compare_rates
 from llmsim.choice import TraceChoice
 from llmsim.command_line import argv_of
-from llmsim.compare_study import AT_ONCE, ByRate, Compared, Study, by_rate, compared, quick_requests
+from llmsim.compare_study import AT_ONCE, FEWEST, ByRate, Compared, Study, by_rate, compared, quick_requests
 from llmsim.scenario import Scenario
 
 LATENCIES = ("ttft", "tpot", "e2el")
@@ -64,15 +64,12 @@ def drawn(drawing: Any, key: str) -> None:
 
 def whole_or_sample(key: str, function: Any, study: Study, limit: int, *arguments: Any) -> Any:
     """What the button found of the whole trace; until it is pressed, and while it runs, the answer of a sample."""
-    sample = replace(study, limit=limit)
-    if len(study.source.load()) <= limit:
-        answer = quick.answer(function, sample, *arguments)
-        st.caption(f"All {answer.requests:,} requests.")
-        return answer
-    answer = shared.long_job(key, "Run the whole trace", function, study, *arguments)
+    whole = len(study.source.load())
+    answer = shared.long_job(key, "Run the whole trace", function, study, *arguments) if whole > limit else None
     if answer is None:
-        answer = quick.answer(function, sample, *arguments)
-        st.caption(f"The first {answer.requests:,} of {len(study.source.load()):,} requests.")
+        answer = quick.answer(function, replace(study, limit=limit), *arguments)
+    covered = f"All {whole:,}" if answer.requests == whole else f"The first {answer.requests:,} of {whole:,}"
+    st.caption(f"{covered} requests.")
     return answer
 
 
@@ -80,7 +77,12 @@ def whole_or_sample(key: str, function: Any, study: Study, limit: int, *argument
 
 
 def differences(study: Study, base: Scenario, flags: Sequence[str]) -> None:
-    found: Compared = whole_or_sample("pol_compared", compared, study, AT_ONCE)
+    seeds = st.slider(
+        "Seeds", 1, 8, 1, key="pol_seeds", bind="query-params",
+        help="Replays of every side; what differs then holds for other launch times too, and numbers are their means.",
+    )  # fmt: skip
+    study = replace(study, seeds=seeds)
+    found: Compared = whole_or_sample("pol_compared", compared, study, max(AT_ONCE // seeds, FEWEST))
     names = found.names
     _said(found)
     table(found.sides, "pol_sides_table")
@@ -115,6 +117,7 @@ def _compare_lines(
     """One `llmsim compare` for each rate; before them what makes the trace, if it has to be made."""
     choice: TraceChoice = study.source  # type: ignore[assignment]
     drawn_too = ["--assign-classes", study.classes] if study.classes else []
+    drawn_too += ["--seeds", str(study.seeds)] if study.seeds > 1 else []
     lines = []
     for rate in rates:
         options = [*flags, *drawn_too, *(["--rate", repr(rate)] if rate is not None else [])]
@@ -139,7 +142,7 @@ def rates(study: Study, base: Scenario, flags: Sequence[str]) -> None:
             help="Left empty: 1.6 times that.",
         )  # fmt: skip
     with third:
-        count = st.slider("Rates", 3, 24, 9, key="pol_rates", bind="query-params")
+        count = st.slider("Rates", 3, 24, 7, key="pol_rates", bind="query-params")
     with fourth:
         percent = st.slider(
             "Within the SLO must be (%)", 50.0, 100.0, 99.0, 0.5, key="pol_share", bind="query-params", format="%g"
@@ -155,7 +158,8 @@ def rates(study: Study, base: Scenario, flags: Sequence[str]) -> None:
         drawn(attainment, "pol_attainment")
     with right:
         drawn(goodput, "pol_goodput")
-    st.caption("A hollow point: the queue grew all along, so the number depends on the trace's length.")
+    short = " A short sample flatters high rates: its queues have no time to grow." if found.requests <= limit else ""
+    st.caption(f"A hollow point: the queue grew all along, so the number depends on the trace's length.{short}")
     table(compare_rates.carried_frame(found.points, percent / 100), "pol_carried")
     lines = _compare_lines(study, base, flags, found.rates)
     drawings = {"attainment": attainment, "goodput": goodput}

@@ -197,8 +197,11 @@ with left:
         else "Draw a rectangle over the dots: everything below and beside is then about the requests in it."
     )
 with right:
-    sides = {"all requests": run} | ({"in the rectangle": views.subset(run, ids)} if some else {})
-    shared.chart(ecdf_chart(views.ecdf(sides, measure)), key="requests_ecdf")
+    if some:
+        curves = views.ecdf({"all requests": run, "in the rectangle": views.subset(run, ids)}, measure)
+    else:
+        curves = shared.cached_frame(views.ecdf, {"all requests": folder}, metric=measure)
+    shared.chart(ecdf_chart(curves), key="requests_ecdf")
 
 gantt = views.gantt(run, ids, worst=measure, rows=rows)
 if not len(gantt):

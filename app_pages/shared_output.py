@@ -49,11 +49,14 @@ def chart(
     `alt`: what a screen reader says; the chart's own description unless given. Panels on top of each other are drawn
     one by one, since a browser stretches no chart of several.
     """
-    said = alt or (drawing.description if isinstance(drawing.description, str) else "")
+    own = getattr(drawing, "description", "")
+    said = alt or (own if isinstance(own, str) else "")
     if isinstance(drawing, altair.VConcatChart):
+        drawing = panels(drawing)
+    if isinstance(drawing, Sequence):
         with st.container(gap=None):
-            for number, panel in enumerate(panels(drawing)):
-                chart(panel, key=f"{key}_{number}", alt=f"{said}, panel {number + 1}")
+            for number, panel in enumerate(drawing):
+                chart(panel, key=f"{key}_{number}", alt=said and f"{said}, panel {number + 1}")
         return None
     plain = drawing.copy(deep=False)
     plain.description = altair.Undefined  # `alt` says it

@@ -5,7 +5,7 @@ import streamlit as st
 from app_pages import shared
 from app_pages.promises import promises
 from llmsim import views
-from llmsim.charts_run import ecdf_chart, strip_chart, where_chart
+from llmsim.charts_run import ecdf_chart, strip_panels, where_panels
 from llmsim.command_line import argv_of
 from llmsim.runs import with_goodput
 
@@ -56,11 +56,11 @@ left, right = st.columns([3, 2])
 with left:
     strip = shared.cached_frame(views.strip, folders)
     said = "Running and waiting requests, KV cache in use, tokens per second and TTFT over simulated time"
-    shared.chart(strip_chart(strip), alt=said, key="what_if_strip")
+    shared.chart(strip_panels(strip), alt=said, key="what_if_strip")
 with right:
     where = shared.cached_frame(views.where, folders)
     said = "Mean end-to-end latency split into queue, prefill, decode and preempted, for both set-ups"
-    shared.chart(where_chart(where), alt=said, key="what_if_where")
+    shared.chart(where_panels(where), alt=said, key="what_if_where")
     table = shared.kpi_table(numbers)
 shared.footer(
     "what_if",

@@ -22,24 +22,26 @@ import click
 import msgspec
 import numpy as np
 
-from benchmarks.accuracy import METRICS, STATISTICS, update
-from calibration.recorded_on import RECORDED, Recorded
+from benchmarks.accuracy import METRICS, STATISTICS, recordings, update
+from calibration.recorded_on import RECORDED, Recorded, placed
 from calibration.spread import spread_of
 from calibration.touch_up import Load
 from calibration.touch_up_command import carried_loads, own_loads
-from llmsim.cost.profile import Profile, read_profile
+from llmsim.cost.profile import Deviation, Profile, Within, profile_names, read_profile
 from llmsim.hardware import gpu_names, model_names
 from llmsim.recorded import RecordedScenario
-from llmsim.recording import load_recording
+from llmsim.recording import load_recording, read_settings
 from llmsim.scenario import Scenario
 from llmsim.simulate import cost_of, simulate
 from llmsim.uncertainty import draws_of, fewest_draws, interval, sources_of
+from llmsim.uncertainty_sources import roofline_spread
 from llmsim.validate import compare, named_in
 
 LEVELS = (0.5, 0.9, 0.99)
 DRAWS = fewest_draws(max(LEVELS))
 SHOWN = 0.9  # of the tables by recording and by load
 START, END = "<!-- coverage -->", "<!-- /coverage -->"
+SPREAD = "<!-- spread -->", "<!-- /spread -->"
 Cell = tuple[str, str]  # metric, statistic
 
 
@@ -72,34 +74,41 @@ def _carried(folder: Path, profile: str) -> dict[str, list[Load]]:
     return carried_loads([folder], profile)
 
 
-def left_out(folder: Path) -> list[Profile]:
-    """The shipped profiles with the spread that recordings of other machines, and of other models, give."""
-    found = []
-    for name, recorded in RECORDED.items():
-        machines = [group for group in recorded.machines if folder not in group]
-        if len(machines) < 2:
-            continue  # one machine says nothing about machines; the other profiles stand in
-        loads = [[load for held in group for load in _own(held, name)] for group in machines]
-        found.append(
-            msgspec.structs.replace(read_profile(name), spread=spread_of(loads, _others(folder, name, recorded)))
+def kept(folder: Path) -> dict[str, Recorded]:
+    """By profile, the recordings that say how sure it may be of this one: of other machines, and of other models."""
+    own = model_of(folder) if any(folder in held.carried for held in RECORDED.values()) else None
+    return {
+        name: Recorded(
+            machines=tuple(group for group in held.machines if folder not in group),
+            carried=tuple(path for path in held.carried if model_of(path) != own),
         )
+        for name, held in RECORDED.items()
+    }
+
+
+@cache
+def model_of(folder: Path) -> str:
+    return named_in(str(folder), read_settings(folder / "engine.json")[1], "model", model_names())
+
+
+def left_out(folder: Path) -> list[Profile]:
+    """The shipped profiles, with the spread that `kept` gives."""
+    found = []
+    for name, held in kept(folder).items():
+        if len(held.machines) < 2:
+            continue  # one machine says nothing about machines; the other profiles stand in
+        setups: dict[str, list[Load]] = {}
+        for path in held.carried:
+            for setup, loads in _carried(path, name).items():
+                setups.setdefault(setup, []).extend(loads)
+        machines = [[load for path in group for load in _own(path, name)] for group in held.machines]
+        found.append(msgspec.structs.replace(read_profile(name), spread=spread_of(machines, setups)))
     return found
 
 
-def _others(folder: Path, profile: str, recorded: Recorded) -> dict[str, list[Load]]:
-    """Setups of other models than the folder's, if that is one the profile is carried to."""
-    models = {setup.split()[0] for setup in _carried(folder, profile)} if folder in recorded.carried else set()
-    setups: dict[str, list[Load]] = {}
-    for held in recorded.carried:
-        for setup, loads in _carried(held, profile).items():
-            if setup.split()[0] not in models:
-                setups.setdefault(setup, []).extend(loads)
-    return setups
-
-
-def judge(folder: Path, draws: int = DRAWS) -> list[Judged]:
-    """Every load of a recording; grids of single batches are none."""
-    profiles = left_out(folder)
+def judge(folder: Path, draws: int = DRAWS, profiles: Sequence[Profile] | None = None) -> list[Judged]:
+    """Every load of a recording; grids of single batches are none. `profiles`: by default `left_out`."""
+    profiles = left_out(folder) if profiles is None else profiles
     loads = [load for file in sorted(folder.glob("*.requests.json.gz")) for load in load_recording(file)]
     return [_judged(folder.name, load, profiles, draws) for load in loads]
 
@@ -123,15 +132,16 @@ def _judged(folder: str, recorded: RecordedScenario, profiles: Sequence[Profile]
     return Judged(folder, recorded.name, {cell: truth[cell] for cell in whole}, whole)
 
 
-def folders() -> list[Path]:
-    return [path for held in RECORDED.values() for group in (*held.machines, held.carried) for path in group]
+def recorded_folders() -> list[Path]:
+    """What there is to judge, whether or not it has its place."""
+    return [folder for folder in recordings() if any(folder.glob("*.requests.json.gz"))]
 
 
 def judge_all(draws: int = DRAWS, jobs: int = 1) -> list[Judged]:
     if jobs == 1:
-        return [one for folder in folders() for one in judge(folder, draws)]
+        return [one for folder in placed() for one in judge(folder, draws)]
     with ProcessPoolExecutor(jobs) as pool:
-        return [one for held in pool.map(judge, folders(), [draws] * len(folders())) for one in held]
+        return [one for held in pool.map(judge, placed(), [draws] * len(placed())) for one in held]
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
@@ -154,8 +164,8 @@ def table(loads: Sequence[Judged]) -> str:
 
 def _by_number(loads: Sequence[Judged]) -> str:
     levels = [level for level in LEVELS if len(next(iter(loads[0].drawn.values()))) >= fewest_draws(level)]
-    head = " | ".join(f"in {level:.0%}" for level in levels)
-    lines = [f"| | {head} | half-width of {SHOWN:.0%} |", "|---|" + "---:|" * (len(levels) + 1)]
+    head = " | ".join(f"in {100 * level:g} %" for level in levels)
+    lines = [f"| | {head} | half-width of {100 * SHOWN:g} % |", "|---|" + "---:|" * (len(levels) + 1)]
     for metric, name in METRICS.items():
         for statistic in STATISTICS:
             cell = metric, statistic
@@ -183,12 +193,45 @@ def _by_load(loads: Sequence[Judged]) -> str:
 def _grouped(title: str, groups: dict[str, list[Judged]]) -> str:
     cells = [("ttft_ms", "mean"), ("ttft_ms", "p99"), ("tpot_ms", "mean"), ("e2el_ms", "mean")]
     names = " | ".join(f"{METRICS[metric]} {statistic}" for metric, statistic in cells)
-    lines = [f"| {title} | loads | in {SHOWN:.0%} | {names} |", "|---|---:|---:|" + "---:|" * len(cells)]
+    lines = [f"| {title} | loads | in {100 * SHOWN:g} % | {names} |", "|---|---:|---:|" + "---:|" * len(cells)]
     for name, own in groups.items():
         inside = share_inside(own, SHOWN, lambda cell: cell[0] != "itl_ms")
         widths = " | ".join(f"±{half_width(own, SHOWN, cell)} %" for cell in cells)
         lines.append(f"| {name} | {len(own)} | {inside} % | {widths} |")
     return "\n".join(lines)
+
+
+def spread_table() -> str:
+    """Markdown: what the shipped profiles and the roofline's file hold."""
+    lines = ["| | | decode steps | steps with chunks | launches | rests on |", "|---|---|---:|---:|---:|---|"]
+    for name in profile_names():
+        spread = read_profile(name).spread
+        if spread is not None:
+            rows = [
+                ("loads of one machine", spread.runs, "loads"),
+                ("machines beyond that", spread.machines, "machines"),
+            ]
+            rows += [(f"carried to {setup}", held, "loads") for setup, held in spread.models.items()]
+            within = (spread.sizes, spread.carried_sizes, spread.steps)
+            lines += _spread_rows(f"`{name}`", rows, within)
+    roofline = roofline_spread()
+    rows = [(setup, held, "loads") for setup, held in roofline.models.items()]
+    return "\n".join([*lines, *_spread_rows("`roofline`", rows, (roofline.sizes, None, roofline.steps))])
+
+
+def _spread_rows(name: str, rows: Sequence[tuple[str, Deviation, str]], within: Sequence[Within | None]) -> list[str]:
+    cells = [
+        f"| {what} | {100 * held.gpu_decode:.2g} % | {100 * held.gpu_chunk:.2g} % | {100 * held.host:.2g} % "
+        f"| {held.count} {unit if held.count > 1 else unit[:-1]} |"
+        for what, held, unit in rows
+    ]
+    inside = ("iterations of one size", "iterations of one size, carried", "single iterations")
+    cells += [
+        f"| {what} | {100 * held.decode:.2g} % | {100 * held.chunk:.2g} % | | {held.count} loads |"
+        for what, held in zip(inside, within, strict=True)
+        if held is not None
+    ]
+    return [f"| {name} {cell}" if i == 0 else f"| {cell}" for i, cell in enumerate(cells)]
 
 
 @click.command()
@@ -202,6 +245,7 @@ def main(draws: int, jobs: int, page: Path | None) -> None:
     text = table(judge_all(draws, jobs))
     if page is not None:
         update(page, text, (START, END))
+        update(page, spread_table(), SPREAD)
     click.echo(text)
 
 

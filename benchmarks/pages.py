@@ -1,5 +1,5 @@
-"""Pages that run: `python -m benchmarks.pages` runs the cells of docs/tutorial.md and docs/sweep.md and prints again
-what stands below them. `tests/test_docs_pages.py` runs them too, and holds them to the words that they show.
+"""Pages that run: `python -m benchmarks.pages` runs the cells of docs/tutorial.md, sweep.md and explain.md and prints
+again what stands below them. `tests/test_docs_pages.py` runs them too, and holds them to the words that they show.
 
 A block of Python is run, one after the other in one namespace, as in a notebook; a block of sh has a command a line. If
 a block of text follows, it is what they print. A block that begins with a comment that names a file (`# my_policy.py`,
@@ -22,6 +22,7 @@ from llmsim import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("tutorial.md", "sweep.md")
+REPORTS = ("explain.md",)  # what they find may change with a cost model, and so their words
 READ = ("traces", "examples")  # what pages read of the checkout
 BLOCK = re.compile(r"^```(python|sh|yaml)\n(.*?)^```\n(?:(```text\n)(.*?)^```\n)?", flags=re.DOTALL | re.MULTILINE)
 FILE = re.compile(r"# ([\w-]+\.(?:py|yaml))\n")
@@ -80,7 +81,7 @@ def refreshed(page: str, folder: Path) -> str:
 
 
 def main(tell: Callable[[str], None] = print) -> None:
-    for name in PAGES:
+    for name in (*PAGES, *REPORTS):
         path = ROOT / "docs" / name
         with tempfile.TemporaryDirectory() as place:
             path.write_text(refreshed(path.read_text(encoding="utf-8"), Path(place)), encoding="utf-8")

@@ -1,18 +1,18 @@
 """`llmsim plan` against an exhaustive search: how long it takes, and how far from the optimum its answers are.
 
-    python -m benchmarks.plan [--question demand|fleet|both] [--jobs 2] [--no-exhaustive]
+    python -m benchmarks.plan [--question demand|fleet|both] [--jobs 2] [--no-exhaustive] [--update]
 
 The Azure conversation trace of 2023 (in ../shared/traces) for llama-3.1-8b on three kinds of GPU, tensor-parallel sizes
 1, 2 and 4, and three engines: 27 options, promised TTFT p99 <= 500 ms and TPOT p95 <= 50 ms.
 
 demand   40 requests/s: fewest GPUs, cheapest, fastest. Exhaustive: 1, 2, 3 ... replicas of every option on the whole
          trace until it holds.
-fleet    one replica: the highest rate per GPU, per dollar and of all. Exhaustive, vLLM only: rates from 1/s by steps
-         of 25 % until one breaks, then every per cent between the last two, on the whole trace.
+fleet    one replica: the highest rate per GPU, per dollar and of all. Exhaustive, vLLM only: rates from 64/s down by
+         steps of a fifth until one holds, then up by single per cents until one breaks, on the whole trace.
 
 The exhaustive search shares nothing with the plan but the simulator: it scales arrivals, takes percentiles and compares
 them by itself, drops nothing and knows no windows. Both keep to `--jobs` processes; wall times are those of the machine
-as it is, CPU seconds those of all processes.
+as it is, CPU seconds those of all processes. `--update` puts what is printed into docs/planning.md.
 """
 
 from __future__ import annotations
@@ -29,16 +29,18 @@ from typing import Any
 import click
 import numpy as np
 
+from benchmarks.accuracy import update as put
 from llmsim import Scenario, load_trace, simulate
 from llmsim.plan import Plan, plan
 from llmsim.prices import find_price
 
 ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "planning.md"
 TRACE = ROOT.parent / "shared" / "traces" / "azure-2023" / "AzureLLMInferenceTrace_conv.csv"
 GPUS, SIZES, ENGINES = ("h100-sxm", "h200-sxm", "a100-80gb-sxm"), (1, 2, 4), ("vllm", "sglang", "tensorrt-llm")
 SLOS = ("ttft_p99=500ms", "tpot_p95=50ms")
 TTFT_P99_S, TPOT_P95_S = 0.5, 0.05
-DEMAND, COARSE, FINE, SLOWEST = 40.0, 1.25, 1.01, 1.0
+DEMAND, FASTEST, COARSE, FINE, SLOWEST = 40.0, 64.0, 0.8, 1.01, 0.5
 MOST_GPUS, NEVER_S = 256, 1e12
 QUESTIONS: dict[str, dict[str, Any]] = {"demand": {"rate": DEMAND}, "fleet": {"replicas": 1}}
 
@@ -93,11 +95,11 @@ def fewest_replicas(kind: Kind) -> tuple[Kind, dict[str, float] | None]:
 
 def highest_rate(kind: Kind) -> tuple[Kind, dict[str, float] | None]:
     """Scores of one replica at the last rate of the grid that holds."""
-    rate = SLOWEST
-    if not holds(kind, 1, rate)[0]:
-        return kind, None
-    while holds(kind, 1, rate * COARSE)[0]:
+    rate = FASTEST
+    while not holds(kind, 1, rate)[0]:
         rate *= COARSE
+        if rate < SLOWEST:
+            return kind, None
     while holds(kind, 1, rate * FINE)[0]:
         rate *= FINE
     return kind, {
@@ -169,12 +171,17 @@ def judge(question: str, jobs: int, with_exhaustive: bool) -> Iterator[str]:
 @click.option("--question", type=click.Choice(["demand", "fleet", "both"]), default="both", show_default=True)
 @click.option("--jobs", default=2, show_default=True, help="Processes.")
 @click.option("--exhaustive/--no-exhaustive", "with_exhaustive", default=True, help="Minutes. [on]")
-def main(question: str, jobs: int, with_exhaustive: bool) -> None:
+@click.option("--update", is_flag=True, help="Put it into docs/planning.md.")
+def main(question: str, jobs: int, with_exhaustive: bool, update: bool) -> None:
     if not TRACE.is_file():
         raise click.ClickException(f"{TRACE} is missing: see README.md for where the trace is published")
+    printed = []
     for one in QUESTIONS if question == "both" else (question,):
         for line in judge(one, jobs, with_exhaustive):
             click.echo(line)
+            printed.append(line)
+    if update:
+        put(PAGE, "```text\n" + "\n".join(printed) + "\n```", ("<!-- plan -->", "<!-- /plan -->"))
 
 
 if __name__ == "__main__":

@@ -41,3 +41,8 @@ RECORDED = {
     ),
     "h100-sxm": Recorded(machines=((TESTED / H100,), (TESTED / f"{H100}_second-machine",))),
 }
+
+
+def placed() -> list[Path]:
+    """All of them."""
+    return [path for held in RECORDED.values() for group in (*held.machines, held.carried) for path in group]

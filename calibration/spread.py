@@ -32,6 +32,7 @@ import numpy as np
 from calibration.steps import Scenario
 from calibration.touch_up import FEWEST, Floats, Load, Ratio, Seconds
 from llmsim.cost.profile import Deviation, Spread, Within
+from llmsim.uncertainty_sources import Carried
 
 KINDS = ("gpu_decode", "gpu_chunk", "host")
 TOGETHER_S = 1.0  # a load whose requests were all sent within this is sent together
@@ -59,6 +60,15 @@ def spread_of(machines: Sequence[Sequence[Load]], setups: Mapping[str, Sequence[
         carried_sizes=_within(carried, _between_sizes),
         steps=_within([*own, *carried], _of_one_size),
     )
+
+
+def carried_spread(setups: Mapping[str, Sequence[Load]]) -> Carried:
+    """Of a cost model that was fitted to no recording."""
+    loads = [load for held in setups.values() for load in held]
+    sizes, steps = _within(loads, _between_sizes), _within(loads, _of_one_size)
+    if sizes is None or steps is None:
+        raise ValueError(f"recordings: {len(loads)} loads say nothing of iterations of one size. Record more of them")
+    return Carried({name: _error(name, held) for name, held in sorted(setups.items())}, sizes, steps)
 
 
 def _within(loads: Sequence[Load], deviation: Callable[[Seconds], float]) -> Within | None:

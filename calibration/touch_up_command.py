@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ import click
 import msgspec
 
 from calibration.profiles import check_output, write_profile
-from calibration.recorded_on import RECORDED
+from calibration.recorded_on import RECORDED, placed
 from calibration.spread import KINDS, launches_told, spread_of
+from calibration.spread_roofline import roofline_spread, write
 from calibration.steps import Recording, Scenario, read_recording
 from calibration.touch_up import (
     Load,
@@ -24,10 +25,12 @@ from calibration.touch_up import (
     touch_up,
     touched_profile,
 )
-from llmsim.cost.profile import ProfileCost, Spread, read_profile, setup_name
+from llmsim.cost.profile import Deviation, ProfileCost, Spread, Within, read_profile, setup_name
 from llmsim.hardware import model_names
 from llmsim.recording import read_settings
 from llmsim.scenario import Scenario as Settings
+from llmsim.simulate import cost_of
+from llmsim.uncertainty_sources import ROOFLINE
 from llmsim.validate import named_in
 
 UNITS_S = {"": 1.0, "s": 1.0, "min": 60.0}
@@ -97,6 +100,9 @@ def touch_up_command(
 def spread_command(profile: str, machines: tuple[str, ...], carried: tuple[Path, ...], record: bool) -> None:
     """How far machines, loads on one machine, and models it is carried to are from a profile: for touch-up, for
     intervals, and for reading errors."""
+    if profile == "roofline":
+        _spread_of_roofline(machines, carried, record)
+        return
     path, source = Path(profile), read_profile(profile)
     if record and path.suffix != ".json":
         raise ValueError(f"profile={profile}: --record needs the path of the .json file to write into")
@@ -106,11 +112,22 @@ def spread_command(profile: str, machines: tuple[str, ...], carried: tuple[Path,
             known = ", ".join(RECORDED)
             raise ValueError(f"profile={profile}: no recordings here belong to it (to {known} they do). Give --machine")
         groups, carried = list(RECORDED[source.name].machines), RECORDED[source.name].carried
+    setups = carried_loads(carried, profile)
     loads = [[load for folder in folders for load in own_loads(folder, profile)] for folders in groups]
-    found = spread_of(loads, carried_loads(carried, profile))
+    found = spread_of(loads, setups)
     click.echo(_table(found))
     if record:
         write_profile(msgspec.structs.replace(source, spread=found), path)
+
+
+def _spread_of_roofline(machines: tuple[str, ...], carried: tuple[Path, ...], record: bool) -> None:
+    if machines:
+        raise ValueError(f"--machine {machines[0]}: the roofline was fitted to no machine. Give folders with --carried")
+    found = roofline_spread(carried or placed())
+    click.echo(_lines(found.models, {"sizes": found.sizes, "steps": found.steps}))
+    if record:
+        write(found)
+        click.echo(str(ROOFLINE))
 
 
 def own_loads(folder: Path, profile: str) -> list[Load]:
@@ -125,14 +142,15 @@ def carried_loads(folders: Iterable[Path], profile: str) -> dict[str, list[Load]
     source = read_profile(profile)
     setups: dict[str, list[Load]] = {}
     for folder in folders:
-        recording = read_recording(folder)
-        model = named_in(str(folder), recording.engine, "model", model_names())
-        check_recorded(source, recording, model)
-        cost = cost_for(recording, profile, model, source.gpu)
+        settings, engine, _ = read_settings(folder / "engine.json")
+        model = named_in(str(folder), engine, "model", model_names())
+        scenario = Settings.from_dict({"model": model, "gpu": source.gpu, "cost": profile} | settings).resolved()
+        cost = cost_of(scenario)
+        assert isinstance(cost, ProfileCost)
         if not cost.scaled:
             raise ValueError(f"{folder}: is of what profile {source.name} was fitted to. Give it with --machine")
-        settings, _, _ = read_settings(folder / "engine.json")
-        scenario = Settings.from_dict({"model": model, "gpu": source.gpu} | settings).resolved()
+        recording = read_recording(folder)
+        check_recorded(source, recording, model)
         name = setup_name(model, scenario.weight_dtype, scenario.tensor_parallel)
         setups.setdefault(name, []).extend(_observed(recording, cost))
     return setups
@@ -145,13 +163,17 @@ def _observed(recording: Recording, cost: ProfileCost) -> list[Load]:
 
 
 def _table(found: Spread) -> str:
-    rows = {"runs": found.runs, "machines": found.machines} | found.models
-    width = max(len(name) for name in (*rows, "carried sizes")) + 2
+    within = {"sizes": found.sizes, "carried sizes": found.carried_sizes, "steps": found.steps}
+    return _lines({"runs": found.runs, "machines": found.machines} | found.models, within)
+
+
+def _lines(rows: Mapping[str, Deviation], inside: Mapping[str, Within | None]) -> str:
+    width = max(len(name) for name in (*rows, *inside)) + 2
     lines = [f"{'relative sd':<{width}}" + "".join(f"{kind:>12}" for kind in KINDS) + f"{'of':>6}"]
     for name, deviation in rows.items():
         cells = "".join(f"{getattr(deviation, kind):>12.1%}" for kind in KINDS)
         lines.append(f"{name:<{width}}{cells}{deviation.count:>6}")
-    for label, within in (("sizes", found.sizes), ("carried sizes", found.carried_sizes), ("steps", found.steps)):
+    for name, within in inside.items():
         if within is not None:
-            lines.append(f"{label:<{width}}{within.decode:>12.1%}{within.chunk:>12.1%}{'-':>12}{within.count:>6}")
+            lines.append(f"{name:<{width}}{within.decode:>12.1%}{within.chunk:>12.1%}{'-':>12}{within.count:>6}")
     return "\n".join(lines)

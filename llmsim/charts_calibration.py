@@ -19,8 +19,8 @@ DTYPE_COLOURS = dict(
 )
 COLOURS = KIND_COLOURS | DTYPE_COLOURS | {"held out": HELD_OUT, "fitted to": FITTED}
 FEW = 60  # points that can be larger
-ROW, AROUND = 21, 120  # pixels of a row, and of axis and legend beside the rows
-SIDE = 460
+ROW = 19  # pixels
+SIDE = 400
 PLACED: dict[str, Any] = {"labelBound": False, "labelFlush": False}
 
 
@@ -52,7 +52,7 @@ def errors_chart(errors: pd.DataFrame) -> alt.LayerChart:
         base.mark_tick(thickness=2, size=9).encode(alt.X("p90_percent:Q"), y, *beside, colour, tooltip=tips),
         base.mark_circle(size=75, opacity=1).encode(x, y, *beside, colour, tooltip=tips),
     ]
-    return alt.LayerChart(layer=layers).properties(width=SIDE, height=(ROW + 7 * several) * len(order) + AROUND)
+    return alt.LayerChart(layer=layers).properties(width=SIDE, height=(ROW + 7 * several) * len(order))
 
 
 def parity_chart(
@@ -109,7 +109,7 @@ def histogram_chart(histogram: pd.DataFrame, by: str) -> alt.LayerChart:
     zero = (
         alt.Chart(pd.DataFrame({"low_percent": [0.0]})).mark_rule(color=GREY, strokeWidth=1.2).encode(x="low_percent:Q")
     )
-    return alt.LayerChart(layer=[bars, zero]).properties(width=SIDE, height=190)
+    return alt.LayerChart(layer=[bars, zero]).properties(width=SIDE, height=130)
 
 
 def loads_chart(loads: pd.DataFrame) -> alt.LayerChart:
@@ -139,7 +139,7 @@ def loads_chart(loads: pd.DataFrame) -> alt.LayerChart:
         alt.Chart(shown.assign(zero=0.0)).mark_rule(strokeWidth=2, opacity=0.5).encode(x, alt.X2("zero:Q"), y, colour),
         alt.Chart(shown).mark_circle(size=90, opacity=1).encode(x, y, colour, tooltip=tips),
     ]
-    return alt.LayerChart(layer=layers).properties(width=SIDE, height=ROW * len(shown) + AROUND)
+    return alt.LayerChart(layer=layers).properties(width=SIDE, height=ROW * len(shown))
 
 
 def extent_chart(extent: pd.DataFrame) -> alt.LayerChart:
@@ -169,7 +169,7 @@ def extent_chart(extent: pd.DataFrame) -> alt.LayerChart:
         alt.Chart(shown).mark_circle(size=120, opacity=1).encode(x, y, colour, tooltip=tips),
         alt.Chart(pd.DataFrame({"ratio": [1.0]})).mark_rule(color=GREY, strokeWidth=1.5).encode(x),
     ]
-    return alt.LayerChart(layer=layers).properties(width=SIDE, height=34 * len(shown) + AROUND)
+    return alt.LayerChart(layer=layers).properties(width=SIDE, height=34 * len(shown))
 
 
 def _colours(frame: pd.DataFrame, by: str) -> dict[str, str]:

@@ -16,12 +16,15 @@ if TYPE_CHECKING:
 
 NAMES = {"ttft": "TTFT", "tpot": "TPOT", "e2el": "E2EL"}
 BROKEN = "#dc3d43"  # a promise that is broken, and where the queue runs away
-STATISTIC_COLOURS = {"P50": COLOURS["baseline"], "P99": COLOURS["candidate"]}
+STATISTIC_COLOURS = {
+    "P50": COLOURS["baseline"], "P99": COLOURS["candidate"], "P95": "#a25ee8", "P90": "#0e93a8", "mean": "#6f8f1a",
+}  # fmt: skip
+ALWAYS = ("P50", "P99")  # drawn whatever the promises are about
 TOOLTIPS = (
-    ("name", "fleet", None), ("rate", "rate (per s)", ",.3~g"), ("tokens_per_s_per_gpu", "tokens/s/GPU", ",.0f"),
+    ("name", "fleet", ""), ("rate", "rate (per s)", ",.3~g"), ("tokens_per_s_per_gpu", "tokens/s/GPU", ",.0f"),
     ("tokens_per_s_per_user", "tokens/s/user", ",.1f"),
     ("usd_per_million_output_tokens", "$ / 1M output tokens", ",.2f"),
-    ("requests", "requests simulated", ","), ("verdict", "SLOs", None),
+    ("requests", "requests simulated", ","), ("verdict", "SLOs", ""),
 )  # fmt: skip
 
 
@@ -30,16 +33,14 @@ def pareto_chart(points: pd.DataFrame) -> alt.LayerChart:
 
     `points`: of `llmsim.plan_frames.points_frame`.
     """
-    return _trade_off(
-        points, "tokens_per_s_per_gpu", "output tokens/s per GPU", "frontier", "Throughput against speed of an answer"
-    )
+    return _trade_off(points, "tokens_per_s_per_gpu", "output tokens/s per GPU", "frontier", "Throughput against speed")
 
 
 def cost_chart(points: pd.DataFrame) -> alt.LayerChart:
     """Dollars per million output tokens against tokens/s/user; the line is the cheapest that hold at each speed."""
     shown = points[points["usd_per_million_output_tokens"].notna()]
     title = "$ per million output tokens"
-    return _trade_off(shown, "usd_per_million_output_tokens", title, "cost_frontier", "Cost against speed of an answer")
+    return _trade_off(shown, "usd_per_million_output_tokens", title, "cost_frontier", "Cost against speed")
 
 
 def _trade_off(points: pd.DataFrame, field: str, title: str, edge: str, name: str) -> alt.LayerChart:
@@ -54,12 +55,13 @@ def _trade_off(points: pd.DataFrame, field: str, title: str, edge: str, name: st
     legend = alt.Legend(title=None, orient="top", symbolSize=110, symbolOpacity=1)
     colour = alt.Color("gpu:N", scale=scale, legend=legend)
     hollow = alt.condition(alt.datum.holds, alt.Color("gpu:N", scale=scale, legend=None), alt.value("transparent"))
-    tips = [alt.Tooltip(column, title=words, **({"format": form} if form else {})) for column, words, form in TOOLTIPS]
+    tips = [alt.Tooltip(column, title=words, format=form or alt.Undefined) for column, words, form in TOOLTIPS]
     best = shown[shown[edge]].sort_values("tokens_per_s_per_user")
     labelled = best.sort_values(field, ascending=edge == "cost_frontier").drop_duplicates("kind")
     base = alt.Chart(shown)
     line = alt.Chart(best).mark_line(color=COLOURS["text"], strokeWidth=2, strokeDash=[6, 3], interpolate="linear")
-    text: dict[str, Any] = {"align": "left", "dx": 9, "dy": -8, "fontSize": 11, "color": COLOURS["text"]}
+    text: dict[str, Any] = {"align": "left", "dx": 9, "fontSize": 11, "color": COLOURS["text"]}
+    text["dy"] = 12 if edge == "cost_frontier" else -8  # away from the frontier
     layers = [
         line.encode(x, y),
         base.mark_point(size=70, strokeWidth=1.8, opacity=0.95).encode(x, y, colour, fill=hollow, tooltip=tips),
@@ -85,7 +87,7 @@ def _room(values: pd.Series) -> alt.Scale:
 def knee_chart(
     frame: pd.DataFrame, metric: str, slos: Sequence[Slo], held: float | None, unit: str = "requests/s"
 ) -> alt.LayerChart:
-    """P50 and P99 of one latency against the rate, its SLOs as lines; shaded: the queue kept growing.
+    """P50, P99 and what its SLOs are about, of one latency against the rate; its SLOs as lines; shaded: the queue grew.
 
     `frame`: of `llmsim.plan_frames.knee_frame`; `held`: the highest rate at which every SLO holds, a vertical line.
     """
@@ -93,18 +95,22 @@ def knee_chart(
     import pandas as pd
 
     shown = frame[(frame["metric"] == metric) & frame["value_ms"].notna()]
-    shown = shown.assign(percentile=[word.upper() for word in shown["statistic"]])
     limits = pd.DataFrame(
-        [(1e3 * slo.limit_s, slo.statistic.upper().replace("MEAN", "mean")) for slo in slos if slo.metric == metric],
+        [(1e3 * slo.limit_s, _named(slo.statistic)) for slo in slos if slo.metric == metric],
         columns=["value_ms", "of"],
     )
+    names = [name for name in STATISTIC_COLOURS if name in ALWAYS or name in set(limits["of"])]
+    shown = shown.assign(percentile=[_named(word) for word in shown["statistic"]])
+    shown = shown[shown["percentile"].isin(names)]
     values = [*shown["value_ms"], *limits["value_ms"]]
     low, high = (min(values) / 1.25, max(values) * 1.25) if values else (1.0, 10.0)
     rates = (float(shown["rate"].min()), float(shown["rate"].max())) if len(shown) else (0.0, 1.0)
-    x = alt.X("rate:Q", scale=alt.Scale(domain=list(rates), nice=False), axis=alt.Axis(title=f"rate ({unit})"))
+    room = 0.02 * (rates[1] - rates[0])
+    ends = alt.Scale(domain=[max(rates[0] - room, 0.0), rates[1] + room], nice=False)
+    x = alt.X("rate:Q", scale=ends, axis=alt.Axis(title=f"rate ({unit})"))
     y = alt.Y("value_ms:Q", scale=alt.Scale(type="log", domain=[low, high], nice=False),
               axis=alt.Axis(title=f"{NAMES[metric]} (ms)", values=log_ticks(low, high), format=",~r"))  # fmt: skip
-    scale = alt.Scale(domain=list(STATISTIC_COLOURS), range=list(STATISTIC_COLOURS.values()))
+    scale = alt.Scale(domain=names, range=[STATISTIC_COLOURS[name] for name in names])
     colour = alt.Color("percentile:N", scale=scale, legend=alt.Legend(title=None, orient="top", symbolSize=110))
     tips = [
         alt.Tooltip("percentile:N"), alt.Tooltip("rate:Q", title=f"rate ({unit})", format=",.3~g"),
@@ -112,16 +118,20 @@ def knee_chart(
         alt.Tooltip("why_not:N", title="breaks"),
     ]  # fmt: skip
     base = alt.Chart(shown)
-    layers: list[Any] = [*_shaded(shown, rates[1], x), *_limits(limits, y), *_capacity(held, x, unit)]
+    layers: list[Any] = [*_shaded(shown, rates[1] + room, x), *_limits(limits, y), *_capacity(held, x, unit)]
     layers += [
         base.mark_line(strokeWidth=2.2, clip=True).encode(x, y, colour),
         base.mark_point(filled=True, size=40, opacity=1, clip=True).encode(x, y, colour, tooltip=tips),
     ]
-    said = f"P50 and P99 of {NAMES[metric]} against the rate"
+    said = f"{', '.join(names)} of {NAMES[metric]} against the rate"
     said += "; it holds at no rate shown" if held is None else f"; every SLO holds up to {held:.4g} {unit}"
     unstable = shown[shown["unstable"]]
     said += f"; unstable from {float(unstable['rate'].min()):.4g} on" if len(unstable) else ""
     return finished(layers, f"{NAMES[metric]} as the rate rises", 230, said + ".")
+
+
+def _named(statistic: str) -> str:
+    return statistic if statistic == "mean" else statistic.upper()
 
 
 def _shaded(shown: pd.DataFrame, end: float, x: alt.X) -> list[Any]:
@@ -204,7 +214,8 @@ def promise_chart(frame: pd.DataFrame, rate: float) -> alt.LayerChart:
     names = list(dict.fromkeys(shown["slo"]))
     top = max([1.1, *(1.08 * shown["high"])])
     axis = alt.Axis(title="share of the limit", format="%")
-    x = alt.X("low:Q", scale=alt.Scale(domain=[0, top], nice=False), axis=axis)
+    scale = alt.Scale(domain=[0, top], nice=False)
+    x = alt.X("low:Q", scale=scale, axis=axis)
     y = alt.Y("slo:N", sort=names, axis=alt.Axis(title=None, ticks=False, domain=False, labelLimit=260))
     over = alt.condition(alt.datum.high > 1, alt.value(BROKEN), alt.value(SIDE_COLOURS[3]))
     tips = [
@@ -218,7 +229,7 @@ def promise_chart(frame: pd.DataFrame, rate: float) -> alt.LayerChart:
         limit.mark_rule(color=COLOURS["slo"], strokeDash=[5, 4], strokeWidth=1.5).encode(x),
         base.mark_rule(strokeWidth=4).encode(x, y, x2="high:Q", color=over, tooltip=tips),
         base.mark_point(filled=True, size=90, opacity=1).encode(
-            alt.X("median:Q", scale=x.scale, axis=axis), y, color=over, tooltip=tips
+            alt.X("median:Q", scale=scale, axis=axis), y, color=over, tooltip=tips
         ),
     ]
     rows = zip(shown["slo"], shown["low"], shown["high"], strict=True)

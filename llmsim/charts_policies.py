@@ -208,7 +208,7 @@ def goodput_chart(frame: pd.DataFrame, sides: Sequence[str], unit: str = "reques
     shown = _with_stability(frame[frame["request_goodput"].notna()])
     high = float(shown["rate"].max()) if len(shown) else 1.0
     y = alt.Y("request_goodput:Q", axis=alt.Axis(title="goodput (requests/s)"), scale=alt.Scale(domainMin=0))
-    layers = _lines(shown, y, sides, unit, legend=False)
+    layers = _lines(shown, y, sides, unit)
     said = f"Goodput against the rate of {unit}, a line for each of {', '.join(sides)}"
     if unit == "requests/s":
         diagonal = alt.Chart(pd.DataFrame({"rate": [0.0, high], "request_goodput": [0.0, high]}))
@@ -233,10 +233,10 @@ def _rate_axis(shown: pd.DataFrame, unit: str) -> alt.X:
     return alt.X("rate:Q", scale=scale, axis=alt.Axis(title=f"{unit} offered"))
 
 
-def _lines(shown: pd.DataFrame, y: alt.Y, sides: Sequence[str], unit: str, *, legend: bool = True) -> list[alt.Chart]:
+def _lines(shown: pd.DataFrame, y: alt.Y, sides: Sequence[str], unit: str) -> list[alt.Chart]:
     import altair as alt
 
-    x, colour = _rate_axis(shown, unit), side_colour(sides, legend=legend)
+    x, colour = _rate_axis(shown, unit), side_colour(sides)
     hollow = alt.condition("datum.stable === false", alt.value("transparent"), side_colour(sides, legend=False))
     tips = [
         alt.Tooltip("side:N"),

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SHORT = {"ttft": "TTFT", "tpot": "TPOT", "e2el": "E2EL"}
+FAR = 60
 FEW = 5000  # dots that may be large
 GANTT_PX, STEP_PX = 500, 14  # height of a Gantt chart, at most; of one request in it, at most
 NAMED = 40  # requests of a Gantt chart whose ids are readable
@@ -129,17 +130,22 @@ def _dot_tips() -> list[alt.Tooltip]:
 
 def gantt_chart(frame: pd.DataFrame) -> alt.Chart:
     """`llmsim.views.gantt`: a line a request, the one sent first on top. A click selects a request: the parameter
-    "request", in the field id."""
+    "request", in the field id. Requests so far apart that their lines would be dots all begin at 0, when sent.
+    """
     import altair as alt
 
     check(frame)
+    apart = _far_apart(frame)
+    if apart:
+        sent_s = frame.groupby("id")["begin_s"].transform("min")
+        frame = frame.assign(begin_s=frame["begin_s"] - sent_s, end_s=frame["end_s"] - sent_s)
     rows = int(frame["place"].max()) + 1 if len(frame) else 0
     step_px = min(STEP_PX, GANTT_PX / max(rows, 1))
     picked = alt.selection_point(name="request", fields=["id"])
     x = alt.X(
         "begin_s:Q",
         scale=alt.Scale(zero=False, nice=False),
-        axis=alt.Axis(title="Simulated time (s)", format=NUMBER),
+        axis=alt.Axis(title="Since it was sent (s)" if apart else "Simulated time (s)", format=NUMBER),
     )
     title = "Request (id)" if rows <= NAMED else "Requests, in the order in which they were sent"
     names = alt.Axis(title=title, labels=rows <= NAMED, ticks=False, grid=False, domain=False)
@@ -158,6 +164,13 @@ def gantt_chart(frame: pd.DataFrame) -> alt.Chart:
     said = f"Queue, prefill and decode of {rows} requests over simulated time, a line a request"
     chart: alt.Chart = styled(whole, said)
     return chart
+
+
+def _far_apart(frame: pd.DataFrame) -> bool:
+    """Whether the longest request takes less than a `FAR`th of the time between the first and the last one."""
+    if not len(frame):
+        return False
+    return float(frame["end_s"].max() - frame["begin_s"].min()) > FAR * float(frame["e2el_ms"].max()) / 1e3 > 0.0
 
 
 def _gantt_tips() -> list[alt.Tooltip]:
@@ -190,7 +203,10 @@ def life_chart(frame: pd.DataFrame) -> alt.LayerChart:
         axis=alt.Axis(title="Simulated time (s)", format=NUMBER, tickCount=6),
     )
     sums = frame.groupby("phase", sort=False).agg({"end_s": "max", "duration_ms": "sum", "share": "sum"}).reset_index()
-    sums["text"] = [f"{ms:,.4g} ms ({part:.0%})" for ms, part in zip(sums["duration_ms"], sums["share"], strict=True)]
+    sums["text"] = [
+        f"{ms:,.0f} ms ({part:.0%})" if ms >= 1000 else f"{ms:.3g} ms ({part:.0%})"
+        for ms, part in zip(sums["duration_ms"], sums["share"], strict=True)
+    ]
     phases = list(sums["phase"])
     y = alt.Y("phase:N", sort=phases, axis=alt.Axis(title=None, grid=False, ticks=False, labelFontSize=12))
     tips = [

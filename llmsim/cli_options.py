@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from importlib import import_module
+from itertools import zip_longest
 from typing import Any
 
 import click
@@ -32,6 +33,7 @@ from llmsim.scenario import (
 from llmsim.scenario_file import human_int, read_scenario
 from llmsim.scenario_file import value_of as value_of
 
+DRAWS = 32  # of --intervals without a number
 CONTEXT = {
     "help_option_names": ["-h", "--help"],
     "max_content_width": 110,
@@ -385,12 +387,15 @@ def _argument(field: str, word: str) -> tuple[str, Any]:
 
 class SectionedCommand(click.Command):
     """Help in sections, the engine's flags apart from the trace's and the output's; `--goodput` takes several words
-    (`--goodput ttft:500 tpot:50`), as vLLM's does."""
+    (`--goodput ttft:500 tpot:50`), as vLLM's does, and `--intervals` a number or none."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         spread: list[str] = []
         taking = False
-        for arg in args:
+        for arg, following in zip_longest(args, args[1:], fillvalue=""):
+            if arg == "--intervals" and not following[:1].isdigit():  # what comes next is not its number
+                spread.append(f"--intervals={DRAWS}")
+                continue
             if taking and re.fullmatch(r"\w+:[^/]*", arg):
                 if spread[-1] != "--goodput":
                     spread.append("--goodput")

@@ -15,6 +15,7 @@ from llmsim.scenario_file import human_int
 
 if TYPE_CHECKING:
     from llmsim.phases import Phases
+    from llmsim.scenario import Scenario
 
 WIDTH = 118
 
@@ -27,6 +28,8 @@ WIDTH = 118
 @click.option(
     "--context", "context_tokens", type=INT, help="Cached tokens of each decode. [half-way through the answer]"
 )
+@click.option("--burst", "prompts", type=INT, help="Also: so many prompts at once, cut into chunks beside --decodes.")
+@click.option("--decodes", type=INT, default=16, help="Requests that decode when the burst comes. [16]")
 @click.option(
     "--plot",
     type=click.Path(path_type=Path),
@@ -39,6 +42,8 @@ def phases(
     output_tokens: int,
     batches: str | None,
     context_tokens: int | None,
+    prompts: int | None,
+    decodes: int,
     plot: Path | None,
     as_json: bool,
     **flags: Any,
@@ -64,9 +69,25 @@ def phases(
         batches=_batches(batches or ""),
         context_tokens=context_tokens,
     )
+    met = None
+    if prompts is not None:
+        context = outcome.of_phase("decode")[0].context_tokens
+        met = _met(scenario, prompts=prompts, prompt_tokens=prompt_tokens, decodes=decodes, context_tokens=context)
     if plot is not None:
         _draw(outcome, plot)
-    click.echo(json.dumps(outcome.to_dict()) if as_json else "\n".join(_report(outcome)))
+    if as_json:
+        click.echo(json.dumps(outcome.to_dict() | ({} if met is None else {"burst": met})))
+    else:
+        click.echo("\n".join([*_report(outcome), *([] if met is None else _burst_report(met))]))
+
+
+def _met(scenario: Scenario, **of: int) -> dict[str, Any]:
+    """A burst at the scenario's token budget, and at others."""
+    from llmsim.metrics import json_safe
+    from llmsim.phases_burst import budgets, burst
+
+    met: dict[str, Any] = json_safe(burst(scenario, **of).facts())
+    return met | {"budgets": json_safe(budgets(scenario, **of).to_dict("records"))}
 
 
 def _batches(text: str) -> list[int]:
@@ -111,6 +132,33 @@ def _report(outcome: Phases) -> Iterator[str]:
     )
     yield ""
     yield from _wrapped(outcome.textbook)
+
+
+def _burst_report(met: dict[str, Any]) -> Iterator[str]:
+    def ms(row: dict[str, Any], name: str) -> str:
+        return "-" if row[name] is None else f"{1e3 * row[name]:,.1f}"
+
+    yield ""
+    yield from _wrapped(
+        f"A burst of {met['prompts']:,} prompts of {met['prompt_tokens']:,} tokens that meets {met['decodes']:,} "
+        f"decodes of {met['context_tokens']:,} cached, by token budget (max_num_batched_tokens), of which "
+        f"{met['token_budget']:,} cuts it into {met['chunks']:,} chunks; times in ms, the longest gap between two "
+        "tokens until the last first token"
+    )
+    rows = sorted([met, *(row for row in met["budgets"] if row["token_budget"] != met["token_budget"])], key=_budget)
+    columns = [
+        [
+            f"{_budget(row):,}",
+            f"{row['iterations']:,}",
+            *(ms(row, f"{name}_s") for name in ("mean_ttft", "last_ttft", "longest_gap")),
+        ]
+        for row in rows
+    ]
+    yield from _table(["token budget", "iterations", "mean TTFT", "last TTFT", "longest gap"], columns)
+
+
+def _budget(row: dict[str, Any]) -> int:
+    return int(row["token_budget"])
 
 
 def _table(names: Sequence[str], columns: Sequence[Sequence[str]]) -> Iterator[str]:

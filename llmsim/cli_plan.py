@@ -27,8 +27,8 @@ from llmsim.cli_options import (
 from llmsim.scenario import Scenario
 
 if TYPE_CHECKING:
-    from llmsim.plan_answer import Plan
-    from llmsim.plan_types import Run
+    from llmsim.plan_runs import Run
+    from llmsim.plan_types import Plan
     from llmsim.trace import Trace
 
 NO_ANSWER = 3  # exit status: nothing meets the SLOs
@@ -124,7 +124,7 @@ def plan(
     """
     from llmsim import plan_report
     from llmsim.plan import plan as find_plan
-    from llmsim.plan_types import slos_of
+    from llmsim.plan_runs import slos_of
 
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out}: exists and is not an empty folder: give another name")
@@ -217,7 +217,11 @@ class Repeat:
         scaled = ["--time-scale", repr(run.time_scale)]
         words += ["--rate", repr(run.rate)] if self.by_rate and run.window is None else scaled
         targets = goodput_targets_ms([one.slo for one in run.measured])
-        return as_text(argv_of(run.scenario, trace=[self.path, *words], goodput=targets, options=["--no-out"]))
+        options = ["--no-out"]
+        if run.draws is not None:  # all draws at once: they come as one set
+            promises = [word for one in run.measured for word in ("--slo", str(one.slo))]
+            options += ["--intervals", str(run.draws), *promises]
+        return as_text(argv_of(run.scenario, trace=[self.path, *words], goodput=targets, options=options))
 
 
 def _dropped(words: list[str], flags: tuple[str, ...]) -> list[str]:

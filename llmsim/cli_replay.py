@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from llmsim import cli_intervals
 from llmsim.cli_options import (
     CONTEXT,
     GPU,
@@ -54,6 +55,7 @@ PROGRESS_AFTER_S = 2.0
 @click.option("--timeline", is_flag=True, help="Add trace.json.gz to the run folder, for ui.perfetto.dev.")
 @click.option("--save-detailed", is_flag=True, help="Add vLLM's arrays of every request to summary.json.")
 @click.option("--strict", is_flag=True, help="Fail if over 5 % of the GPU time lies outside the measured range.")
+@cli_intervals.interval_options
 @click.pass_obj
 def replay(
     arguments: list[str],
@@ -77,6 +79,7 @@ def replay(
 
     _check_outputs(out, no_out, timeline=timeline, save_detailed=save_detailed)
     _check_closed_loop(flags)
+    asked = cli_intervals.taken(flags)
     targets = parse_goodput(goodput) or None
     scenario = scenario_from(flags).resolved()
     trace = _load(trace_path, scenario, flags)
@@ -86,6 +89,7 @@ def replay(
     summary = result.summary(targets)
     if strict:
         _check_extrapolation(summary)
+    summary |= cli_intervals.summary_part(trace, scenario, targets, asked)
     folder = None
     if not no_out:
         from llmsim.runs import write_run

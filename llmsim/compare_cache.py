@@ -64,10 +64,21 @@ def cache_uses(
     for name, scenario in scenarios.items():
         if progress is not None:
             progress(len(found), len(scenarios), name)
-        found.append(cache_use(name, simulate(trace, scenario)))
+        result = simulate(trace, scenario)
+        check_answered(name, result)
+        found.append(cache_use(name, result))
     if progress is not None:
         progress(len(found), len(scenarios), "done")
     return found
+
+
+def check_answered(name: str, result: Result) -> None:
+    """Raises ValueError for a side that rejected every request: it has no number to show."""
+    if not result.finished.any():
+        raise ValueError(
+            f"{name}: all {len(result.finished)} requests are rejected: a replica's KV blocks hold too few tokens; "
+            "raise num_gpu_blocks_override or gpu_memory_utilization, or leave them out"
+        )
 
 
 def cache_use(name: str, result: Result) -> CacheUse:

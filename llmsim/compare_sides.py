@@ -18,7 +18,7 @@ from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any
 
-from llmsim.engines import Own
+from llmsim.engines import Own, find_engine
 from llmsim.scenario import Scenario
 from llmsim.scenario_file import human_int, value_of
 
@@ -97,10 +97,13 @@ def base_of(scenario: Scenario, words: Iterable[str]) -> Scenario:
 
 def given(scenario: Scenario) -> dict[str, Any]:
     """The fields of a scenario that are not as its engine has them, so that a side may have another engine."""
+    lacks = find_engine(scenario.engine).lacks
     return {
         field.name: value
         for field in dataclass_fields(scenario)
-        if not isinstance(value := getattr(scenario, field.name), Own) and not _usual(field, value)
+        if field.name not in lacks
+        and not isinstance(value := getattr(scenario, field.name), Own)
+        and not _usual(field, value)
     }
 
 

@@ -8,13 +8,13 @@ sent between processes and kept, however long the trace.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from llmsim.compare import Side, compare, side_of
-from llmsim.compare_cache import CacheUse, cache_uses
+from llmsim.compare import Side, compare, side_of, with_seeds
+from llmsim.compare_cache import CacheUse, cache_uses, check_answered
 from llmsim.compare_frames import intervals_frame, shares_frame, sides_frame
 from llmsim.compare_groups import fairness_frame, groups_frame, has_groups, latency_frame, service_frame
 from llmsim.compare_rates import RatePoint, rate_curves, rate_grid
@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int, str], None]
 GROUPS = {"tenant": "tenants", "slo_class": "classes"}  # column of the trace: key of the summary
+MOST_SEEDS = 16
 AT_ONCE = 2000  # requests of a quick comparison
-REPLAYED = 6000  # requests that a quick look at rates or caches replays in all
+REPLAYED = 12_000  # requests that a quick look at rates or caches replays in all
 FEWEST = 200  # of each of its replays
 TOUCHED = 150_000  # prompt blocks that a quick look at reuse looks up
 SATURATION = 1000  # requests that tell how many a side serves per second
@@ -56,6 +57,7 @@ class Study:
     classes: str = ""
     limit: int | None = None
     stamps: tuple[tuple[str, int], ...] = ()
+    seeds: int = 1  # replays of every side in `compared`
 
     @property
     def targets(self) -> dict[str, float]:
@@ -106,9 +108,14 @@ def compared(study: Study, progress: Progress | None = None) -> Compared:
 
     if len(study.sides) < 2:
         raise ValueError("one side to compare: add another scheduler, an engine or FIELD=VALUE")
-    trace = study.trace()
-    sides = _replayed(study, trace, progress)
-    outcome = compare(sides, study.targets or None, seed=study.sides[0][1].seed)
+    if not 1 <= study.seeds <= MOST_SEEDS:
+        raise ValueError(f"seeds={study.seeds}: give 1 to {MOST_SEEDS}")
+    drawn = [replace(study, sides=tuple(one.items())) for one in with_seeds(study.scenarios, study.seeds)]
+    traces = [one.trace() for one in drawn]
+    trace, told = traces[0], _Told(progress, study.seeds * len(traces[0]) * len(study.sides))
+    sides, *repeats = [_replayed(one, its, told) for one, its in zip(drawn, traces, strict=True)]
+    told.now(0, "requests; comparing")
+    outcome = compare(sides, study.targets or None, seed=study.sides[0][1].seed, repeats=repeats)
     columns = {side.name: side.requests for side in sides}
     labels = has_groups(sides[0].requests)
     tenants = "tenant" in labels
@@ -142,26 +149,31 @@ def _calm(first: Side) -> str:
     )
 
 
-def _replayed(study: Study, trace: Trace, progress: Progress | None) -> list[Side]:
-    count = len(trace)
-    total = count * len(study.sides)
+class _Told:
+    """Requests answered of all replays together."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress, self._total, self._before = progress, total, 0
+
+    def now(self, done: int, words: str) -> None:
+        if self._progress is not None:
+            self._progress(self._before + done, self._total, words)
+
+    def ended(self, requests: int) -> None:
+        self._before += requests
+
+
+def _replayed(study: Study, trace: Trace, told: _Told) -> list[Side]:
     found: list[Side] = []
     for name, scenario in study.sides:
-        before = count * len(found)
 
-        def told(done: int, _: int, simulated_s: float, name: str = name, before: int = before) -> None:
-            if progress is not None:
-                progress(before + done, total, f"requests; {name}, {simulated_s:,.0f} s simulated")
+        def progress(done: int, _: int, simulated_s: float, name: str = name) -> None:
+            told.now(done, f"requests; {name}, {simulated_s:,.0f} s simulated")
 
-        side = side_of(name, simulate(trace, scenario, told), study.targets or None)
-        if not side.summary["completed"]:
-            raise ValueError(
-                f"{name}: all {count} requests are rejected: a replica's KV blocks hold too few tokens; raise "
-                "num_gpu_blocks_override or gpu_memory_utilization, or leave them out"
-            )
-        found.append(side)
-    if progress is not None:
-        progress(total, total, "requests; comparing")
+        result = simulate(trace, scenario, progress)
+        check_answered(name, result)
+        found.append(side_of(name, result, study.targets or None))
+        told.ended(len(trace))
     return found
 
 
@@ -199,8 +211,6 @@ def saturation_rate(trace: Trace, scenario: Scenario) -> float:
 
     In `rate_unit`s: with sessions, as many of them as so many requests belong to.
     """
-    from dataclasses import replace
-
     from llmsim.trace import limited
 
     first = limited(trace, SATURATION)
@@ -225,8 +235,6 @@ def cache_sides(
     `tiers`: as `Scenario.kv_tiers`; `blocks`: KV blocks of a replica, None: what fits the GPU. Raises ValueError for
     what cannot be meant.
     """
-    from dataclasses import replace
-
     base = scenario if blocks is None else replace(scenario, num_gpu_blocks_override=blocks)
     plain: dict[str, Any] = {"kv_tiers": "none", "kv_tier_prefetch": False, "kv_tier_write": "write_through"}
     sides = {name: replace(base, eviction=name, eviction_args={}, **plain) for name in dict.fromkeys(evictions)}

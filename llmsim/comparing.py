@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmsim.compare import Comparison, Side, run_sides, side_of
+from llmsim.compare import Comparison, Side, run_seeds, side_of, with_seeds
 from llmsim.compare import compare as paired
 from llmsim.metrics import Result
 from llmsim.scenario import Scenario
+from llmsim.slo import Slo
 from llmsim.trace import Trace
 
 Sides = Sequence[Result | Side | str | Path] | Mapping[str, Result | Side | str | Path]
@@ -27,30 +28,40 @@ def compare(
     *,
     goodput: dict[str, float] | None = None,
     seed: int = 0,
+    seeds: int = 1,
+    slos: Sequence[str | Slo] = (),
     jobs: int = 1,
 ) -> Comparison:
     """The same requests under several scenarios, paired one by one; differences are to the first.
 
     A trace with scenarios is replayed under each of them, `jobs` at a time. Else `what` are results, or run folders
     that `llmsim replay` wrote. Sides in a dict are called by its keys, others by what sets them apart from the first.
-    `goodput`: targets in ms by metric; `seed`: of the bootstrap.
+    `goodput`: targets in ms by metric; `seed`: of the bootstrap; `seeds`: of the replays of a trace, so many for each
+    scenario; `slos`: promises such as "ttft_p99=500ms", found in `.promises`.
 
     Raises ValueError for fewer than two sides, two that are alike, and results of different requests.
     """
+    promises = [Slo.parse(slo) if isinstance(slo, str) else slo for slo in slos]
+    if seeds < 1:
+        raise ValueError(f"compare: seeds={seeds}: give 1 or more")
     if isinstance(what, Trace):
         if scenarios is None:
             raise ValueError("compare(trace): give the scenarios to replay it under, as a list or a dict of names")
         named = dict(scenarios) if isinstance(scenarios, Mapping) else named_scenarios(scenarios)
-        return paired(run_sides(what, named, goodput, jobs=jobs), goodput, seed=seed)
+        repeats = [(what, drawn) for drawn in with_seeds(named, seeds)]
+        first, *more = run_seeds(repeats, goodput, jobs=jobs)
+        return paired(first, goodput, seed=seed, repeats=more, slos=promises)
     if scenarios is not None:
         raise ValueError("compare(results): scenarios go with a trace: leave them out, or give a Trace first")
+    if seeds > 1:
+        raise ValueError(f"compare(results): seeds={seeds} go with a trace: leave them out, or give a Trace first")
     if isinstance(what, Mapping):
-        return paired([_side(one, goodput, name) for name, one in what.items()], goodput, seed=seed)
+        return paired([_side(one, goodput, name) for name, one in what.items()], goodput, seed=seed, slos=promises)
     sides = [_side(one, goodput) for one in what]
     if all(isinstance(one, Result) for one in what):
         names = named_scenarios([one.scenario for one in what if isinstance(one, Result)])
         sides = [Side(name, one.scenario, one.summary, one.requests) for name, one in zip(names, sides, strict=True)]
-    return paired(sides, goodput, seed=seed)
+    return paired(sides, goodput, seed=seed, slos=promises)
 
 
 def _side(one: Result | Side | str | Path, goodput: dict[str, float] | None, name: str | None = None) -> Side:

@@ -146,5 +146,12 @@ def commands(profile: Profile) -> list[list[str]]:
         files = [f"calibration/measurements/{name}" for name in profile.kernels.measurements]
         found.append(["python", "-m", "calibration", "check-kernels", *files, "--gpu", profile.gpu])
     folders = dict.fromkeys(file.partition("/")[0] for file in profile.provenance.recordings)
-    found += [["llmsim", "validate", f"calibration/recordings/{name}", "--cost", profile.name] for name in folders]
+    found += [["llmsim", "validate", _recording(name), "--cost", profile.name] for name in folders]
     return [*found, COMMAND.split()]
+
+
+def _recording(name: str) -> str:
+    """Where it is in a checkout."""
+    root = Path(__file__).parent.parent
+    paths = [f"{folder}/{name}" for folder in ("calibration/recordings", "tests/data/recordings")]
+    return next((path for path in paths if (root / path).is_dir()), paths[0])

@@ -49,7 +49,7 @@ CAUSES = {  # endings of a part's name
     "order": "order", "policy": "policy", "loading": "tier", "own": "prefill", "prompts": "prompts",
     "decodes": "batch", "paused": "order", "handout": "policy",
 }  # fmt: skip
-SECOND = 0.25  # share of the seconds from which the changes for a second cause are tried too
+SECOND = 0.2  # share of the seconds from which the changes for a second cause are tried too
 SPAN_COLUMNS = (
     "request", "replica", "start_s", "end_s", "phase", "kind", "reason", "own_s", "decodes_s", "prompts_s", "host_s",
     "iterations", "batch", "prompt_tokens", "preemptions",

@@ -36,7 +36,8 @@ def _when(explanation: Explanation, cause: str) -> str:
 def knobs(explanation: Explanation) -> Iterator[str]:
     tried, name = explanation.knobs, NAMES[explanation.tail.metric]
     if not tried:
-        yield from wrapped("No change was tried." + _left_out(explanation))
+        if explanation.left_out:
+            yield from wrapped("No change was tried." + _left_out(explanation))
         return
     whose = "its" if len(explanation.lives) == 1 else "their mean"
     yield ""

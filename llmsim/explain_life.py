@@ -155,6 +155,8 @@ class _Walk:
         span = self._step_to(self.recorder.seen_s[at], kind)
         if span is None:
             return
+        if kind == "recompute":
+            span.who = self.preempted_for[-1]
         row, length_s, behind_s = self.prices.row(at), span.length_s, 0.0
         if begun and at:
             behind_s = min(max(self.prices.row(at - 1).gpu_end_s - span.start_s, 0.0), length_s)

@@ -6,12 +6,14 @@ Waits     one per answer of the policy that left requests waiting: which resourc
 Trails    of each request in question: when it was schedulable, admitted, given chunks, preempted, set aside, ended
 
 Which resource was short is asked of the engine after each answer, about the request that the policy looked at last and
-did not admit, or else the head of the queue, in this order:
+did not admit, or else the head of the queue. The first of these that holds:
 
-    kv       the answer preempted somebody, or found no room for a chunk; or the free KV blocks (less those the policy
-             always keeps free: `watermark`, `headroom`) are fewer than that request's whole sequence so far needs
+    kv       the answer preempted somebody, or found no room for a chunk
     seqs     as many requests run as max_num_seqs allows
-    tokens   the iteration holds max_num_batched_tokens, or what is left of them is less than its prompt
+    tokens   the iteration holds max_num_batched_tokens
+    kv       the free KV blocks, less those the policy always keeps free (`watermark`, `headroom`), are fewer than that
+             request's whole sequence so far needs beyond what the prefix cache has of it
+    tokens   what is left of the iteration is less than its prompt
     policy   none of these: the policy's own rule
 """
 

@@ -134,9 +134,12 @@ def _done(span: Span) -> str:
     ]  # fmt: skip
     if not span.iterations:
         return f"{KINDS[span.kind]}: {', '.join(pieces)}" if pieces else KINDS[span.kind]
+    kind = KINDS[span.kind]
+    if span.kind == "recompute":
+        kind += f" for request {span.who}" if span.who >= 0 else ", as it found no block for its own token"
     batch = f", {span.batch:,.1f} decodes in each" if span.decoded else ""
     count = "1 iteration" if span.iterations == 1 else f"{span.iterations:,} iterations"
-    return f"{KINDS[span.kind]}, {count}{batch}: {', '.join(pieces)}"
+    return f"{kind}, {count}{batch}: {', '.join(pieces)}"
 
 
 # ---- a tail ---------------------------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ class Span:
     iterations: int = 0
     decoded: int = 0  # decodes in them, of all requests
     prompt_tokens: int = 0  # of others, in the same iterations
-    who: int = -1  # whose lack of the resource held the queue up, or for whom it was preempted
+    who: int = -1  # whose lack of the resource held the queue up; of a recompute: for whom it was preempted
     blocks: tuple[int, int] = (0, 0)  # free and needed, when the wait began
     preemptions: int = 0  # in the replica, while it waited
 

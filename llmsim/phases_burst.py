@@ -3,30 +3,23 @@
 `decodes` requests with `context_tokens` cached each are decoding when `prompts` prompts of `prompt_tokens` arrive at
 once, at 0 s. The engine's scheduler cuts them into chunks: an iteration computes at most max_num_batched_tokens
 tokens, the decodes' included. The engine is the one of every other replay (`llmsim.simulate`, launch jitter off);
-iterations are taken one at a time and noted as they are launched:
+iterations are taken one at a time and noted (`llmsim.phases_watch`).
 
-    schedule    of iteration k on the host, S(k) to x0(k)
-    launch      x0(k) to L(k); with tensor parallelism by a worker
-    update      taking an iteration's results, U(k-1) to S(k+1)
-    gpu         max(E(k-1), x0(k) + lead) to E(k); waits_for_launch: E(k) is the launch's end plus its tail
-
-(the symbols of docs/architecture.md). Drawn are the last iterations before the burst, the burst, and the first few
-decodes after its last prompt; at most `MOST_SHOWN` iterations. Gaps are those the clients of the decoding batch see.
+Shown are the last iterations before the burst, the burst, and the first few decodes after its last prompt, at most
+`MOST_SHOWN` iterations. Gaps are those that clients see.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from math import ceil
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from llmsim.cost import MODE_NAMES
-from llmsim.macrostep import Plan, Step
 from llmsim.phases import Engine, check_decodes, decode_point
-from llmsim.replica import Replica
+from llmsim.phases_watch import Noted, Watched
 from llmsim.scenario import Scenario
 from llmsim.simulate import Fleet, simulate
 from llmsim.trace import Trace
@@ -43,81 +36,6 @@ ANSWER_TOKENS = 8  # of the prompts that burst in
 BUDGETS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
-class Chunk(NamedTuple):
-    """What one request gets computed in an iteration."""
-
-    request: int
-    kind: str  # prefill or decode
-    tokens: int
-    computed_tokens: int  # before
-
-
-class Noted(NamedTuple):
-    """One iteration, seconds of the simulation."""
-
-    schedule_s: float
-    scheduled_s: float
-    launch_s: float
-    launched_s: float
-    gpu_begin_s: float
-    gpu_end_s: float
-    gpu_s: float
-    prefill_share: float  # of gpu_s: what the chunks take by themselves
-    mode: int
-    waits_for_launch: bool
-    chunks: tuple[Chunk, ...]
-
-
-class Watched(Replica):
-    """A replica that takes iterations one at a time and notes them."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.noted: list[Noted] = []
-        self.updates: list[tuple[float, float]] = []
-
-    def _long_run(self, step: Step, second_s: float) -> Plan | None:
-        return None
-
-    def _log(self, step: Step, steps: int, gpu_end_s: float) -> None:
-        host, mode = self.cost.host, step.mode
-        self.noted.append(
-            Noted(
-                schedule_s=step.schedule_s,
-                scheduled_s=step.free_s if host.worker else step.launch_s,
-                launch_s=step.launch_s,
-                launched_s=step.launched_s,
-                gpu_begin_s=max(self._gpu_s, step.launch_s + host.lead_s[mode]),
-                gpu_end_s=gpu_end_s,
-                gpu_s=step.gpu.first_s,
-                prefill_share=self._prefill_share(step),
-                mode=mode,
-                waits_for_launch=gpu_end_s <= step.launched_s + host.tail_s[mode],
-                chunks=tuple(self._computed()),
-            )
-        )
-        super()._log(step, steps, gpu_end_s)
-
-    def _prefill_share(self, step: Step) -> float:
-        if not step.chunks:
-            return 0.0
-        alone_s = self.cost.mixed_s(step.chunks, 0, 0)
-        return min(alone_s / self.cost.mixed_s(step.chunks, step.seqs, step.kv_tokens), 1.0)
-
-    def _computed(self) -> Iterator[Chunk]:
-        for request, tokens, computed in self.chunks:
-            yield Chunk(request.id, "prefill", tokens, computed)
-        if self.decoding:
-            now = self.batch.iteration
-            for request in self.batch:
-                yield Chunk(request.id, "decode", 1, request.computed_tokens + now - request.joined)
-
-    def _take(self, flight: Any, taken_s: float) -> float:
-        done_s = super()._take(flight, taken_s)
-        self.updates.append((taken_s, done_s))
-        return done_s
-
-
 @dataclass(frozen=True)
 class Burst:
     """Seconds are from the burst's arrival. Gaps are None without decodes."""
@@ -131,7 +49,7 @@ class Burst:
     chunks: int
     mean_ttft_s: float
     last_ttft_s: float  # the largest
-    steady_gap_s: float | None  # the median between two tokens before the burst
+    steady_gap_s: float | None  # the last between two tokens before the burst
     longest_gap_s: float | None  # from the burst to the last prompt's first token
     worker: bool
     shown: tuple[Noted, ...]
@@ -205,9 +123,9 @@ def burst(
     more than `MOST_ITERATIONS` iterations.
     """
     budget = scenario.max_num_batched_tokens if token_budget is None else token_budget
-    engine = Engine.of(replace(scenario, max_num_batched_tokens=budget, replicas=1, concurrency=None))
+    engine = _engine(scenario, budget)
     decoding = _decoding(engine, prompts, prompt_tokens, decodes, context_tokens)
-    arrival_s = _arrival_s(engine, decoding, context_tokens) if decodes else 0.0
+    arrival_s = _arrival_s(engine, decoding, context_tokens)
     fleet = Fleet(
         _with_prompts(decoding, prompts, prompt_tokens, arrival_s), engine.scenario, cost=engine.cost, make=Watched
     )
@@ -217,12 +135,35 @@ def burst(
     return _told(engine, result, replica, (prompts, prompt_tokens, decodes, context_tokens), arrival_s)
 
 
-def budgets(scenario: Scenario, **of: int) -> pd.DataFrame:
-    """The numbers of the same burst at every token budget of `BUDGETS` that its decodes leave room in."""
+def budgets(
+    scenario: Scenario,
+    *,
+    prompts: int = 4,
+    prompt_tokens: int = 1024,
+    decodes: int = 16,
+    context_tokens: int = 512,
+) -> pd.DataFrame:
+    """The same burst at every token budget of `BUDGETS` that its decodes leave room in, as `burst` has it:
+    token_budget, iterations, mean_ttft_s, last_ttft_s, longest_gap_s."""
     import pandas as pd
 
-    rows = [burst(scenario, token_budget=budget, **of).facts() for budget in BUDGETS if budget > of.get("decodes", 16)]
+    rows = []
+    for budget in BUDGETS:
+        if budget > decodes:
+            engine = _engine(scenario, budget)
+            decoding = _decoding(engine, prompts, prompt_tokens, decodes, context_tokens)
+            arrival_s = _arrival_s(engine, decoding, context_tokens)
+            trace = _with_prompts(decoding, prompts, prompt_tokens, arrival_s)
+            result = simulate(trace, engine.scenario, cost=engine.cost)
+            later = (result.iterations["prefill_requests"] > 0) & (result.iterations["start_s"] >= arrival_s)
+            rows.append(
+                {"token_budget": budget, "iterations": int(later.sum())} | _latencies_s(result, decodes, arrival_s)
+            )
     return pd.DataFrame(rows)
+
+
+def _engine(scenario: Scenario, token_budget: int | None) -> Engine:
+    return Engine.of(replace(scenario, max_num_batched_tokens=token_budget, replicas=1, concurrency=None))
 
 
 def _decoding(engine: Engine, prompts: int, prompt_tokens: int, decodes: int, context_tokens: int) -> Trace:
@@ -259,7 +200,9 @@ def _decoding(engine: Engine, prompts: int, prompt_tokens: int, decodes: int, co
 
 
 def _arrival_s(engine: Engine, decoding: Trace, context_tokens: int) -> float:
-    """When all of them decode and some steady steps have passed."""
+    """When all of them decode and some steady steps have passed; 0 if there are none."""
+    if not len(decoding):
+        return 0.0
     alone = simulate(decoding, engine.scenario, cost=engine.cost)
     step_s = decode_point(engine, len(decoding), context_tokens).wall_s
     return float(alone.requests["first_token_s"].max()) + (BEFORE + 2) * step_s
@@ -287,8 +230,6 @@ def _told(engine: Engine, result: Result, replica: Watched, of: tuple[int, int, 
     first, last = max(own[0] - BEFORE, 0), own[-1] + AFTER
     shown = [_from(one, arrival_s) for one in replica.noted[first : last + 1][:MOST_SHOWN]]
     begin_s, end_s = shown[0].schedule_s, shown[-1].gpu_end_s
-    ttft_s = result.requests["first_token_s"][decodes:] - arrival_s
-    before_s, during_s = _gaps_s(result, arrival_s, float(ttft_s.max()))
     assert engine.scenario.max_num_batched_tokens is not None
     return Burst(
         token_budget=engine.scenario.max_num_batched_tokens,
@@ -298,10 +239,8 @@ def _told(engine: Engine, result: Result, replica: Watched, of: tuple[int, int, 
         context_tokens=context_tokens,
         iterations=len(own),
         chunks=sum(chunk.kind == "prefill" for i in own for chunk in replica.noted[i].chunks),
-        mean_ttft_s=float(ttft_s.mean()),
-        last_ttft_s=float(ttft_s.max()),
-        steady_gap_s=float(np.median(before_s[-BEFORE:])) if decodes else None,
-        longest_gap_s=float(during_s.max()) if decodes else None,
+        steady_gap_s=float(result.gaps["gap_s"][result.gaps["end_s"] <= arrival_s][-1]) if decodes else None,
+        **_latencies_s(result, decodes, arrival_s),
         worker=engine.cost.host.worker,
         shown=tuple(shown),
         updates=tuple(
@@ -313,66 +252,19 @@ def _told(engine: Engine, result: Result, replica: Watched, of: tuple[int, int, 
     )
 
 
-def _gaps_s(result: Result, arrival_s: float, last_ttft_s: float) -> tuple[Any, Any]:
-    """Gaps between tokens that ended before the burst came, and those from then to the last prompt's first token."""
-    gaps = result.gaps
-    ended_s = gaps["end_s"] - arrival_s
-    return gaps["gap_s"][ended_s <= 0], gaps["gap_s"][(ended_s > 0) & (ended_s <= last_ttft_s + 1e-9)]
+def _latencies_s(result: Result, decodes: int, arrival_s: float) -> dict[str, Any]:
+    """What the clients see: first tokens of the burst, and the longest gap from its arrival to the last of them."""
+    ttft_s = result.requests["first_token_s"][decodes:] - arrival_s
+    gaps, last_ttft_s = result.gaps, float(ttft_s.max())
+    ended_s, largest_s = gaps["end_s"] - arrival_s, gaps["gap_s"] + gaps["growth_s"] * (gaps["count"] - 1)
+    during_s = largest_s[(ended_s > 0) & (ended_s <= last_ttft_s + 1e-9)]
+    return {
+        "mean_ttft_s": float(ttft_s.mean()),
+        "last_ttft_s": last_ttft_s,
+        "longest_gap_s": float(during_s.max()) if decodes else None,
+    }
 
 
 def _from(one: Noted, zero_s: float) -> Noted:
     times = ("schedule_s", "scheduled_s", "launch_s", "launched_s", "gpu_begin_s", "gpu_end_s")
     return one._replace(**{name: getattr(one, name) - zero_s for name in times})
-
-
-def cards(one: Burst) -> list[dict[str, str]]:
-    """A burst in six numbers: label, value, help."""
-    told = (
-        ("mean TTFT", _ms(one.mean_ttft_s), "Of the burst's prompts, from its arrival."),
-        ("last TTFT", _ms(one.last_ttft_s), "Of the prompt that waits longest."),
-        ("gap before", _ms(one.steady_gap_s), "Between two tokens of the decodes before the burst, median."),
-        (
-            "longest gap",
-            _ms(one.longest_gap_s),
-            "Between two tokens of anyone, from the burst to its last first token.",
-        ),
-        ("iterations", f"{one.iterations:,}", "That compute prompts of the burst."),
-        ("chunks", f"{one.chunks:,}", "Into which its prompts are cut."),
-    )
-    return [{"label": label, "value": value, "help": why} for label, value, why in told]
-
-
-def _ms(seconds: float | None) -> str:
-    return "–" if seconds is None else f"{1e3 * seconds:,.1f} ms"
-
-
-LEGEND = (
-    "Bars of the GPU: how long the chunks of an iteration take by themselves, and what its decodes add. Below, what "
-    "each request gets computed, with the tokens of its chunks; an iteration ends for all at once, so all wait for it."
-)
-
-
-def left_out(one: Burst) -> str:
-    """That not all is shown, if so."""
-    return f" {one.left_out:,} further iterations are not drawn." if one.left_out else ""
-
-
-def in_words(one: Burst) -> str:
-    """For who cannot see the chart."""
-    gaps = f", their longest gap {_ms(one.longest_gap_s)} instead of {_ms(one.steady_gap_s)}" if one.decodes else ""
-    return (
-        f"Timeline of a burst: {one.prompts} prompts of {one.prompt_tokens:,} tokens cut into {one.chunks} chunks over "
-        f"{one.iterations} iterations by a budget of {one.token_budget:,} tokens, beside {one.decodes} decodes{gaps}"
-    )
-
-
-def budgets_in_words(table: pd.DataFrame) -> str:
-    """For who cannot see the chart."""
-    least, most = table.iloc[0], table.iloc[-1]
-    gaps = ""
-    if table["longest_gap_s"].notna().any():
-        gaps = f", the longest gap from {_ms(least['longest_gap_s'])} to {_ms(most['longest_gap_s'])}"
-    return (
-        f"From a budget of {least['token_budget']:,.0f} tokens to {most['token_budget']:,.0f}, mean TTFT goes from "
-        f"{_ms(least['mean_ttft_s'])} to {_ms(most['mean_ttft_s'])}{gaps}"
-    )

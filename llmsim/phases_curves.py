@@ -4,7 +4,7 @@
                batch              of the decode step: 1, 2, 4, … as far as they fit; the prefill stays where it is
                context            tokens cached of each decode, and of the prompt: 128, 256, … as far as they fit
                precision          of weights and KV cache
-               gpus               of the replica (tensor parallelism); work and rates are those of one GPU
+               GPUs               of the replica (tensor parallelism); work and rates are those of one GPU
     prefill_growth, decode_by_context, decode_by_batch
                seconds over prompt length, context and batch: `rest_s` (linear layers and what lies between them, which
                grow with the tokens), `attention_s` (with the square of a prompt, and with the tokens cached),
@@ -28,7 +28,7 @@ from llmsim.scenario import Scenario
 if TYPE_CHECKING:
     import pandas as pd
 
-BY = ("batch", "context", "precision", "gpus")
+BY = ("batch", "context", "precision", "GPUs")
 PRECISIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("bf16", {"quantization": None, "kv_cache_dtype": "auto"}),
     ("fp8", {"quantization": "fp8", "kv_cache_dtype": "auto"}),
@@ -61,7 +61,7 @@ def moves(scenario: Scenario, by: str, *, prompt_tokens: int, batch: int, contex
     here = {"prefill": prefill_point(engine, prompt_tokens), "decode": decode_point(engine, batch, context_tokens)}
     left_out: list[str] = []
     rows: list[tuple[str, int, bool, Engine, Point]] = []
-    if by in ("precision", "gpus"):
+    if by in ("precision", "GPUs"):
         for order, (value, other) in enumerate(_other_engines(scenario, engine, by, batch, context_tokens, left_out)):
             same = other is engine
             points = here.values() if same else _both(other, prompt_tokens, batch, context_tokens)

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from llmsim.phases import Phases, Point, Served
-    from llmsim.phases_curves import Moves
 
 
 @dataclass(frozen=True)
@@ -33,12 +32,12 @@ class Table:
 
 ROWS: tuple[tuple[str, Callable[[Point], str]], ...] = (
     ("tokens of a request at once", lambda p: f"{p.parallel_tokens:,}"),
-    ("GFLOP per token", lambda p: _digits(p.flops_per_token / 1e9)),
-    ("MB per token", lambda p: _digits(p.bytes_per_token / 1e6)),
-    ("intensity (FLOP/byte)", lambda p: _digits(p.intensity_flops_per_byte)),
+    ("GFLOP per token", lambda p: digits(p.flops_per_token / 1e9)),
+    ("MB per token", lambda p: digits(p.bytes_per_token / 1e6)),
+    ("intensity (FLOP/byte)", lambda p: digits(p.intensity_flops_per_byte)),
     ("binds", lambda p: p.binds),
-    ("  so many times as much", lambda p: _digits(p.bound_ratio)),
-    ("TFLOP/s", lambda p: _digits(p.flops_per_s / 1e12)),
+    ("  so many times as much", lambda p: digits(p.bound_ratio)),
+    ("TFLOP/s", lambda p: digits(p.flops_per_s / 1e12)),
     ("TB/s", lambda p: f"{p.bytes_per_s / 1e12:.2f}"),
     ("MFU (%)", lambda p: f"{100 * p.mfu:.1f}"),
     ("MBU (%)", lambda p: f"{100 * p.mbu:.1f}"),
@@ -140,32 +139,6 @@ def served_legend(outcome: Phases) -> str:
     )
 
 
-def moves_in_words(moves: Moves, by: str) -> str:
-    """The roofline for who cannot see it."""
-    told = []
-    for phase, own in moves.frame.groupby("phase", sort=False):
-        ends = [own.sort_values("order").iloc[place] for place in (0, -1)]
-        told.append(
-            f"{phase} from "
-            + " to ".join(
-                f"{end['value']} at {_digits(end['intensity_flops_per_byte'])} FLOP/byte and "
-                f"{_digits(end['flops_per_s'] / 1e12)} TFLOP/s"
-                for end in ends
-            )
-        )
-    return f"Roofline, by {by.replace('_', ' ')}: {'; '.join(told)}"
-
-
-def growth_in_words(growth: pd.DataFrame, across: str) -> str:
-    """A chart of growth for who cannot see it."""
-    first, last = growth.iloc[0], growth.iloc[-1]
-    return (
-        f"GPU time over {across.replace('_', ' ')}: {1e3 * first['gpu_s']:.3g} ms at {first[across]:,.0f}, "
-        f"{1e3 * last['gpu_s']:.3g} ms at {last[across]:,.0f}, of it attention "
-        f"{first['attention_s'] / first['gpu_s']:.0%} and {last['attention_s'] / last['gpu_s']:.0%}"
-    )
-
-
 def growing(outcome: Phases) -> tuple[str, ...]:
     """How times grow with prompt length, context and batch size, a sentence each."""
     growth = outcome.growth
@@ -208,6 +181,6 @@ def _clients(concurrency: int) -> str:
     return "alone" if concurrency == 1 else f"closed loop of {concurrency:,}"
 
 
-def _digits(value: float) -> str:
+def digits(value: float) -> str:
     """Three significant digits, none after the point from 100 on."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 from llmsim.engines import find_engine
-from llmsim.plan_answer import Option, Plan
 from llmsim.plan_bench import Ask, Bench, busiest_window, own_rate
 from llmsim.plan_candidates import Limits, candidate
 from llmsim.plan_capacity import (
@@ -40,9 +39,11 @@ from llmsim.plan_capacity import (
     told_as,
 )
 from llmsim.plan_contest import Candidate, Contest
+from llmsim.plan_notes import notes_of
 from llmsim.plan_option import Found, Trial
+from llmsim.plan_runs import Capacity, Measured, Run, Window, slos_of
 from llmsim.plan_sure import Doubter, check_confidence, draws_for
-from llmsim.plan_types import Capacity, Measured, Run, Window, slos_of
+from llmsim.plan_types import Option, Plan
 from llmsim.scenario import Scenario
 from llmsim.slo import Slo
 from llmsim.trace import Trace
@@ -124,6 +125,7 @@ def plan(
         runs=tuple(run for one in candidates for run in (*one.trial.runs.values(), *one.drawn)),
         prices={one.price.gpu: str(one.price) for one in candidates},
         confidence=confidence,
+        notes=notes_of(trace, demand, search.contest),
     )
 
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from llmsim.cost import CostModel
-from llmsim.plan_types import KEPT, Measured, Run, Window
+from llmsim.plan_runs import KEPT, Measured, Run, Window
 from llmsim.scenario import Scenario
 from llmsim.simulate import cost_of, simulate
 from llmsim.slo import Slo, goodput_targets_ms, values_s
@@ -48,6 +48,7 @@ class Drawn(NamedTuple):
     """Which of the machines that the real one may be."""
 
     number: int
+    of: int
     machine: Draw
 
 
@@ -83,6 +84,7 @@ class Simulator:
             {name: summary[name] for name in KEPT},
             tuple(Measured(slo, value) for slo, value in found),
             None if ask.draw is None else ask.draw.number,
+            None if ask.draw is None else ask.draw.of,
         )
 
     def _window(self, wanted: Window) -> Trace:

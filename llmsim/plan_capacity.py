@@ -8,8 +8,8 @@ from typing import Any
 
 from llmsim.plan_bench import Ask, Bench, busiest_window, own_rate
 from llmsim.plan_option import Found, Trial
+from llmsim.plan_runs import Capacity, Run, slos_of, with_replicas
 from llmsim.plan_search import rounded
-from llmsim.plan_types import Capacity, Run, slos_of, with_replicas
 from llmsim.scenario import Scenario
 from llmsim.simulate import Fleet
 from llmsim.slo import Slo

@@ -17,8 +17,8 @@ from math import exp, inf, isfinite, log
 from statistics import median
 
 from llmsim.plan_option import Found, Trial
+from llmsim.plan_runs import Run, Window
 from llmsim.plan_search import SLOPE, rounded
-from llmsim.plan_types import Run, Window
 from llmsim.prices import Price
 
 SLACK = 0.1  # of the logarithm: a value 10 % lower than any shift so far would have it

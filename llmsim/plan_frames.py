@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmsim.plan_types import Option, Plan, Run
+from llmsim.plan_runs import Run
+from llmsim.plan_types import Option, Plan
 
 if TYPE_CHECKING:
     import pandas as pd
 
-STATISTICS = ("p50", "p99")
+STATISTICS = ("mean", "p50", "p90", "p95", "p99")  # of a curve's points
 METRICS = ("ttft", "tpot", "e2el")
 
 
@@ -105,6 +106,17 @@ def options_frame(plan: Plan) -> pd.DataFrame:
     return made.astype(dict.fromkeys([*numbers, "usd_per_million_output_tokens"], "float64"))
 
 
+def next_break(option: Option) -> str:
+    """What breaks in the nearest fleet or at the nearest rate that does not hold, in a line; empty if nothing did."""
+    run = option.broken
+    if run is None:
+        return ""
+    words = [str(one) for one in run.breaks] + ([] if run.stable else ["the queue runs away"])
+    left = run.scenario.replicas
+    where = f"at {run.rate:.4g} per s" if left == option.replicas else f"with {left} replica{'s' * (left > 1)}"
+    return f"{where}: {'; '.join(words)}"
+
+
 def _option(plan: Plan, option: Option) -> dict[str, Any]:
     tightest = min(option.margins.items(), key=lambda item: item[1], default=(None, None))
     answers = [name for name, one in plan.answers.items() if one == option]
@@ -172,10 +184,5 @@ def unstable_from(points: Sequence[Run]) -> float | None:
 
 
 def held_rate(points: Sequence[Run]) -> float | None:
-    """The highest rate up to which every point holds; None if not even the lowest does."""
-    held = None
-    for run in sorted(points, key=lambda run: run.rate):
-        if not run.holds:
-            break
-        held = run.rate
-    return held
+    """The highest rate among the points that hold every SLO; None if none does."""
+    return max((run.rate for run in points if run.holds), default=None)

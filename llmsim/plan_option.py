@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from math import ceil
 
 from llmsim.plan_bench import Ask
+from llmsim.plan_runs import Run, Window
 from llmsim.plan_search import fewest, highest_rate, rounded
-from llmsim.plan_types import Run, Window
 from llmsim.scenario import Scenario
 
 OVERLOAD = 1000.0  # times the trace's own rate: as good as all at once

@@ -17,9 +17,9 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from llmsim.metrics import json_safe
-from llmsim.plan_answer import Option, Plan
 from llmsim.plan_capacity import curve_rows
-from llmsim.plan_types import Measured, Run
+from llmsim.plan_runs import Measured, Run
+from llmsim.plan_types import Option, Plan
 from llmsim.report import fewest_samples
 
 if TYPE_CHECKING:
@@ -86,10 +86,12 @@ def report(plan: Plan, points: Sequence[Run] = (), repeat: Repeat | None = None)
     yield from _foot(plan)
     if repeat is not None:
         yield ""
-        yield from (f"{_verdict(run)}  {repeat(run)}" for run in plan.runs)
+        yield from dict.fromkeys(f"{_verdict(run)}  {repeat(run)}" for run in plan.runs)
 
 
 def _verdict(run: Run) -> str:
+    if run.draws is not None:
+        return "drawn "
     return "holds " if run.holds else "breaks"
 
 
@@ -142,8 +144,8 @@ def _next_break(plan: Plan, option: Option) -> str:
     if broken is None:
         return "one replica is enough" if option.replicas == 1 and not plan.fleet else "nothing breaks it on this trace"
     if plan.fleet:
-        return f"at {broken.rate:.4g}/s breaks {broken.why_not}"
-    return f"with {broken.scenario.replicas} replica{'s' * (broken.scenario.replicas > 1)} breaks {broken.why_not}"
+        return f"breaks at {broken.rate:.4g}/s: {broken.why_not}"
+    return f"breaks with {broken.scenario.replicas} replica{'s' * (broken.scenario.replicas > 1)}: {broken.why_not}"
 
 
 def _with_margin(one: Measured) -> str:
@@ -229,7 +231,9 @@ def _foot(plan: Plan) -> Iterator[str]:
     lines += plan.notes
     lines += [f"Price: {price}" for price in plan.prices.values()]
     labels = dict.fromkeys(
-        f"{option.gpu}: {option.value('cost_model')}" for option in plan.options if option.run is not None
+        f"{option.gpu} TP{option.tensor_parallel}: {option.value('cost_model')}"
+        for option in plan.options
+        if option.run is not None
     )
     lines += [f"Cost model of {label}" for label in labels]
     for line in lines:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from llmsim.plan import curve, plan
 from llmsim.plan_bench import own_rate
-from llmsim.plan_types import Plan, Run, slos_of
+from llmsim.plan_frames import unstable_from
+from llmsim.plan_runs import Run, slos_of
+from llmsim.plan_types import Plan
 from llmsim.scenario import Scenario
 from llmsim.slo import Slo
 from llmsim.trace import Trace, at_rate
@@ -23,6 +25,7 @@ FEWEST_DRAWS = 19  # that bound an interval of 90 %
 SIMULATED = 24_000  # requests of a quick plan, all simulations together
 PER_OPTION = 7  # simulations
 FEWEST = 300  # requests of a quick plan
+STEP, STEPS = 1.25, 5  # beyond the knee
 AROUND = (0.8, 0.9, 1.0, 1.1, 1.2)  # of a rate: where the probability is told
 
 
@@ -46,6 +49,7 @@ class Demand:
     engines: tuple[str, ...] = ()
     budget_usd_per_h: float | None = None
     max_gpus: int = 256
+    confidence: float | None = None
     limit: int | None = None
 
     def trace(self) -> Trace:
@@ -70,9 +74,15 @@ def planned(demand: Demand, jobs: int = 1, progress: Progress | None = None) -> 
         engines=demand.engines or None,
         budget_usd_per_h=demand.budget_usd_per_h,
         max_gpus=demand.max_gpus,
+        confidence=demand.confidence,
         jobs=jobs,
         **more,
     )
+
+
+def quick(demand: Demand) -> Demand:
+    """The same on the first requests and as calibrated, for an answer at once: confidence takes twenty times longer."""
+    return replace(demand, limit=quick_requests(demand), confidence=None)
 
 
 def quick_requests(demand: Demand) -> int:
@@ -83,8 +93,20 @@ def quick_requests(demand: Demand) -> int:
 def knee(
     demand: Demand, fleet: Scenario, rates: Sequence[float] | None = None, progress: Progress | None = None
 ) -> tuple[Run, ...]:
-    """One fleet's latencies at rising rates, around the highest that it holds unless `rates` are given."""
-    return curve(demand.trace(), fleet, demand.slos, rates, progress=progress)
+    """One fleet's latencies at rising rates, around the highest that it holds unless `rates` are given.
+
+    Then further, `STEP` at a time and at most `STEPS` times, to where its queue runs away.
+    """
+    trace = demand.trace()
+    points = curve(trace, fleet, demand.slos, rates, progress=progress)
+    if rates is not None:
+        return points
+    for _ in range(STEPS):
+        if unstable_from(points) is not None:
+            break
+        further = float(f"{STEP * max(run.rate for run in points):.4g}")
+        points += curve(trace, fleet, demand.slos, [further])
+    return points
 
 
 @dataclass(frozen=True)
@@ -163,4 +185,6 @@ def flags_of(demand: Demand) -> list[str]:
     ):
         if value is not None:
             words += [flag, f"{value:.17g}"]
+    if demand.confidence is not None:
+        words += ["--confidence", f"{demand.confidence:g}"]
     return words + (["--max-gpus", str(demand.max_gpus)] if demand.max_gpus != 256 else [])

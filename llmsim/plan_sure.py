@@ -16,8 +16,8 @@ from math import ceil, floor
 from llmsim.plan_bench import Ask, Bench, Drawn
 from llmsim.plan_contest import Candidate, Contest, Sure
 from llmsim.plan_option import Found
+from llmsim.plan_runs import Run
 from llmsim.plan_search import highest_rate
-from llmsim.plan_types import Run
 from llmsim.scenario import Scenario
 from llmsim.uncertainty_draws import draws_of
 from llmsim.uncertainty_sources import sources_of
@@ -93,7 +93,7 @@ class Doubter:
         scenario = replace(one.trial.scenario, replicas=replicas)
         count = draws_for(self.confidence)
         sources = sources_of(scenario.resolved(), self.bench.simulator.cost(scenario))
-        drawn = [Drawn(*item) for item in enumerate(draws_of(scenario, sources, count))]
+        drawn = [Drawn(at, count, machine) for at, machine in enumerate(draws_of(scenario, sources, count))]
         failed, allowed = 0, floor(count * (1.0 - self.confidence) + 1e-9)
         for at in range(0, count, BLOCK):
             runs = self._drawn_runs(one, scenario, rate, drawn[at : at + BLOCK])

@@ -61,18 +61,26 @@ def in_order(arrival_s: FloatArray, parent: IntArray | None) -> IntArray | None:
     return order if (np.diff(order) != 1).any() else None
 
 
-def pace_note(trace: Trace, time_scale: float) -> str | None:
-    """How much of the rescaled trace is sessions that last; None if it has none of more than one stamp."""
+def longest_s(trace: Trace) -> float:
+    """How long the longest session lasts by its stamps; waits for answers come on top."""
     roots = session_roots(trace)
     if roots is None:
-        return None
-    lasts_s = np.nan_to_num(trace.arrival_s - trace.arrival_s[roots], nan=0.0)
-    starts_s = trace.arrival_s[np.unique(roots)]
-    span_s = float(np.ptp(starts_s)) * time_scale
-    longest_s = float(lasts_s.max(initial=0.0))
-    if not longest_s:
+        return 0.0
+    return float(np.nan_to_num(trace.arrival_s - trace.arrival_s[roots], nan=0.0).max(initial=0.0))
+
+
+def starts_span_s(trace: Trace) -> float:
+    """From the start of the first session to that of the last."""
+    roots = session_roots(trace)
+    return float(np.ptp(trace.arrival_s if roots is None else trace.arrival_s[np.unique(roots)]))
+
+
+def pace_note(trace: Trace, time_scale: float) -> str | None:
+    """What becomes of sessions on another scale; None if the trace has none of more than one stamp."""
+    lasts_s = longest_s(trace)
+    if not lasts_s:
         return None
     return (
-        f"the starts of {len(starts_s)} sessions are rescaled, to {span_s:.4g} s; inside a session the times stay, "
-        f"the longest lasts {longest_s:.4g} s"
+        f"sessions start within {starts_span_s(trace) * time_scale:.4g} s, rescaled; inside them the times stay, the "
+        f"longest lasts {lasts_s:.4g} s"
     )

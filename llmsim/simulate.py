@@ -25,6 +25,7 @@ from llmsim.admission import load_admission
 from llmsim.caches import cache_of, connect, policy_over, tier_rows
 from llmsim.cost import CostModel, LaunchNoise
 from llmsim.cost.load import CostSettings, load_cost
+from llmsim.cost.scaled import ScaledCost
 from llmsim.cost.speculative import drafter_bytes
 from llmsim.engines import find_engine, graphs_of, pool_blocks
 from llmsim.hardware import find_gpu, find_model
@@ -214,7 +215,7 @@ class Fleet:
         s = self.scenario
         assert s.max_num_seqs is not None and s.max_num_batched_tokens is not None and s.max_model_len is not None
         self._check_lengths(s.max_model_len)
-        self.cost = cost or cost_of(s)
+        self.cost = cost.restarted() if isinstance(cost, ScaledCost) else cost or cost_of(s)
         self.blocks = blocks_of(s)
         self.router = load_router(s.router, s.router_args)
         self.env = simpy.Environment()

@@ -12,7 +12,7 @@ metric. The mean is infinite as soon as one request was rejected.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite, isinf, isnan, nan
 from typing import TYPE_CHECKING, Any
@@ -99,6 +99,17 @@ def shown_s(seconds: float) -> str:
     """In the unit that needs no leading zero."""
     unit = "s" if seconds >= 10.0 else "ms" if seconds >= 1e-3 else "us"
     return f"{seconds / UNITS_S[unit]:.10g}{unit}"
+
+
+def parse_slos(slos: Iterable[Slo | str]) -> tuple[Slo, ...]:
+    """In the order given; one limit for each statistic."""
+    found: list[Slo] = []
+    for one in slos:
+        slo = Slo.parse(one) if isinstance(one, str) else one
+        if slo.name in [other.name for other in found]:
+            raise ValueError(f"slo {slo}: {slo.name} is given twice: keep one")
+        found.append(slo)
+    return tuple(found)
 
 
 def goodput_targets_ms(slos: Sequence[Slo]) -> dict[str, float]:

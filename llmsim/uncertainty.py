@@ -29,7 +29,7 @@ from llmsim.simulate import cost_of
 from llmsim.slo import Slo
 from llmsim.uncertainty_draws import Draw, draw_costs, draws_of
 from llmsim.uncertainty_run import HEADLINE, Row, Task, in_processes
-from llmsim.uncertainty_sources import Source, Sources, sources_of
+from llmsim.uncertainty_sources import SEED_ALONE, Source, Sources, sources_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,11 +38,12 @@ if TYPE_CHECKING:
     from llmsim.trace import Trace
 
 __all__ = [
-    "HEADLINE", "Draw", "Factors", "Prediction", "Probability", "ScaledCost", "Source", "Sources",
+    "HEADLINE", "SEED_ALONE", "Draw", "Factors", "Prediction", "Probability", "ScaledCost", "Source", "Sources",
     "draw_costs", "draws_of", "predict", "sources_of",
 ]  # fmt: skip
 
 DRAWS, LEVEL = 32, 0.9
+OTHER, SAME = "this trace, on another machine of the kind in another hour", "this trace, on the same machine again"
 SHARES = (0.9, 0.95, 0.99)  # of the requests, for which `Prediction.attaining` is told
 
 
@@ -125,8 +126,9 @@ class Prediction:
             "level": self.level,
             "draws": len(self.draws),
             "seed": self.scenario.seed,
-            "of": "this trace, on another machine of the kind in another hour",
+            "of": SAME if self.sources == SEED_ALONE else OTHER,
             "sources": self.sources.to_dict(),
+            "samples": dict(self.samples),
             "intervals": {key: list(ends) for key, ends in self.intervals.items()},
         }
         if self.slos:
@@ -149,13 +151,13 @@ def fewest_draws(level: float) -> int:
     return ceil(round(2.0 / (1.0 - level), 9)) - 1
 
 
-def check_level(level: float, draws: int) -> None:
+def check_level(level: float, draws: int, name: str = "draws") -> None:
     if not 0.0 < level < 1.0:
         raise ValueError(f"level={level}: give a share between 0 and 1, such as {LEVEL}")
     if draws < fewest_draws(level):
         raise ValueError(
-            f"draws={draws}: an interval that holds {level:.0%} needs {fewest_draws(level)} or more (the lowest and the"
-            " highest of so many bound it): raise draws or lower level"
+            f"{name}={draws}: an interval that holds {100 * level:g} % needs {fewest_draws(level)} or more (the lowest"
+            f" and the highest of so many bound it): raise {name} or lower the level"
         )
 
 
@@ -175,7 +177,7 @@ def predict(
     """Replay the trace `draws` times on machines that the scenario's may turn out to be.
 
     `goodput`: targets in milliseconds, as for `Result.summary`. `jobs`: processes. `progress(done, draws)` after each
-    draw. `sources` replaces what the recordings say; `Sources()` varies nothing but the seed. `cost` replaces
+    draw. `sources` replaces what the recordings say; `SEED_ALONE` varies nothing but the seed. `cost` replaces
     scenario.cost. Draws and results are the same for the same scenario.seed, whatever `jobs`.
     """
     check_level(level, draws)

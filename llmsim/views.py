@@ -84,8 +84,8 @@ def _ranks(last: NDArray[np.int64], points: int) -> NDArray[np.int64]:
 
 def _without(label: str, every: Floats, metric: str) -> str:
     missing = int((~np.isfinite(every)).sum())
-    why = "were rejected or have one token only" if metric == "tpot" else "were rejected"
-    return f"{label}: {missing:,} of {every.size:,} requests {why} and have none" if missing else ""
+    why = "rejected, or of one token" if metric == "tpot" else "rejected"
+    return f"{label}: {missing:,} of {every.size:,} requests have none: {why}" if missing else ""
 
 
 def where(runs: Mapping[str, Run | Result], slowest: float = 0.01) -> pd.DataFrame:

@@ -4,14 +4,14 @@ import time
 from pathlib import Path
 
 import pytest
-from browser.drive import browsing, opened, served
+from browser.drive import browsing, contention, opened, served
 from needs import require
 
 require("streamlit")
 require("playwright")
 
-PAINT_S, CHART_S, STOP_S = 3.0, 1.0, 1.0  # budgets
-MEASURED = 4  # times; the machine that runs the tests is busy with others, so the best counts
+PAINT_S, CHART_S, STOP_S = 3.0, 1.0, 1.0  # of a machine that does nothing else; times its contention where it does
+MEASURED = 4  # times; the best counts
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +53,17 @@ def list_of_pages():
 
 
 def test_the_first_paint_and_a_new_chart_are_quick(window):
+    busy = contention()
     painted_s = min(window.open("/") for _ in range(2))
-    assert painted_s < PAINT_S
     before = window.numbers()
-    taken_s = [window.drag("Tokens of one iteration") for _ in range(MEASURED)]
-    window.settle()
-    assert min(taken_s) < CHART_S, taken_s
+    taken_s = []
+    for _ in range(MEASURED):
+        taken_s.append(window.drag("Tokens of one iteration"))
+        window.settle()
+    busy = max(busy, contention())
+    print(f"first paint {painted_s:.2f} s, slider to new chart {min(taken_s):.2f} s, contention {busy:.1f}")
+    assert painted_s < PAINT_S * busy
+    assert min(taken_s) < CHART_S * busy, taken_s
     assert window.numbers() != before
     assert "cand_tokens=2048" in window.page.url  # the fourth step: 256, 512, 1024, 2048
 
@@ -72,6 +77,20 @@ def test_a_shared_link_shows_what_was_shared(window):
     window.open("/?cand_gpu=no-such-gpu&trace_traffic=99")  # not ours: the defaults, no error
     assert window.exceptions() == [] and window.errors_shown() == []
     assert window.numbers() != numbers
+
+
+def test_a_rectangle_over_the_dots_chooses_requests(window):
+    window.open("/requests")
+    window.page.get_by_text("Draw a rectangle over the dots").wait_for()
+    below = window.picture("Phases of 40 requests")
+    window.brush(0.4, 0.25, 0.7, 0.6)
+    said = window.page.get_by_text("requests are in the rectangle.")
+    said.wait_for()
+    inside, whole = (int(word.replace(",", "")) for word in said.inner_text().split(" requests")[0].split(" of "))
+    assert 0 < inside < whole == 2000
+    window.settle()
+    assert window.picture("Phases of 40 requests") not in ("", below)
+    assert window.exceptions() == []
 
 
 def test_a_good_upload_is_answered_and_a_bad_one_refused_in_one_line(window, tmp_path):
@@ -104,16 +123,17 @@ def test_a_run_is_stopped_within_a_second(window, server):
     page.get_by_text("Quick answer on the first").wait_for()
     assert server.workers() == []
     page.get_by_role("button", name="Run the whole trace").click()
-    page.get_by_role("button", name="Stop").wait_for()
+    stop = page.locator(".st-key-what_if_stop button")
+    stop.wait_for()
     deadline_s = time.monotonic() + 20
     while "requests answered" not in page.get_by_test_id("stProgress").inner_text() and time.monotonic() < deadline_s:
         time.sleep(0.1)
     assert len(server.workers()) == 1
     started_s = time.monotonic()
-    page.get_by_role("button", name="Stop").click()
+    stop.click()
     while server.workers() and time.monotonic() - started_s < 10:
         time.sleep(0.02)
-    assert time.monotonic() - started_s < STOP_S
+    assert time.monotonic() - started_s < STOP_S * contention()
     page.get_by_text("stopped after").wait_for()
     page.get_by_role("button", name="Run the whole trace").wait_for()
 

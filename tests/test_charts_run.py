@@ -110,6 +110,16 @@ def test_percentiles_are_named_and_what_was_left_out_is_in_the_subtitle() -> Non
     assert curve["title"]["subtitle"] == ["up to 100 points a curve, the extremes among them"]
 
 
+def test_requests_far_apart_begin_together() -> None:
+    near, far = ([Served(at, [at + 1.0, at + 2.0]) for at in (0.0, gap)] for gap in (5.0, 5000.0))
+    for served, begins_s, title in ((near, {0.0, 5.0}, "Simulated time (s)"), (far, {0.0}, "Since it was sent (s)")):
+        chart = charts_run.gantt_chart(views.gantt(made_result(served)))
+        document = charts_style.sized(chart, 400)
+        (rows,) = document["datasets"].values()
+        assert {row["begin_s"] for row in rows if row["phase"] == "queue"} == begins_s
+        assert document["encoding"]["x"]["axis"]["title"] == title
+
+
 def test_what_is_selected_has_a_name(documents: dict[str, dict[str, Any]]) -> None:
     names = {
         name: {part["name"] for part in parts(document) if "select" in part} for name, document in documents.items()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from browser.drive import browsing
 from made_results import made_result, random_served
 from needs import require
 
@@ -138,41 +138,31 @@ def test_wrong_input_is_one_line(folders: list[Path], tmp_path: Path, capsys: py
         page({})
 
 
-def test_a_browser_draws_it_and_asks_nobody(report: Path, tmp_path: Path) -> None:
+def test_a_browser_draws_it_and_asks_nobody(report: Path) -> None:
     require("playwright")
-    browser = shutil.which("chromium")
-    assert browser is not None, "the test needs Debian's chromium (.ci/run installs it)"
-    from playwright.sync_api import sync_playwright
-
     asked: list[str] = []
     errors: list[str] = []
-    with sync_playwright() as playwright:
-        context = playwright.chromium.launch_persistent_context(
-            tmp_path / "profile", executable_path=browser, args=["--no-sandbox", "--disable-gpu"], headless=True
-        )
-        try:
-            tab = context.new_page()
-            tab.on("request", lambda request: asked.append(request.url))
-            tab.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-            tab.on("pageerror", lambda error: errors.append(str(error)))
-            tab.goto(report.as_uri())
-            tab.wait_for_function("document.querySelectorAll('figure svg.marks').length === 6", timeout=20_000)
-            dots = tab.locator("#chart-requests .mark-symbol path[aria-roledescription]")
-            lines = tab.locator("#chart-requests path[aria-roledescription=bar]")
-            assert dots.count() >= 400
-            lines.first.wait_for()
-            before = [lines.count(), lines.first.get_attribute("aria-label")]
-            tab.locator("#chart-requests").scroll_into_view_if_needed()
-            tab.evaluate("document.querySelector('#chart-requests').scrollIntoView()")
-            box = tab.locator("#chart-requests svg.marks").bounding_box()
-            assert box is not None
-            tab.mouse.move(box["x"] + 500, box["y"] + 90)
-            tab.mouse.down()
-            tab.mouse.move(box["x"] + 640, box["y"] + 280, steps=4)
-            tab.mouse.up()
-            tab.wait_for_timeout(300)
-            assert [lines.count(), lines.first.get_attribute("aria-label")] != before  # the brush chose others
-        finally:
-            context.close()
+    with browsing() as browser:
+        tab = browser.new_page()
+        tab.on("request", lambda request: asked.append(request.url))
+        tab.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        tab.on("pageerror", lambda error: errors.append(str(error)))
+        tab.goto(report.as_uri())
+        tab.wait_for_function("document.querySelectorAll('figure svg.marks').length === 6", timeout=20_000)
+        dots = tab.locator("#chart-requests .mark-symbol path[aria-roledescription]")
+        lines = tab.locator("#chart-requests path[aria-roledescription=bar]")
+        assert dots.count() >= 400
+        lines.first.wait_for()
+        before = [lines.count(), lines.first.get_attribute("aria-label")]
+        tab.locator("#chart-requests").scroll_into_view_if_needed()
+        tab.evaluate("document.querySelector('#chart-requests').scrollIntoView()")
+        box = tab.locator("#chart-requests svg.marks").bounding_box()
+        assert box is not None
+        tab.mouse.move(box["x"] + 500, box["y"] + 90)
+        tab.mouse.down()
+        tab.mouse.move(box["x"] + 640, box["y"] + 280, steps=4)
+        tab.mouse.up()
+        tab.wait_for_timeout(300)
+        assert [lines.count(), lines.first.get_attribute("aria-label")] != before  # the brush chose others
     assert asked == [report.as_uri()]
     assert errors == []

@@ -1,4 +1,4 @@
-"""The dashboard's page of requests: every widget, what cannot be shown, and what only a browser can do with it."""
+"""The dashboard's page of requests: every widget, what cannot be shown, and why a request waited."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from browser.drive import opened, served
 from made_results import Served, made_result, random_served
 from needs import require
 
@@ -102,40 +101,3 @@ def test_a_life_explained_is_that_of_llmsim_explain(crowded: Path, tmp_path: Pat
     assert again.equals(frame)
     with pytest.raises(ValueError, match="had other numbers"):
         explained(made, request, shipped("bursty.csv"), Scenario("llama-3.1-8b", "h100-sxm", cost="constant:0.01"))
-
-
-def test_in_a_browser_a_brush_a_click_and_a_download(crowded: Path, tmp_path: Path) -> None:
-    require("playwright")
-    with served(cwd=tmp_path, runs=[crowded]) as server, opened(server, (1400, 1300)) as window:
-        window.open("/")
-        window.go_to("Requests")
-        tab = window.page
-        tab.wait_for_function("document.querySelectorAll('[data-testid=stVegaLiteChart] .marks').length >= 4")
-        dots = tab.locator("[class*=st-key-requests_dots] .marks").first.bounding_box()
-        assert dots is not None
-        tab.mouse.move(dots["x"] + 0.4 * dots["width"], dots["y"] + 70)
-        tab.mouse.down()
-        tab.mouse.move(dots["x"] + 0.9 * dots["width"], dots["y"] + 200, steps=4)
-        tab.mouse.up()
-        tab.get_by_text("requests are in the rectangle").wait_for()
-        words = tab.get_by_text("requests are in the rectangle").inner_text()
-        inside, whole = (int(word.replace(",", "")) for word in words.split() if word[0].isdigit())
-        assert 0 < inside < whole == 1500
-        window.settle()
-        bar = tab.locator(".st-key-requests_gantt [aria-roledescription=bar]").first
-        box = bar.bounding_box()
-        assert box is not None
-        tab.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-        tab.wait_for_url("**requests_id=*")
-        window.settle()
-        assert tab.url.endswith(tab.locator(".st-key-requests_id input").input_value())
-        tab.get_by_text("Download", exact=True).click()
-        with tab.expect_download() as saved:
-            tab.get_by_role("button", name="requests.csv").click()
-        rows = Path(saved.value.path()).read_text().splitlines()
-        assert len(rows) == inside + 1 and rows[0].startswith("id,arrival_s,prompt_tokens")
-        with tab.expect_download() as saved:
-            tab.get_by_role("button", name="perfetto.json.gz").click()
-        assert Path(saved.value.path()).read_bytes()[:2] == b"\x1f\x8b"
-        assert window.exceptions() == [] and window.elsewhere == [] and window.complaints == []
-        assert server.errors() == []

@@ -165,7 +165,7 @@ def test_a_short_ecdf_has_every_request() -> None:
     assert frame["value"].tolist() == pytest.approx([100, 200, 300])
     assert frame["share"].tolist() == [0.25, 0.5, 1.0]
     assert set(frame["requests"]) == {4}
-    assert frame.attrs["notes"] == ["run: 1 of 5 requests were rejected and have none"]
+    assert frame.attrs["notes"] == ["run: 1 of 5 requests have none: rejected"]
 
 
 @pytest.mark.parametrize("metric", ["ttft", "tpot", "e2el", "queue", "output_tokens"])

@@ -16,17 +16,23 @@ of: `llmsim.uncertainty_draws`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from math import exp
+from collections.abc import Callable, Sequence
+from itertools import cycle
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llmsim.cost import CostModel, Ramp
 
 OCTAVES = 24  # of tokens in an iteration: to 16 million
 TABLE_TOKENS = 16_384  # beyond it the curve is flat
 STEPS = 4_099  # draws that steps take in turn
+
+
+Chunks = Sequence[tuple[int, int]]
+Floats = NDArray[np.float64]
+Table = tuple[list[float], list[float]]
 
 
 class Factors(NamedTuple):
@@ -44,13 +50,12 @@ class Ripple(NamedTuple):
     chunk_steps: float = 0.0
     seed: int = 0
 
-    @property
-    def still(self) -> bool:
-        return not any(self[:4])
-
 
 class ScaledCost:
     """Everything that is not overridden here is the inner model's: kind, label, profile, range, terms."""
+
+    decode_ramp: Callable[[int, float], Ramp]
+    mixed_s: Callable[[Chunks, int, float], float]
 
     def __init__(self, inner: CostModel, factors: Factors, ripple: Ripple | None = None) -> None:
         for name, factor in factors._asdict().items():
@@ -60,27 +65,26 @@ class ScaledCost:
         self.kind, self.label, self.mode = inner.kind, inner.label, inner.mode
         self.host = inner.host if factors.host == 1.0 else inner.host.scaled(factors.host)
         self.outside_measured = inner.outside_measured
-        self._decode_ramp, self._mixed_s = inner.decode_ramp, inner.mixed_s
-        # by tokens, and in turn: lists, for an index into an array takes ten times as long
-        self._decodes = self._chunks = [1.0] * (TABLE_TOKENS + 1)
-        self._decode_steps = self._chunk_steps = [1.0] * STEPS
-        if not self.ripple.still:
-            self._draw(self.ripple)
-        self._decodes = self._decodes if factors.decode == 1.0 else [factors.decode * one for one in self._decodes]
-        self._chunks = self._chunks if factors.chunk == 1.0 else [factors.chunk * one for one in self._chunks]
-        self._at = 0
+        self._tables = _tables(factors, self.ripple)
+        self._begin()
 
-    def _draw(self, ripple: Ripple) -> None:
-        rng = np.random.default_rng(ripple.seed)
-        decodes, chunks = rng.standard_normal((2, OCTAVES + 1))
-        self._decodes, self._chunks = _curve(decodes, ripple.decode_sizes), _curve(chunks, ripple.chunk_sizes)
-        decode_steps, chunk_steps = rng.standard_normal((2, STEPS))
-        self._decode_steps = _around_one(decode_steps, ripple.decode_steps)
-        self._chunk_steps = _around_one(chunk_steps, ripple.chunk_steps)
+    def _begin(self) -> None:
+        decodes, chunks = self._tables
+        self.decode_ramp = self._inner.decode_ramp if decodes is None else _decode_ramp(self._inner, *decodes)
+        self.mixed_s = self._inner.mixed_s if chunks is None else _mixed_s(self._inner, *chunks)
+
+    def restarted(self) -> ScaledCost:
+        """The same with its steps from the first one on: a replay gives the same whatever was replayed before it."""
+        other = object.__new__(ScaledCost)
+        other.__dict__.update(self.__dict__)
+        other._begin()
+        return other
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """The functions made here cannot be pickled, what they are made of can."""
+        return ScaledCost, (self._inner, self.factors, self.ripple)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_inner":  # asked while it is being unpickled: nothing is there yet
-            raise AttributeError(name)
         return getattr(self._inner, name)
 
     @property
@@ -93,30 +97,50 @@ class ScaledCost:
     def drafts(self, drafts: int | None) -> None:
         self._inner.drafts = drafts  # type: ignore[attr-defined]  # as above
 
-    def decode_ramp(self, seqs: int, kv_tokens: float) -> Ramp:
-        first_s, growth_s = self._decode_ramp(seqs, kv_tokens)
-        self._at = at = self._at + 1 if self._at < STEPS - 1 else 0
-        factor = self._decodes[seqs if seqs < TABLE_TOKENS else TABLE_TOKENS] * self._decode_steps[at]
-        return Ramp(factor * first_s, factor * growth_s)
 
-    def mixed_s(self, chunks: Sequence[tuple[int, int]], seqs: int, kv_tokens: float) -> float:
+# Asked for every iteration: a replay of a draw takes 7 % longer than a plain one (Azure conversation trace).
+
+
+def _decode_ramp(inner: CostModel, sizes: list[float], steps: list[float]) -> Callable[[int, float], Ramp]:
+    decode_ramp, step, new = inner.decode_ramp, cycle(steps).__next__, tuple.__new__
+
+    def scaled(seqs: int, kv_tokens: float) -> Ramp:
+        first_s, growth_s = decode_ramp(seqs, kv_tokens)
+        factor = sizes[seqs if seqs < TABLE_TOKENS else TABLE_TOKENS] * step()
+        return new(Ramp, (factor * first_s, factor * growth_s))
+
+    return scaled
+
+
+def _mixed_s(inner: CostModel, sizes: list[float], steps: list[float]) -> Callable[[Chunks, int, float], float]:
+    mixed_s, step = inner.mixed_s, cycle(steps).__next__
+
+    def scaled(chunks: Chunks, seqs: int, kv_tokens: float) -> float:
         tokens = seqs
         for new, _ in chunks:
             tokens += new
-        self._at = at = self._at + 1 if self._at < STEPS - 1 else 0
-        factor = self._chunks[tokens if tokens < TABLE_TOKENS else TABLE_TOKENS] * self._chunk_steps[at]
-        return factor * self._mixed_s(chunks, seqs, kv_tokens)
+        factor = sizes[tokens if tokens < TABLE_TOKENS else TABLE_TOKENS] * step()
+        return factor * mixed_s(chunks, seqs, kv_tokens)
+
+    return scaled
 
 
-def _curve(normals: Any, deviation: float) -> list[float]:
-    """Factors by tokens."""
+def _tables(factors: Factors, ripple: Ripple) -> tuple[Table | None, Table | None]:
+    """Of decodes and of chunks; None: as it is."""
+    rng = np.random.default_rng(ripple.seed)
+    (decode_sizes, chunk_sizes), steps = rng.standard_normal((2, OCTAVES + 1)), rng.standard_normal((2, STEPS))
+    return (
+        _table(factors.decode, decode_sizes, ripple.decode_sizes, steps[0], ripple.decode_steps),
+        _table(factors.chunk, chunk_sizes, ripple.chunk_sizes, steps[1], ripple.chunk_steps),
+    )
+
+
+def _table(factor: float, sizes: Floats, sizes_sd: float, steps: Floats, steps_sd: float) -> Table | None:
+    """Factors by tokens, and of steps in turn around a mean of 1."""
+    if factor == 1.0 and sizes_sd == steps_sd == 0.0:
+        return None
     octave = np.log2(np.maximum(np.arange(TABLE_TOKENS + 1), 1))
     within = octave - np.floor(octave)
-    logs = np.interp(octave, np.arange(len(normals)), normals) / np.sqrt(within**2 + (1.0 - within) ** 2)
-    factors: list[float] = np.exp(deviation * logs).tolist()
-    return factors
-
-
-def _around_one(normals: Any, deviation: float) -> list[float]:
-    steps: list[float] = (np.exp(deviation * normals) / exp(deviation**2 / 2)).tolist()
-    return steps
+    logs = np.interp(octave, np.arange(len(sizes)), sizes) / np.sqrt(within**2 + (1.0 - within) ** 2)
+    by_tokens = factor * np.exp(sizes_sd * logs)
+    return by_tokens.tolist(), np.exp(steps_sd * steps - steps_sd**2 / 2).tolist()

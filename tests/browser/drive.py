@@ -36,6 +36,8 @@ LAPTOP = (1366, 900)
 IDLE = "[data-testid=stApp][data-test-script-state=notRunning]"
 CHART = "[data-testid=stVegaLiteChart]"
 DRAWN = f"{CHART} canvas, {CHART} svg"
+# Streamlit's front end looks for its server below a page's own path first, and goes on where it finds none
+PROBED = re.compile(r"/\w+/_stcore/(health|host-config)")
 # of the first chart of a page, or of the one with this text in its accessible name: enough to see that it changed
 PICTURE = """(name) => {
   const all = [...document.querySelectorAll('[data-testid=stVegaLiteChart]')];
@@ -72,8 +74,13 @@ class Server:
 
     def workers(self) -> list[int]:
         """Processes that do its jobs."""
-        listed = subprocess.run(["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True, check=False)
-        return [int(word) for word in listed.stdout.split()]
+        mine = []
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):  # ended meanwhile
+                state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+                if int(parent) == self.process.pid and state != "Z":
+                    mine.append(int(stat.parent.name))
+        return mine
 
 
 @contextmanager
@@ -119,6 +126,14 @@ def _wait(there: Any, most_s: float, complaint: str, every_s: float = 0.05) -> f
     return time.monotonic() - started_s
 
 
+def contention() -> float:
+    """How many times as long as alone this process takes now for what it does: 1 on a machine that is idle."""
+    started_s, cpu_s = time.monotonic(), time.process_time()
+    while time.process_time() - cpu_s < 0.2:
+        pass
+    return max((time.monotonic() - started_s) / (time.process_time() - cpu_s), 1.0)
+
+
 @dataclass
 class Window:
     """A page in a browser."""
@@ -139,8 +154,9 @@ class Window:
             self.elsewhere.append(request.url)
 
     def _said(self, message: Any) -> None:
-        if message.type == "error":
-            self.complaints.append(message.text)
+        where = urlsplit(message.location.get("url", "")).path
+        if message.type == "error" and not PROBED.fullmatch(where):
+            self.complaints.append(f"{message.text} {where}")
 
     def open(self, path: str = "/", *, charts: bool = True) -> float:
         """Seconds until the heading stands there; returns when everything is drawn."""
@@ -179,6 +195,17 @@ class Window:
         self.page.keyboard.press(key)
         _wait(lambda: self.picture() not in (before, ""), 20, f"no new chart after {slider}", 0.01)
         return time.monotonic() - started_s
+
+    def brush(self, left: float, top: float, right: float, bottom: float) -> None:
+        """Draw a rectangle over the first chart of the page; corners as shares of its width and height."""
+        box = self.page.locator(CHART).first.bounding_box()
+        corners = [
+            (box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in ((left, top), (right, bottom))
+        ]
+        self.page.mouse.move(*corners[0])
+        self.page.mouse.down()
+        self.page.mouse.move(*corners[1], steps=8)
+        self.page.mouse.up()
 
     def numbers(self) -> list[str]:
         return [place.inner_text() for place in self.page.get_by_test_id("stMetricValue").all()]
@@ -239,8 +266,12 @@ def browsing() -> Iterator[Any]:
 
 
 @contextmanager
-def opened(server: Server, browser: Any, size: tuple[int, int] = LAPTOP) -> Iterator[Window]:
-    """A window with cookies and settings of its own."""
+def opened(server: Server, browser: Any = None, size: tuple[int, int] = LAPTOP) -> Iterator[Window]:
+    """A window with cookies and settings of its own; in a browser of its own, too, unless one is given."""
+    if browser is None:
+        with browsing() as own, opened(server, own, size) as window:
+            yield window
+        return
     context = browser.new_context(viewport={"width": size[0], "height": size[1]})
     context.set_default_timeout(20_000)
     window = Window(context.new_page(), server)
