@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from llmsim.cli_options import CONTEXT, json_option
+from llmsim.text import aligned
 
 GIB = 2**30
 KINDS = ("gpus", "models", "engines", "schedulers", "admissions", "routers", "evictions", "profiles")
@@ -143,16 +144,8 @@ def table(rows: list[Row]) -> str:
         return "none"
     columns = list(rows[0])
     cells = [[_cell(row[column]) for column in columns] for row in rows]
-    widths = [max(len(text) for text in column) for column in zip(columns, *cells, strict=True)]
-    numeric = [all(isinstance(row[column], int | float | None) for row in rows) for column in columns]
-    lines = []
-    for line in (columns, *cells):
-        texts = [
-            text.rjust(width) if right else text.ljust(width)
-            for text, width, right in zip(line, widths, numeric, strict=True)
-        ]
-        lines.append("  ".join(texts).rstrip())
-    return "\n".join(lines)
+    texts = {i for i, name in enumerate(columns) if not all(isinstance(row[name], int | float | None) for row in rows)}
+    return "\n".join(aligned([columns, *cells], left=texts))
 
 
 def _cell(value: Any) -> str:

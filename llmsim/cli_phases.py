@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from llmsim.cli_options import CONTEXT, INT, SectionedCommand, json_option, scenario_from, scenario_options
 from llmsim.scenario_file import human_int
+from llmsim.text import aligned, wrapped
 
 if TYPE_CHECKING:
     from llmsim.phases import Phases
     from llmsim.scenario import Scenario
-
-WIDTH = 118
 
 
 @click.command(cls=SectionedCommand, context_settings=CONTEXT)
@@ -115,23 +113,22 @@ def _report(outcome: Phases) -> Iterator[str]:
     from llmsim.phases_table import growing, legend, points_table, served_table, setting
 
     for line in setting(outcome):
-        yield from _wrapped(line)
+        yield from wrapped(line)
     yield ""
     table = points_table(outcome)
     columns = [[p.phase, *column] for p, column in zip(outcome.points, table.columns, strict=True)]
-    yield from _table(["", *table.names], columns)
-    yield from _wrapped(legend(outcome))
+    yield from aligned(list(zip(["", *table.names], *columns, strict=True)), left={0})
+    yield from wrapped(legend(outcome))
     yield ""
     for line in growing(outcome):
-        yield from _wrapped(line)
+        yield from wrapped(line)
     yield ""
     served = served_table(outcome)
     head = f"{outcome.prompt_tokens:,} + {outcome.output_tokens:,} tokens"
-    yield from _table(
-        [head, *served.names], [[top, *column] for top, column in zip(served.heads, served.columns, strict=True)]
-    )
+    columns = [[top, *column] for top, column in zip(served.heads, served.columns, strict=True)]
+    yield from aligned(list(zip([head, *served.names], *columns, strict=True)), left={0})
     yield ""
-    yield from _wrapped(outcome.textbook)
+    yield from wrapped(outcome.textbook)
 
 
 def _burst_report(met: dict[str, Any]) -> Iterator[str]:
@@ -139,7 +136,7 @@ def _burst_report(met: dict[str, Any]) -> Iterator[str]:
         return "-" if row[name] is None else f"{1e3 * row[name]:,.1f}"
 
     yield ""
-    yield from _wrapped(
+    yield from wrapped(
         f"A burst of {met['prompts']:,} prompts of {met['prompt_tokens']:,} tokens that meets {met['decodes']:,} "
         f"decodes of {met['context_tokens']:,} cached, by token budget (max_num_batched_tokens), of which "
         f"{met['token_budget']:,} cuts it into {met['chunks']:,} chunks; times in ms, the longest gap between two "
@@ -154,18 +151,9 @@ def _burst_report(met: dict[str, Any]) -> Iterator[str]:
         ]
         for row in rows
     ]
-    yield from _table(["token budget", "iterations", "mean TTFT", "last TTFT", "longest gap"], columns)
+    names = ["token budget", "iterations", "mean TTFT", "last TTFT", "longest gap"]
+    yield from aligned(list(zip(names, *columns, strict=True)), left={0})
 
 
 def _budget(row: dict[str, Any]) -> int:
     return int(row["token_budget"])
-
-
-def _table(names: Sequence[str], columns: Sequence[Sequence[str]]) -> Iterator[str]:
-    widths = [max(map(len, names)), *(max(map(len, column)) for column in columns)]
-    for cells in zip(names, *columns, strict=True):
-        yield "  ".join([cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))])
-
-
-def _wrapped(text: str) -> list[str]:
-    return wrap(text, WIDTH, subsequent_indent="  ")

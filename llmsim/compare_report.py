@@ -10,6 +10,7 @@ import numpy as np
 
 from llmsim.compare import LATENCIES, RESAMPLES, STATISTICS, Comparison, Difference, Promise
 from llmsim.metrics import latencies_s
+from llmsim.text import number
 
 WIDTH = 116
 CURVE_POINTS = 401
@@ -63,15 +64,11 @@ def _block(comparison: Comparison, title: str, columns: list[tuple[str, str, flo
         if len(name) > label:
             yield name
             name = ""
-        yield f"{name:<{label}}" + "".join(f"{_number(*value):>{CELL}}" for value in values)
+        yield f"{name:<{label}}" + "".join(f"{number(*value):>{CELL}}" for value in values)
         if side.name in comparison.differences:
             found = comparison.differences[side.name]
             cells = [_change(found.get(key), factor, digits) for key, _, factor, digits in columns]
             yield (" " * label + "".join(f"{cell:>{CELL}}" for cell in cells)).rstrip()
-
-
-def _number(value: float | None, factor: float, digits: int) -> str:
-    return "-" if value is None else f"{value * factor:,.{digits}f}"
 
 
 def _change(change: Difference | None, factor: float, digits: int) -> str:

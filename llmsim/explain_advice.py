@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from llmsim.explain import Explanation
 from llmsim.explain_knobs import Knob
-from llmsim.explain_words import CAUSES, NAMES, percent, shown, unit_of, wrapped
+from llmsim.explain_words import CAUSES, NAMES, percent, shown, unit_of
+from llmsim.text import wrapped
 
 
 def cause(explanation: Explanation) -> Iterator[str]:

@@ -17,14 +17,13 @@ from llmsim.explain_words import (
     NAMES,
     PIECES,
     REASONS,
-    WIDTH,
     percent,
     shown,
     time_of,
     times,
     unit_of,
-    wrapped,
 )
+from llmsim.text import WIDTH, wrapped
 
 FULL_LINES = 30  # lines of a path; a request that is preempted a thousand times has more
 LISTED = 10  # requests of a tail that get a line

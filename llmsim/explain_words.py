@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from textwrap import wrap
-
-WIDTH = 116
 REASONS = {
     "kv": "KV cache full",
     "seqs": "max_num_seqs reached",
@@ -56,7 +53,3 @@ def time_of(seconds: float) -> str:
 
 def times(count: int) -> str:
     return "once" if count == 1 else f"{count:,} times"
-
-
-def wrapped(text: str) -> list[str]:
-    return wrap(text, WIDTH, subsequent_indent="  ")

@@ -13,7 +13,6 @@ import shlex
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from llmsim.metrics import json_safe
@@ -21,11 +20,11 @@ from llmsim.plan_capacity import curve_rows
 from llmsim.plan_runs import Measured, Run
 from llmsim.plan_types import Option, Plan
 from llmsim.report import fewest_samples
+from llmsim.text import aligned, wrapped
 
 if TYPE_CHECKING:
     import pandas as pd
 
-WIDTH = 118
 Repeat = Callable[[Run], str]
 ANSWERS = {"fewest": "fewest GPUs", "cheapest": "cheapest", "fastest": "fastest"}
 FLEET_ANSWERS = {"fewest": "most per GPU", "cheapest": "most per dollar", "fastest": "highest rate"}
@@ -76,7 +75,7 @@ def report(plan: Plan, points: Sequence[Run] = (), repeat: Repeat | None = None)
     if plan.holds:
         yield from _answers(plan)
     else:
-        yield from _wrapped("Nothing meets the SLOs" + (" within the limits." if _limited(plan) else "."))
+        yield from wrapped("Nothing meets the SLOs" + (" within the limits." if _limited(plan) else "."))
     yield ""
     yield from _options(plan)
     if points:
@@ -103,12 +102,12 @@ def _head(plan: Plan) -> Iterator[str]:
     trace, model = plan.trace, plan.options[0].scenario.model
     what = f"{model} for {trace['name']}, {trace['requests']:,} requests"
     if plan.rate is None:
-        yield from _wrapped(f"{what}: the highest rate that each fleet holds ({trace['unit']})")
+        yield from wrapped(f"{what}: the highest rate that each fleet holds ({trace['unit']})")
     else:
         times = plan.rate / trace["rate"]
         own = "" if abs(times - 1.0) < 1e-9 else f", {times:.3g} times the trace's own {trace['rate']:.3g}"
-        yield from _wrapped(f"{what} at {plan.rate:.4g} {trace['unit']}{own}")
-    yield from _wrapped("Promised: " + ", ".join(slo.words for slo in plan.slos))
+        yield from wrapped(f"{what} at {plan.rate:.4g} {trace['unit']}{own}")
+    yield from wrapped("Promised: " + ", ".join(slo.words for slo in plan.slos))
 
 
 def _answers(plan: Plan) -> Iterator[str]:
@@ -127,9 +126,9 @@ def _answers(plan: Plan) -> Iterator[str]:
             _number(option.capacity_rate, ".4g") + "/s", _number(option.goodput_per_gpu, ".3g"),
             _number(option.goodput_per_usd, ",.0f"), _number(option.usd_per_million_output_tokens, ".3f"),
         ))  # fmt: skip
-    yield from _table(rows, left=2)
+    yield from aligned(rows, left={0, 1})
     for option, _ in by_option.values():
-        yield from _wrapped(f"{option.name}: {_surely(option)}{_next_break(plan, option)}")
+        yield from wrapped(f"{option.name}: {_surely(option)}{_next_break(plan, option)}")
 
 
 def _surely(option: Option) -> str:
@@ -188,9 +187,9 @@ def _options(plan: Plan) -> Iterator[str]:
             _number(option.usd_per_million_output_tokens, ".3f"), _short_break(plan, option),
         ))  # fmt: skip
     if len(rows) > 1:
-        yield from _table(rows, left=2, last_left=True)
+        yield from aligned(rows, left={0, 1, 8})
     for line in others:
-        yield from _wrapped(line)
+        yield from wrapped(line)
 
 
 def _short_break(plan: Plan, option: Option) -> str:
@@ -217,7 +216,7 @@ def _curve(plan: Plan, points: Sequence[Run]) -> Iterator[str]:
             _number(v["slo_attainment"], ".1%"), _number(v["tokens_per_s_per_gpu"], ",.0f"),
             "holds" if run.holds else "unstable" if not run.stable else "breaks",
         ))  # fmt: skip
-    yield from _table(rows, left=0, last_left=True)
+    yield from aligned(rows, left={7})
 
 
 def _foot(plan: Plan) -> Iterator[str]:
@@ -237,23 +236,8 @@ def _foot(plan: Plan) -> Iterator[str]:
     )
     lines += [f"Cost model of {label}" for label in labels]
     for line in lines:
-        yield from _wrapped(line)
+        yield from wrapped(line)
 
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
-
-
-def _table(rows: Sequence[tuple[str, ...]], *, left: int, last_left: bool = False) -> Iterator[str]:
-    """The first `left` columns (and the last) to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        cells = [
-            cell.ljust(width) if i < left or (last_left and i == len(row) - 1) else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        yield "  ".join(cells).rstrip()
-
-
-def _wrapped(text: str) -> list[str]:
-    return wrap(text, WIDTH, subsequent_indent="  ")

@@ -9,6 +9,7 @@ from typing import Any
 from llmsim.sweep import SweepResult
 from llmsim.sweep_outline import Estimate, Outlined
 from llmsim.sweep_store import part_files
+from llmsim.text import aligned, number
 
 MOST_ROWS = 40  # of results; the listing of --dry-run is complete
 HEADLINES = (  # column, heading, factor, decimals
@@ -38,7 +39,7 @@ def report(found: SweepResult, most: int = MOST_ROWS) -> str:
     rows = [["run", *found.columns, *(heading for _, heading, _, _ in columns)]]
     errors = [""]
     for row in shown:
-        numbers = [_number(row[name], factor, digits) for name, _, factor, digits in columns]
+        numbers = [number(row[name], factor, digits) for name, _, factor, digits in columns]
         rows.append([str(row["run"]), *(_text(row[name]) for name in found.columns), *numbers])
         errors.append("" if row["error"] is None else f"error: {row['error']}")
         if row["error"] is not None:
@@ -84,19 +85,12 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
-def aligned(rows: Sequence[Sequence[str]], texts: Sequence[bool]) -> Iterator[str]:
-    """Columns of text to the left, of numbers to the right."""
-    widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
-    for row in rows:
-        cells = [cell.ljust(w) if text else cell.rjust(w) for cell, w, text in zip(row, widths, texts, strict=True)]
-        yield "  ".join(cells).rstrip()
-
-
-def _kinds(rows: Sequence[Sequence[str]], axes: int) -> list[bool]:
-    """Whether a column is text: an axis with anything that is no number."""
-    texts = [False] * len(rows[0])
+def _kinds(rows: Sequence[Sequence[str]], axes: int) -> set[int]:
+    """The columns of text: axes with anything that is no number."""
+    texts = set()
     for at in range(1, axes + 1):
-        texts[at] = any(not row[at].replace(".", "", 1).replace("-", "", 1).isdigit() for row in rows[1:])
+        if any(not row[at].replace(".", "", 1).replace("-", "", 1).isdigit() for row in rows[1:]):
+            texts.add(at)
     return texts
 
 
@@ -106,7 +100,3 @@ def _text(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _number(value: float | None, factor: float, digits: int) -> str:
-    return "-" if value is None else f"{value * factor:,.{digits}f}"
