@@ -4,7 +4,8 @@
 
 A recording counts if it has Poisson loads of one shape (`poisson_PROMPT_OUTPUT_qRATE`) at rates on both sides of the
 limit. The crossing is read off the line through the two rates around it, in log seconds over the rate; predicted p99
-are means over draws of the launch noise, of the same arrivals.
+are means over draws of the launch noise, of the same arrivals. `llmsim.plan.capacity` would answer another question: it
+rescales one recording's arrivals, and half a minute of a Poisson process, rescaled, crosses anywhere from 28 to 36/s.
 """
 
 from __future__ import annotations

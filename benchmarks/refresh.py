@@ -1,7 +1,9 @@
 """Make the numbers printed in README.md and docs again: `python -m benchmarks.refresh`, after a new fit.
 
 The README's replay is run as it stands there (its trace has to be in ../shared/traces), and so are its comparison of
-the phases and the what-ifs of docs/policies; the tables of accuracy are those of `benchmarks.accuracy`. Excerpts and
+the phases, the intervals of docs/uncertainty.md and the what-ifs of docs/policies; the tables of accuracy are those of
+`benchmarks.accuracy`, `touch_up` and `coverage`, the data that the dashboard's page on calibration shows that of
+`benchmarks.evidence`. Excerpts and
 figures in sentences are left alone, and so is the table of speed, which depends on the machine.
 """
 
@@ -15,12 +17,13 @@ import tempfile
 
 import click
 
-from benchmarks import touch_up
+from benchmarks import coverage, evidence, pages, touch_up
 from benchmarks.accuracy import FOLDERS, METRICS, ROOT, Load, cells, judged, recordings, table, update
 
 WHOLE_LINES = 5  # of output; fewer are an excerpt
 POLICIES = ROOT / "docs" / "policies"
-README, ACCURACY = ROOT / "README.md", ROOT / "docs" / "accuracy.md"
+README, ACCURACY, UNCERTAINTY = ROOT / "README.md", ROOT / "docs" / "accuracy.md", ROOT / "docs" / "uncertainty.md"
+PLANNING = ROOT / "docs" / "planning.md"
 SECOND = FOLDERS[0] / "vllm-0.25.1_h100-sxm_llama-3.1-8b_bf16_second-machine"
 
 
@@ -32,6 +35,13 @@ def replay_block(page: str) -> str:
         results = re.search(r"^Results: .*$", shown, flags=re.MULTILINE)
         assert results is not None, "the output ends with the run folder"
         return page.replace(shown, _printed(command, "--out", run).replace(f"Results: {run}", results[0]))
+
+
+def intervals_block(page: str) -> str:
+    """The page with the replay with intervals that it shows, but for the lines that say where and how fast."""
+    command, shown = _shown(page, "replay")
+    printed = [line for line in _printed(command).splitlines() if not line.startswith("Simulated ")]
+    return page.replace(shown, "\n".join(printed))
 
 
 def phases_block(page: str) -> str:
@@ -48,6 +58,16 @@ def whatif_blocks(page: str) -> str:
         return block[0].replace(block[2], printed)
 
     shown = r"^(llmsim (?:whatif|speculation) [^\n]*)\n```\n```text\n(.*?)\n```$"
+    return re.sub(shown, again, page, flags=re.DOTALL | re.MULTILINE)
+
+
+def plan_blocks(page: str) -> str:
+    """The page with what each `llmsim plan` on it prints."""
+
+    def again(block: re.Match[str]) -> str:
+        return block[0].replace(block[2], _printed(block[1]))
+
+    shown = r"^(llmsim plan [^\n]*)\n```\n```text\n(.*?)\n```$"
     return re.sub(shown, again, page, flags=re.DOTALL | re.MULTILINE)
 
 
@@ -83,14 +103,20 @@ def host_scale_rows(page: str) -> str:
 @click.command()
 def main() -> None:
     """Make the numbers printed in README.md and docs again, after a new fit or recording."""
+    evidence.main([], standalone_mode=False)
     loads = [load for folder in recordings() for load in judged(folder, "auto", 1.0)]
     update(ACCURACY, table(loads))
     update(ACCURACY, touch_up.table(touch_up.judge_all()), (touch_up.START, touch_up.END))
+    update(ACCURACY, coverage.table(coverage.judge_all()), (coverage.START, coverage.END))
+    update(ACCURACY, coverage.spread_table(), coverage.SPREAD)
+    UNCERTAINTY.write_text(intervals_block(UNCERTAINTY.read_text(encoding="utf-8")), encoding="utf-8")
     update(README, table([load for load in loads if (FOLDERS[0] / load.folder).is_dir()]))
     README.write_text(phases_block(replay_block(README.read_text(encoding="utf-8"))), encoding="utf-8")
+    PLANNING.write_text(plan_blocks(PLANNING.read_text(encoding="utf-8")), encoding="utf-8")
     for page in sorted(POLICIES.glob("*.md")):
         page.write_text(whatif_blocks(page.read_text(encoding="utf-8")), encoding="utf-8")
     ACCURACY.write_text(host_scale_rows(ACCURACY.read_text(encoding="utf-8")), encoding="utf-8")
+    pages.main()
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ it is the machine (a power limit, another CPU) and not chance.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import pairwise
 from math import hypot, nan, sqrt
@@ -37,7 +37,7 @@ from calibration.fit_host import BURST_REQUESTS
 from calibration.observe import DISPATCH_S, observe
 from calibration.profiles import rounded
 from calibration.steps import Recording, Scenario, StepRow
-from llmsim.cost import EAGER, FULL
+from llmsim.cost import EAGER, FULL, CostModel
 from llmsim.cost.profile import Profile, ProfileCost, profile_names, read_profile
 from llmsim.hardware import find_model
 from llmsim.recording import read_settings
@@ -73,10 +73,11 @@ class Seconds:
     at_s: Floats
     recorded_s: Floats
     expected_s: Floats
+    tokens: Floats = field(default_factory=lambda: np.zeros(0))  # of each step; launches and schedules have none
 
     @staticmethod
-    def of(rows: Sequence[tuple[float, float, float]]) -> Seconds:
-        return Seconds(*np.array(rows, float).reshape(-1, 3).T)
+    def of(rows: Sequence[tuple[float, ...]], columns: int = 3) -> Seconds:
+        return Seconds(*np.array(rows, float).reshape(-1, columns).T)
 
     @property
     def enough(self) -> bool:
@@ -161,7 +162,7 @@ def gpu_seconds(cost: ProfileCost) -> Callable[[StepRow], float]:
     return partial(fit.gpu_seconds, cost.clock, cost.host)
 
 
-def typical_launch(cost: ProfileCost) -> float:
+def typical_launch(cost: CostModel) -> float:
     tables = cost.host.launch_drift_s[EAGER], cost.host.launch_jitter_s[EAGER]
     drift_s, jitter_s = (np.array(table or (0.0,)) for table in tables)
     mean_s = np.full(drift_s.size * jitter_s.size, cost.host.launch_s[EAGER])
@@ -174,13 +175,22 @@ def first_part(scenario: Scenario, first_s: float) -> Scenario:
     return Scenario(scenario.name, scenario.requests, steps, concurrency=scenario.concurrency)
 
 
-def observed(scenario: Scenario, cost: ProfileCost) -> Load:
-    """Walked with both clocks scaled until their factors stand still."""
+Expected = Callable[[StepRow], float]
+
+
+def observed(scenario: Scenario, cost: CostModel, expected_s: Expected | None = None) -> Load:
+    """Walked with both clocks scaled until their factors stand still.
+
+    `expected_s`: GPU seconds of a step, of a cost model that is no profile.
+    """
+    if expected_s is None:
+        assert isinstance(cost, ProfileCost)
+        expected_s = gpu_seconds(cost)
     if len(scenario.steps) < FEWEST:
         raise ValueError(f"{scenario.name}: {len(scenario.steps)} steps; {FEWEST} or more say something. Record longer")
-    load = _settled(scenario, cost, 1.0)
+    load = _settled(scenario, cost, expected_s, 1.0)
     if not _enough(load):  # the GPU may be so much slower that its ends seemed those of launches
-        load = _settled(scenario, cost, gap_ratio(scenario, cost))
+        load = _settled(scenario, cost, expected_s, gap_ratio(scenario, expected_s))
     if not _enough(load):
         most = max(len(load.decodes.at_s), len(load.chunks.at_s))
         raise ValueError(
@@ -193,10 +203,10 @@ def _enough(load: Load) -> bool:
     return load.decodes.enough or load.chunks.enough
 
 
-def _settled(scenario: Scenario, cost: ProfileCost, gpu: float) -> Load:
+def _settled(scenario: Scenario, cost: CostModel, expected_s: Expected, gpu: float) -> Load:
     host = 1.0
     for _ in range(ROUNDS):
-        load = _walked(scenario, cost, gpu, host)
+        load = _walked(scenario, cost, expected_s, gpu, host)
         if not _enough(load):
             break
         before, (gpu, host) = (gpu, host), load.factors()
@@ -205,9 +215,8 @@ def _settled(scenario: Scenario, cost: ProfileCost, gpu: float) -> Load:
     return load
 
 
-def gap_ratio(scenario: Scenario, cost: ProfileCost) -> float:
+def gap_ratio(scenario: Scenario, expected_s: Expected) -> float:
     """Recorded over expected time between the updates of decodes in flight together: the GPU's, if that paces them."""
-    expected_s = gpu_seconds(cost)
     ratios = [
         (step.update_s - before.update_s) / expected_s(step)
         for before, step in pairwise(scenario.steps)
@@ -216,8 +225,8 @@ def gap_ratio(scenario: Scenario, cost: ProfileCost) -> float:
     return float(np.median(ratios)) if ratios else 1.0
 
 
-def _walked(scenario: Scenario, cost: ProfileCost, gpu: float, host: float) -> Load:
-    base, expected_s = cost.host, gpu_seconds(cost)
+def _walked(scenario: Scenario, cost: CostModel, expected_s: Expected, gpu: float, host: float) -> Load:
+    base = cost.host
     rows = observe(scenario.steps, base.scaled(host), cost.mode, lambda step: gpu * expected_s(step))
     requests = sorted(scenario.requests, key=lambda request: request.send_s)
     sent_s = np.array([request.send_s for request in requests])
@@ -230,9 +239,9 @@ def _walked(scenario: Scenario, cost: ProfileCost, gpu: float, host: float) -> L
         chunk_s += took_s if step.chunks else 0.0
         if row.gpu_s > 0.0:
             if step.chunks:
-                chunks.append((row.launch_s, row.gpu_s, took_s))
+                chunks.append((row.launch_s, row.gpu_s, took_s, step.tokens))
             elif row.mode == FULL and row.steady:
-                decodes.append((row.launch_s, row.gpu_s, took_s))
+                decodes.append((row.launch_s, row.gpu_s, took_s, step.tokens))
         if row.mode != FULL and row.launched_s == row.launched_s:
             first, last = np.searchsorted(sent_s, [row.launch_s, row.launched_s])
             if last - first < BURST_REQUESTS:  # in a burst the client and the receiving thread compete with the launch
@@ -244,8 +253,8 @@ def _walked(scenario: Scenario, cost: ProfileCost, gpu: float, host: float) -> L
         schedules.append((step.schedule_s, step.schedule_took_s + DISPATCH_S, schedule_s))
     return Load(
         scenario.name,
-        Seconds.of(decodes),
-        Seconds.of(chunks),
+        Seconds.of(decodes, 4),
+        Seconds.of(chunks, 4),
         Seconds.of(launches),
         Seconds.of(schedules),
         chunk_s / total_s,

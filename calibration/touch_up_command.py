@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,27 @@ import click
 import msgspec
 
 from calibration.profiles import check_output, write_profile
-from calibration.spread import KINDS, spread_of
+from calibration.recorded_on import RECORDED, placed
+from calibration.spread import KINDS, launches_told, spread_of
+from calibration.spread_roofline import roofline_spread, write
 from calibration.steps import Recording, Scenario, read_recording
-from calibration.touch_up import check_recorded, cost_for, first_part, observed, shipped_for, touch_up, touched_profile
-from llmsim.cost.profile import read_profile
+from calibration.touch_up import (
+    Load,
+    check_recorded,
+    cost_for,
+    first_part,
+    observed,
+    shipped_for,
+    touch_up,
+    touched_profile,
+)
+from llmsim.cost.profile import Deviation, ProfileCost, Spread, Within, read_profile, setup_name
+from llmsim.hardware import model_names
+from llmsim.recording import read_settings
+from llmsim.scenario import Scenario as Settings
+from llmsim.simulate import cost_of
+from llmsim.uncertainty_sources import ROOFLINE
+from llmsim.validate import named_in
 
 UNITS_S = {"": 1.0, "s": 1.0, "min": 60.0}
 
@@ -67,28 +85,95 @@ def touch_up_command(
 @click.command("spread")
 @click.argument("profile")
 @click.option(
-    "--machine", "machines", multiple=True, required=True, help="Recording folders of one machine, comma separated."
+    "--machine",
+    "machines",
+    multiple=True,
+    help="Recording folders of one machine, comma separated. Repeatable. Default: those of this repository.",
+)
+@click.option(
+    "--carried",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Recording folder of another model, precision or tensor-parallel size. Repeatable.",
 )
 @click.option("--record", is_flag=True, help="Write it into the profile file.")
-def spread_command(profile: str, machines: tuple[str, ...], record: bool) -> None:
-    """How far machines, and loads on one machine, are from a profile; for touch-up and for reading errors."""
+def spread_command(profile: str, machines: tuple[str, ...], carried: tuple[Path, ...], record: bool) -> None:
+    """How far machines, loads on one machine, and models it is carried to are from a profile: for touch-up, for
+    intervals, and for reading errors."""
+    if profile == "roofline":
+        _spread_of_roofline(machines, carried, record)
+        return
     path, source = Path(profile), read_profile(profile)
     if record and path.suffix != ".json":
         raise ValueError(f"profile={profile}: --record needs the path of the .json file to write into")
-    loads = []
-    for folders in machines:
-        own = []
-        for folder in folders.split(","):
-            recording = read_recording(Path(folder))
-            check_recorded(source, recording, None)
-            cost = cost_for(recording, profile, source.model, source.gpu)
-            own += [observed(load, cost) for load in recording.scenarios if not load.name.startswith("grid_")]
-        loads.append(own)
-    found = spread_of(loads)
-    click.echo(f"{'relative sd':<12}" + "".join(f"{kind:>12}" for kind in KINDS) + f"{'of':>6}")
-    for name in ("runs", "machines"):
-        deviation = getattr(found, name)
-        cells = "".join(f"{getattr(deviation, kind):>12.1%}" for kind in KINDS)
-        click.echo(f"{name:<12}{cells}{deviation.count:>6}")
+    groups = [tuple(map(Path, folders.split(","))) for folders in machines]
+    if not groups:
+        if source.name not in RECORDED or carried:
+            known = ", ".join(RECORDED)
+            raise ValueError(f"profile={profile}: no recordings here belong to it (to {known} they do). Give --machine")
+        groups, carried = list(RECORDED[source.name].machines), RECORDED[source.name].carried
+    setups = carried_loads(carried, profile)
+    loads = [[load for folder in folders for load in own_loads(folder, profile)] for folders in groups]
+    found = spread_of(loads, setups)
+    click.echo(_table(found))
     if record:
         write_profile(msgspec.structs.replace(source, spread=found), path)
+
+
+def _spread_of_roofline(machines: tuple[str, ...], carried: tuple[Path, ...], record: bool) -> None:
+    if machines:
+        raise ValueError(f"--machine {machines[0]}: the roofline was fitted to no machine. Give folders with --carried")
+    found = roofline_spread(carried or placed())
+    click.echo(_lines(found.models, {"sizes": found.sizes, "steps": found.steps}))
+    if record:
+        write(found)
+        click.echo(str(ROOFLINE))
+
+
+def own_loads(folder: Path, profile: str) -> list[Load]:
+    """A recording of what the profile was fitted to."""
+    source, recording = read_profile(profile), read_recording(folder)
+    check_recorded(source, recording, None)
+    return _observed(recording, cost_for(recording, profile, source.model, source.gpu))
+
+
+def carried_loads(folders: Iterable[Path], profile: str) -> dict[str, list[Load]]:
+    """Recordings of what it was not fitted to, by setup."""
+    source = read_profile(profile)
+    setups: dict[str, list[Load]] = {}
+    for folder in folders:
+        settings, engine, _ = read_settings(folder / "engine.json")
+        model = named_in(str(folder), engine, "model", model_names())
+        scenario = Settings.from_dict({"model": model, "gpu": source.gpu, "cost": profile} | settings).resolved()
+        cost = cost_of(scenario)
+        assert isinstance(cost, ProfileCost)
+        if not cost.scaled:
+            raise ValueError(f"{folder}: is of what profile {source.name} was fitted to. Give it with --machine")
+        recording = read_recording(folder)
+        check_recorded(source, recording, model)
+        name = setup_name(model, scenario.weight_dtype, scenario.tensor_parallel)
+        setups.setdefault(name, []).extend(_observed(recording, cost))
+    return setups
+
+
+def _observed(recording: Recording, cost: ProfileCost) -> list[Load]:
+    """Its loads; grids of single batches are none."""
+    loads = [load for load in recording.scenarios if not load.name.startswith(("grid_", "mix_"))]
+    return [launches_told(observed(load, cost), load) for load in loads]
+
+
+def _table(found: Spread) -> str:
+    within = {"sizes": found.sizes, "carried sizes": found.carried_sizes, "steps": found.steps}
+    return _lines({"runs": found.runs, "machines": found.machines} | found.models, within)
+
+
+def _lines(rows: Mapping[str, Deviation], inside: Mapping[str, Within | None]) -> str:
+    width = max(len(name) for name in (*rows, *inside)) + 2
+    lines = [f"{'relative sd':<{width}}" + "".join(f"{kind:>12}" for kind in KINDS) + f"{'of':>6}"]
+    for name, deviation in rows.items():
+        cells = "".join(f"{getattr(deviation, kind):>12.1%}" for kind in KINDS)
+        lines.append(f"{name:<{width}}{cells}{deviation.count:>6}")
+    for name, within in inside.items():
+        if within is not None:
+            lines.append(f"{name:<{width}}{within.decode:>12.1%}{within.chunk:>12.1%}{'-':>12}{within.count:>6}")
+    return "\n".join(lines)

@@ -5,6 +5,8 @@
     result = simulate(load_trace("chat.csv"), Scenario(model="llama-3.1-8b", gpu="h100-sxm"))
     result.summary()["p99_ttft_ms"]
 
+`compare` replays a trace under several scenarios and pairs the requests, `plan` finds the fleets that keep promises
+about latency, `sweep` does every run of a specification; what they return has `.frame()`.
 Names are imported when they are first used: `import llmsim` itself loads nothing.
 """
 
@@ -16,11 +18,14 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llmsim.comparing import compare
     from llmsim.hardware import Gpu, Model, find_gpu, find_model
     from llmsim.metrics import Result
+    from llmsim.plan import plan
     from llmsim.scenario import Scenario
     from llmsim.schedulers import HOLD, PolicyError, Scheduler
     from llmsim.simulate import simulate
+    from llmsim.sweep import sweep
     from llmsim.trace import Trace, load_trace
 
 __version__ = "0.1.0"
@@ -48,24 +53,36 @@ __all__ = [
     "Scenario",
     "Scheduler",
     "Trace",
+    "compare",
     "find_gpu",
     "find_model",
     "load_trace",
+    "plan",
     "simulate",
+    "sweep",
 ]
 
 
+def _function(name: str, home: str) -> property:
+    """A function that is called like its module: an import binds the module to its package's attribute, which this
+    property takes no notice of."""
+
+    def function(package: ModuleType) -> Any:
+        return getattr(import_module(home), name)
+
+    def bind(package: ModuleType, module: ModuleType) -> None:
+        """What an import does."""
+
+    return property(function, bind)
+
+
 class _Package(ModuleType):
-    """`llmsim.simulate` is the function, also once the module of that name has been imported: an import binds a
-    submodule to its package's attribute, which this property takes no notice of."""
+    """`llmsim.simulate` is the function, also once the module of that name has been imported; so are the others."""
 
-    @property
-    def simulate(self) -> Any:
-        return import_module("llmsim.simulate").simulate
-
-    @simulate.setter
-    def simulate(self, module: ModuleType) -> None:
-        pass
+    simulate = _function("simulate", "llmsim.simulate")
+    compare = _function("compare", "llmsim.comparing")
+    plan = _function("plan", "llmsim.plan")
+    sweep = _function("sweep", "llmsim.sweep")
 
 
 sys.modules[__name__].__class__ = _Package

@@ -23,12 +23,28 @@ Box = tuple[float, float, float, float]
 
 SUFFIXES = (".html", ".svg", ".png")
 PHASE_COLOURS = {"prefill": "#c2410c", "decode": "#1d4ed8"}
+# What colours mean, the same in all charts; each is read on white and on near-black
+COLOURS = {
+    "baseline": "#71829a",
+    "candidate": "#f0532d",
+    "queue": "#8593a8",
+    **PHASE_COLOURS,
+    "preempted": "#be185d",
+    "slo": "#b7791f",
+    "text": "#6e7b90",
+    "grid": "#94a3b8",
+}
 ROOF = "#475569"
 WIDTH, HEIGHT = 720, 440  # pixels of the plot
 DOT = 7  # radius of what a label keeps clear of
 LETTER, LINE = 6.6, 14  # of a label
 PANEL = 210  # pixels of a parity plot's side
 PALETTE = ("#1d4ed8", "#c2410c", "#047857", "#7c3aed", "#be185d", "#a16207")
+# sides of a comparison by their order: read on white (3:1 at least) and on the dark theme's background
+SIDE_COLOURS = (
+    COLOURS["baseline"], COLOURS["candidate"], "#3b82f6", "#12926b", "#a25ee8", "#b7791f", "#db4a93", "#0e93a8",
+    "#6f8f1a", "#a56a4a",
+)  # fmt: skip
 WITHIN = 0.1  # of the measured time: the dashed lines beside a parity plot's diagonal
 SHIFTS = (0, -26, *range(4, 200, 4))  # pixels down from its place below and right of its point, in order of preference
 
@@ -60,6 +76,17 @@ def save(chart: alt.LayerChart | alt.ConcatChart | alt.VConcatChart, path: Path,
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def png(chart: Any, ppi: int = 160) -> bytes:
+    """A chart as a picture. Raises ValueError when vl-convert is missing."""
+    if find_spec("vl_convert") is None:
+        raise ValueError('pictures need one more package: pip install "vl-convert-python>=1.7"')
+    import io
+
+    buffer = io.BytesIO()
+    chart.save(buffer, format="png", ppi=ppi)
+    return smaller(buffer.getvalue())
 
 
 def smaller(png: bytes) -> bytes:
@@ -145,6 +172,13 @@ def framed(layers: Sequence[alt.Chart | alt.LayerChart], title: str, subtitle: s
     return chart
 
 
+def run_colours(labels: Sequence[str]) -> list[str]:
+    """A colour for each run of a chart: one alone or the first is the baseline, the second the candidate."""
+    more = [colour for colour in PALETTE if colour not in PHASE_COLOURS.values()] + ["#0891b2", "#65a30d", "#9f1239"]
+    known = [COLOURS["baseline"], COLOURS["candidate"], *more]
+    return [known[at % len(known)] for at in range(len(labels))]
+
+
 def _log_x(field: str, low: float, high: float, title: str) -> alt.X:
     import altair as alt
 
@@ -190,7 +224,7 @@ def _texts(
 
 
 def _labels(points: pd.DataFrame, x_pixels: float, y_pixels: float) -> pd.DataFrame:
-    """What each point is, where no other label or point is; `x_pixels` and `y_pixels` to a decade."""
+    """What each point is, or its `text`, where no other label or point is; `x_pixels` and `y_pixels` to a decade."""
     import pandas as pd
 
     boxes = [  # left, top, right, bottom
@@ -202,6 +236,7 @@ def _labels(points: pd.DataFrame, x_pixels: float, y_pixels: float) -> pd.DataFr
         zip(points["phase"], points["size"], points["intensity"], strict=True)
     ):
         text = f"{size:,} tokens" if phase == "prefill" else f"batch {size:,}"
+        text = str(points["text"].iloc[i]) if "text" in points else text
         left, top = boxes[i][2], boxes[i][3] - 2
         for shift in SHIFTS:
             box = (left, top + shift, left + LETTER * len(text), top + shift + LINE)

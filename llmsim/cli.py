@@ -1,8 +1,9 @@
 """The command `llmsim`: which commands there are, and what becomes of an error.
 
-Exit status: 0 done; 1 `validate` found a difference; 2 the input is wrong or a file cannot be read or written (one line
-on stderr, no traceback); 130 interrupted; 141 the reader of the output went away. An exception that is none of these,
-such as one raised inside a user's policy, keeps its traceback and ends with 70.
+Exit status: 0 done; 1 `validate` or `rerun` found a difference, or every run of a `sweep` failed; 2 the input is wrong
+or a file cannot be read or written (one line on stderr, no traceback); 3 `plan` found nothing that meets the SLOs; 130
+interrupted; 141 the reader of the output went away. An exception that is none of these, such as one raised inside a
+user's policy, keeps its traceback and ends with 70.
 
 Only click is imported here: a command's own module is loaded when that command runs, so `llmsim --help` stays fast.
 """
@@ -28,6 +29,11 @@ COMMANDS = {
     "replay": ("llmsim.cli_replay:replay", "Replay a trace on a model, a GPU and an engine configuration."),
     "demo": ("llmsim.cli_replay:demo", "Replay the bundled chat trace on an H100: a first look in seconds."),
     "compare": ("llmsim.cli_compare:compare", "Compare schedulers and settings on one trace, paired by request."),
+    "report": ("llmsim.cli_report:report", "Write runs as one HTML page with charts, for others to read."),
+    "explain": ("llmsim.cli_explain:explain", "Where the time of slow requests went, and what would help most."),
+    "plan": ("llmsim.cli_plan:plan", "Fleets for a trace and promises about latency: fewest GPUs, cheapest, fastest."),
+    "sweep": ("llmsim.cli_sweep:sweep", "Do every run of a specification: grids, scenarios, rates, traces, seeds."),
+    "rerun": ("llmsim.cli_rerun:rerun", "Repeat a run from its manifest and compare the bytes."),
     "phases": ("llmsim.cli_phases:phases", "Compare prefill and decode of a model on a GPU, with its roofline."),
     "whatif": ("llmsim.cli_whatif:whatif", "What each optimisation buys on a trace, and why."),
     "speculation": ("llmsim.cli_speculation:speculation", "At which batch size speculative decoding stops paying."),
@@ -35,6 +41,7 @@ COMMANDS = {
     "from-vllm": ("llmsim.cli_tools:from_vllm", "Translate a 'vllm serve' command line into a scenario."),
     "validate": ("llmsim.cli_tools:validate", "Check llmsim against recordings of a real engine."),
     "trace": ("llmsim.cli_trace:trace", "Describe, convert and synthesise traces."),
+    "dashboard": ("llmsim.cli_dashboard:dashboard", "Explore what-ifs in a browser."),
 }
 
 

@@ -14,28 +14,30 @@ import click
 
 from llmsim.cli_options import (
     CONTEXT,
+    ENGINE_FLAG,
     SCENARIO_FLAGS,
     SCHEDULER_FLAGS,
     Known,
     SectionedCommand,
     apply,
     builtins_of,
+    check_engine,
+    engine_names,
     json_option,
     scenario_fields,
     trace_arguments,
     trace_options,
-    value_of,
 )
 from llmsim.cli_replay import PROGRESS_AFTER_S, _check_closed_loop, _load
+from llmsim.compare_sides import sides_of
 from llmsim.scenario import Scenario
-from llmsim.scenario_file import human_int
 
 if TYPE_CHECKING:
     from llmsim.compare import Comparison, Side
+    from llmsim.trace import Trace
 
-DEFAULT_SIDE = "vllm"  # the scheduler of a scenario that names none
 HEADINGS = {"ttft": "TTFT", "tpot": "TPOT", "e2el": "E2EL"}
-SETTING_FLAGS = [flag for flag in SCENARIO_FLAGS if flag is not SCHEDULER_FLAGS[0]]
+SETTING_FLAGS = [flag for flag in SCENARIO_FLAGS if flag not in (SCHEDULER_FLAGS[0], ENGINE_FLAG)]
 
 
 @click.command(cls=SectionedCommand, context_settings=CONTEXT, epilog="Differences are to the first side.")
@@ -49,6 +51,14 @@ SETTING_FLAGS = [flag for flag in SCENARIO_FLAGS if flag is not SCHEDULER_FLAGS[
     help="A side: a policy, or your own file.py:Class. Repeatable.",
 )
 @click.option(
+    "--engine",
+    "engines",
+    multiple=True,
+    type=Known(engine_names),
+    metavar="NAME",
+    help="The engine of every side, or if given twice or more, a side each. [vllm]",
+)
+@click.option(
     "--set",
     "variants",
     multiple=True,
@@ -60,9 +70,14 @@ SETTING_FLAGS = [flag for flag in SCENARIO_FLAGS if flag is not SCHEDULER_FLAGS[
 @click.option(
     "--goodput", multiple=True, metavar="METRIC:MS…", help="For ttft, tpot, e2el: --goodput ttft:500 tpot:50."
 )
+@click.option(
+    "--slo", "promises", multiple=True, metavar="METRIC_STATISTIC=LIMIT", help="A tick or a cross: ttft_p99=500ms."
+)
+@click.option("--seeds", type=click.IntRange(min=1), default=1, help="Replay every side under so many seeds. [1]")
 @click.option("--jobs", type=click.IntRange(min=1), default=1, help="Replays at a time. [1]")
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder for the paired rows.")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Picture: .html, .svg or .png.")
+@click.option("--md", "as_markdown", is_flag=True, help="A Markdown table, for pull requests.")
 @json_option
 @click.pass_obj
 def compare(
@@ -70,45 +85,57 @@ def compare(
     /,
     paths: tuple[str, ...],
     schedulers: tuple[str, ...],
+    engines: tuple[str, ...],
     variants: tuple[str, ...],
     goodput: tuple[str, ...],
+    promises: tuple[str, ...],
+    seeds: int,
     jobs: int,
     out: Path | None,
     plot: Path | None,
+    as_markdown: bool,
     as_json: bool,
     **flags: Any,
 ) -> None:
-    """Replay TRACE under every --scheduler and --set, and compare request by request; or compare RUN folders.
+    """Replay TRACE under every --scheduler, --engine and --set, and compare request by request; or compare RUN folders.
 
     \b
     llmsim compare chat.csv --model llama-3.1-8b --gpu h100-sxm --scheduler vllm --scheduler chunked
     llmsim compare chat.csv --model llama-3.1-8b --gpu h100-sxm --set max_num_batched_tokens=2048 --set replicas=2
+    llmsim compare chat.csv --model llama-3.1-8b --gpu h100-sxm --engine vllm --engine sglang --slo ttft_p99=500ms --md
     llmsim compare runs/a runs/b
     """
-    from llmsim import compare as comparing
     from llmsim.charts import check_plot
+    from llmsim.compare import compare as paired
+    from llmsim.compare_prepared import check_slos
     from llmsim.compare_report import report
     from llmsim.metrics import parse_goodput
+    from llmsim.slo import Slo
 
+    if as_json and as_markdown:
+        raise ValueError("--json and --md: one of them is printed: leave the other out")
+    slos = [Slo.parse(text) for text in promises]
+    check_slos(slos)
+    repeats: list[list[Side]] = []
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out}: exists and is not an empty folder: give another name")
     if plot is not None:
         check_plot(plot)
     targets = parse_goodput(goodput) or None
     if all((Path(path) / "manifest.json").is_file() for path in paths):
-        _refuse_settings(schedulers, variants, flags)
+        _refuse_settings(schedulers, engines, variants, flags, seeds)
         sides = [_read_side(path) for path in paths]
         targets = targets or _common_targets(sides)
         seed, source = 0, {"runs": list(paths)}
     elif len(paths) == 1:
         _check_closed_loop(flags)
-        scenarios = scenarios_of(schedulers, variants, flags)
+        scenarios = scenarios_of(schedulers, engines, variants, flags)
         seed = next(iter(scenarios.values())).seed
-        sides, source = _replayed(paths[0], scenarios, flags, targets, jobs)
+        (sides, *repeats), source = _replayed(paths[0], scenarios, flags, targets, jobs, seeds)
     else:
         odd = next(path for path in paths if not (Path(path) / "manifest.json").is_file())
         raise ValueError(f"{odd}: not a run folder (no manifest.json): give one TRACE, or RUN folders only")
-    outcome = comparing.compare(sides, targets, seed=seed)
+    outcome = paired(sides, targets, seed=seed, repeats=repeats, slos=slos)
     if out is not None:
         _write(out, outcome, source, ["llmsim", *arguments])
     if plot is not None:
@@ -119,6 +146,11 @@ def compare(
 
         click.echo(json.dumps(json_safe(document(outcome)), allow_nan=False))
         return
+    if as_markdown:
+        from llmsim.compare_markdown import markdown
+
+        click.echo(markdown(outcome))
+        return
     click.echo(report(outcome))
     for path in (out, plot):
         if path is not None:
@@ -128,86 +160,40 @@ def compare(
 # ---- sides ----------------------------------------------------------------------------------------------------------
 
 
-def scenarios_of(schedulers: tuple[str, ...], variants: tuple[str, ...], flags: dict[str, Any]) -> dict[str, Scenario]:
+def scenarios_of(
+    schedulers: tuple[str, ...], engines: tuple[str, ...], variants: tuple[str, ...], flags: dict[str, Any]
+) -> dict[str, Scenario]:
     """Name -> scenario of every side, all checked before the first replay. Takes the scenario flags out of `flags`."""
     source = str(flags["scenario_file"] or "flags")
     fields = scenario_fields(flags)
+    if len(engines) == 1:
+        fields["engine"] = engines[0]
+    for name in engines:
+        check_engine(fields | {"engine": name})
     for name in ("model", "gpu"):
         if name not in fields:
             raise ValueError(f"no {name}: add --{name} NAME (llmsim list {name}s)")
-    own = fields.get("scheduler_args")
-    if own and len(schedulers) > 1:
-        raise ValueError(
-            f"scheduler_args={own} and {len(schedulers)} schedulers: which of them takes it? Give "
-            f"--set scheduler=NAME,scheduler.{next(iter(own))}={own[next(iter(own))]} instead"
-        )
-    sides: dict[str, dict[str, Any]] = {}
-    if not schedulers:
-        sides[str(fields.get("scheduler") or fields.get("engine") or DEFAULT_SIDE)] = fields
-    for spec in schedulers:
-        name = _short(spec, schedulers)
-        if name in sides:
-            raise ValueError(f"--scheduler {spec} is given twice: leave one out")
-        sides[name] = fields | {"scheduler": spec}
-    for text in variants:
-        if text in sides:
-            raise ValueError(f"--set {text} is given twice: leave one out")
-        sides[text] = changed(next(iter(sides.values())), text)
-    if len(sides) < 2:
-        raise ValueError("one side to compare: add another --scheduler NAME or --set FIELD=VALUE (--set engine=sglang)")
-    return {name: Scenario.from_dict(values, source=source).resolved() for name, values in sides.items()}
-
-
-def _short(spec: str, specs: tuple[str, ...]) -> str:
-    """The class of a user's file, unless two of them are called the same."""
-    name = spec.rpartition(":")[2]
-    return spec if len([other for other in specs if other.rpartition(":")[2] == name]) > 1 else name
-
-
-def changed(fields: dict[str, Any], text: str) -> dict[str, Any]:
-    """Scenario fields with those of FIELD=VALUE,… changed; KIND.NAME=VALUE is an argument of the plug-in KIND."""
-    values = dict(fields)
-    seen: set[str] = set()
-    for pair in text.split(","):
-        name, sign, word = (part.strip() for part in pair.partition("="))
-        name = name.replace("-", "_")
-        kind, dot, argument = name.partition(".")
-        if not sign or not name or (dot and not argument):
-            raise ValueError(f"--set {pair}: write FIELD=VALUE, e.g. max_num_seqs=64 or scheduler.headroom=0.05")
-        if name in seen:
-            raise ValueError(f"--set {text}: {name} is given twice: leave one out, or give a --set for each side")
-        seen.add(name)
-        if dot:
-            values[f"{kind}_args"] = values.get(f"{kind}_args", {}) | {argument: value_of(word)}
-            continue
-        if f"{name}_args" in Scenario.__dataclass_fields__:  # another plug-in does not know the arguments of this one
-            values.pop(f"{name}_args", None)
-        if name == "engine":  # it brings its own scheduler
-            values.pop("scheduler", None)
-            values.pop("scheduler_args", None)
-        values[name] = _typed(name, word)
-    return values
-
-
-def _typed(name: str, word: str) -> Any:
-    """The value as the field has it: text stays text, 32k is a number where a number is wanted."""
-    field = Scenario.__dataclass_fields__.get(name)
-    kind = "" if field is None else str(field.type).removesuffix(" | None")
-    if kind == "int" and word.lower() not in ("null", "none"):
-        return human_int(word)
-    if kind == "str" and word.lower() not in ("null", "none"):
-        return word
-    value = value_of(word.lower() if kind == "bool" else word)
-    return None if isinstance(value, str) and value.lower() == "none" else value
+    return sides_of(fields, schedulers, variants, engines=engines if len(engines) > 1 else (), source=source)
 
 
 def _replayed(
-    path: str, scenarios: dict[str, Scenario], flags: dict[str, Any], targets: dict[str, float] | None, jobs: int
-) -> tuple[list[Side], dict[str, Any]]:
-    from llmsim.compare import run_sides
+    path: str,
+    scenarios: dict[str, Scenario],
+    flags: dict[str, Any],
+    targets: dict[str, float] | None,
+    jobs: int,
+    seeds: int,
+) -> tuple[list[list[Side]], dict[str, Any]]:
+    """The sides, for each seed; what a trace is read with is drawn anew too."""
+    from llmsim.compare import run_seeds, with_seeds
 
+    if seeds > 1 and path == "-":
+        raise ValueError(f"--seeds {seeds}: the trace is read once for each, which standard input is not: give a file")
     shortest = min(scenario.max_model_len or 0 for scenario in scenarios.values())
-    trace = _load(path, replace(next(iter(scenarios.values())), max_model_len=shortest), flags)
+    repeats: list[tuple[Trace, dict[str, Scenario]]] = []
+    for drawn in with_seeds(scenarios, seeds):
+        first = replace(next(iter(drawn.values())), max_model_len=shortest)
+        repeats.append((_load(path, first, flags, quiet=bool(repeats)), drawn))
     started_s = time.monotonic()
 
     def done(name: str, side: Side) -> None:
@@ -215,18 +201,22 @@ def _replayed(
             wall_s = side.summary["sim_wall_s"]
             click.echo(f"{name}: {side.summary['completed']} requests answered in {wall_s:.1f} s", err=True)
 
-    sides = run_sides(trace, scenarios, targets, jobs=jobs, done=done)
-    for side in sides:
+    trace = repeats[0][0]
+    every = run_seeds(repeats, targets, jobs=jobs, done=done)
+    for side in (side for sides in every for side in sides):
         if not side.summary["completed"]:
             raise ValueError(
                 f"{side.name}: all {len(trace)} requests are rejected: a replica's KV blocks hold too few tokens; "
                 "raise num_gpu_blocks_override or gpu_memory_utilization, or leave them out"
             )
-    return sides, {"trace": {"name": trace.name, "sha256": trace.sha256, "requests": len(trace)}}
+    return every, {"trace": {"name": trace.name, "sha256": trace.sha256, "requests": len(trace)}}
 
 
-def _refuse_settings(schedulers: tuple[str, ...], variants: tuple[str, ...], flags: dict[str, Any]) -> None:
-    given = [f"--scheduler {name}" for name in schedulers] + [f"--set {text}" for text in variants]
+def _refuse_settings(
+    schedulers: tuple[str, ...], engines: tuple[str, ...], variants: tuple[str, ...], flags: dict[str, Any], seeds: int
+) -> None:
+    given = [f"--scheduler {name}" for name in schedulers] + [f"--engine {name}" for name in engines]
+    given += [f"--set {text}" for text in variants] + ([f"--seeds {seeds}"] if seeds > 1 else [])
     given += [f"--{name.replace('_', '-')}" for name in (*scenario_fields(flags), *trace_arguments(flags))]
     if given:
         raise ValueError(f"{given[0]}: run folders are compared as they are: leave it out, or give a TRACE")

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from llmsim.cli_options import CONTEXT, json_option
+from llmsim.text import aligned
 
 GIB = 2**30
 KINDS = ("gpus", "models", "engines", "schedulers", "admissions", "routers", "evictions", "profiles")
@@ -35,6 +36,7 @@ def list_(kind: str, as_json: bool) -> None:
 
 def gpus() -> list[Row]:
     from llmsim.hardware import find_gpu, gpu_names
+    from llmsim.prices import find_price
 
     return [
         {
@@ -44,9 +46,11 @@ def gpus() -> list[Row]:
             "bf16_tflop_per_s": round(gpu.flops_per_s["bfloat16"] / 1e12),
             "fp8_tflop_per_s": round(gpu.flops_per_s["fp8"] / 1e12) if "fp8" in gpu.flops_per_s else None,
             "link": gpu.link,
-            "price_per_hour": gpu.price_per_hour,
+            "price_per_hour": price.usd_per_gpu_hour,
+            "price_date": price.date,
+            "price_source": price.source,
         }
-        for gpu in map(find_gpu, gpu_names())
+        for gpu, price in ((find_gpu(name), find_price(name)) for name in gpu_names())
     ]
 
 
@@ -140,16 +144,8 @@ def table(rows: list[Row]) -> str:
         return "none"
     columns = list(rows[0])
     cells = [[_cell(row[column]) for column in columns] for row in rows]
-    widths = [max(len(text) for text in column) for column in zip(columns, *cells, strict=True)]
-    numeric = [all(isinstance(row[column], int | float | None) for row in rows) for column in columns]
-    lines = []
-    for line in (columns, *cells):
-        texts = [
-            text.rjust(width) if right else text.ljust(width)
-            for text, width, right in zip(line, widths, numeric, strict=True)
-        ]
-        lines.append("  ".join(texts).rstrip())
-    return "\n".join(lines)
+    texts = {i for i, name in enumerate(columns) if not all(isinstance(row[name], int | float | None) for row in rows)}
+    return "\n".join(aligned([columns, *cells], left=texts))
 
 
 def _cell(value: Any) -> str:

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from importlib import import_module
+from itertools import zip_longest
 from typing import Any
 
 import click
@@ -30,7 +31,9 @@ from llmsim.scenario import (
     Scenario,
 )
 from llmsim.scenario_file import human_int, read_scenario
+from llmsim.scenario_file import value_of as value_of
 
+DRAWS = 32  # of --intervals without a number
 CONTEXT = {
     "help_option_names": ["-h", "--help"],
     "max_content_width": 110,
@@ -83,7 +86,7 @@ def builtins_of(module: str) -> Callable[[], list[str]]:
     return names
 
 
-def _engines() -> list[str]:
+def engine_names() -> list[str]:
     from llmsim.engines import ENGINES
 
     return list(ENGINES)
@@ -123,6 +126,8 @@ def plugin_flags(kind: str, module: str, text: str) -> list[Callable[[Any], Any]
     ]
 
 
+ENGINE_HELP = "Scheduler, cache and defaults of an engine. [vllm]"
+ENGINE_FLAG = click.option("--engine", type=Known(engine_names), metavar="NAME", help=ENGINE_HELP)
 SCHEDULER_FLAGS = plugin_flags("scheduler", "llmsim.schedulers", "Policy, or your own file.py:Class. [the engine's]")
 
 # Flags in the order of `--help`. Each is a field of Scenario, except the few that end up in one (scenario_from).
@@ -143,9 +148,7 @@ SCENARIO_FLAGS: list[Callable[[Any], Any]] = [
     ),
     click.option("--replicas", type=INT, help="Copies of the engine behind the router. [1]"),
     *plugin_flags("router", "llmsim.routers", "Which replica takes a request, or your file.py:Class. [round_robin]"),
-    click.option(
-        "--engine", type=Known(_engines), metavar="NAME", help="Scheduler, cache and defaults of an engine. [vllm]"
-    ),
+    ENGINE_FLAG,
     *SCHEDULER_FLAGS,
     *plugin_flags("admission", "llmsim.admission", "Which requests are taken, or your file.py:Class. [none]"),
     click.option("--scheduling-policy", type=_choice(SCHEDULING_POLICIES), help="fcfs or priority. [fcfs]"),
@@ -342,7 +345,7 @@ def scenario_fields(flags: dict[str, Any]) -> dict[str, Any]:
         given["speculative_config"] = _table("--speculative-config", given["speculative_config"])
     given["kv_tiers"] = ",".join(given["kv_tiers"]) or None
     values |= {name: value for name, value in given.items() if value is not None}
-    _check_engine(values)
+    check_engine(values)
     for name, words in pairs.items():
         in_file = values.get(name, {})
         if words and isinstance(in_file, dict):  # anything else is for Scenario to refuse
@@ -350,7 +353,7 @@ def scenario_fields(flags: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _check_engine(values: dict[str, Any]) -> None:
+def check_engine(values: dict[str, Any]) -> None:
     """A switch that the engine does not have cannot be on."""
     if "engine" in values:
         from llmsim.engines import find_engine
@@ -382,22 +385,17 @@ def _argument(field: str, word: str) -> tuple[str, Any]:
     return name, value_of(text)
 
 
-def value_of(text: str) -> Any:
-    """A number, true, false, null or a list as JSON writes it; anything else is text."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
-
-
 class SectionedCommand(click.Command):
     """Help in sections, the engine's flags apart from the trace's and the output's; `--goodput` takes several words
-    (`--goodput ttft:500 tpot:50`), as vLLM's does."""
+    (`--goodput ttft:500 tpot:50`), as vLLM's does, and `--intervals` a number or none."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         spread: list[str] = []
         taking = False
-        for arg in args:
+        for arg, following in zip_longest(args, args[1:], fillvalue=""):
+            if arg == "--intervals" and not following[:1].isdigit():  # what comes next is not its number
+                spread.append(f"--intervals={DRAWS}")
+                continue
             if taking and re.fullmatch(r"\w+:[^/]*", arg):
                 if spread[-1] != "--goodput":
                     spread.append("--goodput")
@@ -418,6 +416,8 @@ class SectionedCommand(click.Command):
 
 def _section(param: click.Parameter) -> str:
     if param.name in Scenario.__dataclass_fields__ or param.name in ("scenario_file", "enforce_eager"):
+        return "Model, GPU and engine"
+    if param.name in ("schedulers", "engines", "variants"):  # sides of a comparison
         return "Model, GPU and engine"
     if param.name in ("prompt_tokens", "output_tokens", "batches"):
         return "Requests"

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from llmsim.cli_options import CONTEXT, INT, SectionedCommand, json_option, scenario_from, scenario_options
 from llmsim.scenario_file import human_int
+from llmsim.text import aligned, wrapped
 
 if TYPE_CHECKING:
-    from llmsim.phases import Growth, Phases, Point, Served
-
-WIDTH = 118
+    from llmsim.phases import Phases
+    from llmsim.scenario import Scenario
 
 
 @click.command(cls=SectionedCommand, context_settings=CONTEXT)
@@ -25,6 +24,11 @@ WIDTH = 118
 @click.option("--output", "output_tokens", type=INT, default=256, help="Tokens of its answer. [256]")
 @click.option("--batch", "batches", metavar="N,N,…", help="Decode batches. [1,8,64,256, as far as they fit]")
 @click.option(
+    "--context", "context_tokens", type=INT, help="Cached tokens of each decode. [half-way through the answer]"
+)
+@click.option("--burst", "prompts", type=INT, help="Also: so many prompts at once, cut into chunks beside --decodes.")
+@click.option("--decodes", type=INT, default=16, help="Requests that decode when the burst comes. [16]")
+@click.option(
     "--plot",
     type=click.Path(path_type=Path),
     metavar="FILE",
@@ -32,11 +36,19 @@ WIDTH = 118
 )
 @json_option
 def phases(
-    prompt_tokens: int, output_tokens: int, batches: str | None, plot: Path | None, as_json: bool, **flags: Any
+    prompt_tokens: int,
+    output_tokens: int,
+    batches: str | None,
+    context_tokens: int | None,
+    prompts: int | None,
+    decodes: int,
+    plot: Path | None,
+    as_json: bool,
+    **flags: Any,
 ) -> None:
     """Compare prefill and decode: work, intensity, what binds them, and how their times grow.
 
-    Decodes are shown half-way through the answer. --concurrency: clients of the loaded engine. [64, or what fits]
+    --concurrency: clients of the loaded engine. [64, or what fits]
 
     \b
     llmsim phases --model llama-3.1-8b --gpu h200-sxm --plot roofline.html
@@ -49,11 +61,31 @@ def phases(
     from llmsim.phases import compare
 
     outcome = compare(
-        scenario, prompt_tokens=prompt_tokens, output_tokens=output_tokens, batches=_batches(batches or "")
+        scenario,
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        batches=_batches(batches or ""),
+        context_tokens=context_tokens,
     )
+    met = None
+    if prompts is not None:
+        context = outcome.of_phase("decode")[0].context_tokens
+        met = _met(scenario, prompts=prompts, prompt_tokens=prompt_tokens, decodes=decodes, context_tokens=context)
     if plot is not None:
         _draw(outcome, plot)
-    click.echo(json.dumps(outcome.to_dict()) if as_json else "\n".join(_report(outcome)))
+    if as_json:
+        click.echo(json.dumps(outcome.to_dict() | ({} if met is None else {"burst": met})))
+    else:
+        click.echo("\n".join([*_report(outcome), *([] if met is None else _burst_report(met))]))
+
+
+def _met(scenario: Scenario, **of: int) -> dict[str, Any]:
+    """A burst at the scenario's token budget, and at others."""
+    from llmsim.metrics import json_safe
+    from llmsim.phases_burst import budgets, burst
+
+    met: dict[str, Any] = json_safe(burst(scenario, **of).facts())
+    return met | {"budgets": json_safe(budgets(scenario, **of).to_dict("records"))}
 
 
 def _batches(text: str) -> list[int]:
@@ -77,126 +109,51 @@ def _draw(outcome: Phases, path: Path) -> None:
     save(chart, path)
 
 
-# of a column of the table
-ROWS: tuple[tuple[str, Callable[[Point], str]], ...] = (
-    ("tokens of a request at once", lambda p: f"{p.parallel_tokens:,}"),
-    ("GFLOP per token", lambda p: _digits(p.flops_per_token / 1e9)),
-    ("MB per token", lambda p: _digits(p.bytes_per_token / 1e6)),
-    ("intensity (FLOP/byte)", lambda p: _digits(p.intensity_flops_per_byte)),
-    ("binds", lambda p: p.binds),
-    ("  so many times as much", lambda p: _digits(p.bound_ratio)),
-    ("TFLOP/s", lambda p: _digits(p.flops_per_s / 1e12)),
-    ("TB/s", lambda p: f"{p.bytes_per_s / 1e12:.2f}"),
-    ("MFU (%)", lambda p: f"{100 * p.mfu:.1f}"),
-    ("MBU (%)", lambda p: f"{100 * p.mbu:.1f}"),
-    ("GPU time (ms)", lambda p: f"{1e3 * p.gpu_s:,.2f}"),
-    ("  of it attention (%)", lambda p: f"{100 * p.attention_share:.1f}"),
-    ("wall time (ms)", lambda p: f"{1e3 * p.wall_s:,.2f}"),
-    ("  paced by", lambda p: p.paced_by),
-    ("tokens/s", lambda p: f"{p.tokens_per_s:,.0f}"),
-)
-EQUAL_ROWS = ("KV bytes = weight bytes at context", "attention half of the step at")
-SERVED_ROWS: tuple[tuple[str, Callable[[Served], str]], ...] = (
-    ("TTFT (ms)", lambda s: f"{1e3 * s.ttft_s:,.1f}"),
-    ("  GPU: its own prompt (%)", lambda s: f"{100 * s.own_prefill_s / s.ttft_s:.1f}"),
-    ("  GPU: prompts beside it (%)", lambda s: f"{100 * s.other_prefills_s / s.ttft_s:.1f}"),
-    ("  GPU: decodes beside it (%)", lambda s: f"{100 * s.decodes_beside_s / s.ttft_s:.1f}"),
-    ("  waiting, host, client (%)", lambda s: f"{100 * s.waiting_and_host_s / s.ttft_s:.1f}"),
-    ("TPOT (ms)", lambda s: "-" if s.tpot_s is None else f"{1e3 * s.tpot_s:.2f}"),
-    ("E2EL (ms)", lambda s: f"{1e3 * s.e2el_s:,.1f}"),
-    ("  queue (%)", lambda s: f"{100 * s.queue_share:.1f}"),
-    ("  prefill (%)", lambda s: f"{100 * s.prefill_share:.1f}"),
-    ("  decode (%)", lambda s: f"{100 * s.decode_share:.1f}"),
-    ("  preempted (%)", lambda s: f"{100 * s.preempted_share:.1f}"),
-    ("GPU time with prompts (%)", lambda s: f"{100 * s.prompt_iterations_share:.1f}"),
-)
-
-
 def _report(outcome: Phases) -> Iterator[str]:
-    decodes, growth = outcome.of_phase("decode"), outcome.growth
-    yield from _wrapped(
-        f"{outcome.model}, weights in {outcome.weight_dtype}, on {outcome.tensor_parallel} x {outcome.gpu}: each GPU "
-        f"{outcome.peak_flops_per_s / 1e12:,.4g} TFLOP/s and {outcome.peak_bytes_per_s / 1e12:.3g} TB/s, ridge point "
-        f"{outcome.ridge_flops_per_byte:.0f} FLOP/byte; {outcome.kv_cache_tokens:,} tokens of KV cache"
-    )
-    yield from _wrapped(f"Cost model: {outcome.cost_label}")
-    yield from _wrapped(f"Outside the measured range: {_outside(outcome)}")
+    from llmsim.phases_table import growing, legend, points_table, served_table, setting
+
+    for line in setting(outcome):
+        yield from wrapped(line)
     yield ""
-    columns = [[p.phase, f"{p.size:,}", *(text(p) for _, text in ROWS)] for p in outcome.points]
-    equal = [[_count(e.bytes_context_tokens), _count(e.time_context_tokens)] for e in growth.equal_contexts]
-    for column, cells in zip(columns, [["", ""]] * (len(columns) - len(equal)) + equal, strict=True):
-        column += cells
-    yield from _table(["", "prompt tokens, or batch", *(name for name, _ in ROWS), *EQUAL_ROWS], columns)
-    yield from _wrapped(
-        f"Of one GPU. Prefill: a prompt by itself. Decode: a step of so many requests, {decodes[0].context_tokens:,} "
-        "tokens cached each. Paced by the host: its launch, not the GPU's work, decides when the step ends."
-    )
+    table = points_table(outcome)
+    columns = [[p.phase, *column] for p, column in zip(outcome.points, table.columns, strict=True)]
+    yield from aligned(list(zip(["", *table.names], *columns, strict=True)), left={0})
+    yield from wrapped(legend(outcome))
     yield ""
-    yield from _growth(outcome, growth)
+    for line in growing(outcome):
+        yield from wrapped(line)
     yield ""
-    served = [[_clients(s.concurrency), *(text(s) for _, text in SERVED_ROWS)] for s in outcome.served]
+    served = served_table(outcome)
     head = f"{outcome.prompt_tokens:,} + {outcome.output_tokens:,} tokens"
-    yield from _table([head, *(name for name, _ in SERVED_ROWS)], served)
+    columns = [[top, *column] for top, column in zip(served.heads, served.columns, strict=True)]
+    yield from aligned(list(zip([head, *served.names], *columns, strict=True)), left={0})
     yield ""
-    yield from _wrapped(outcome.textbook)
+    yield from wrapped(outcome.textbook)
 
 
-def _growth(outcome: Phases, growth: Growth) -> Iterator[str]:
-    half = growth.attention_half_tokens
-    yield from _wrapped(
-        f"With prompt length: linear layers {1e3 * growth.linear_s_per_1k_tokens:.2f} ms per 1,000 tokens (chunks of "
-        f"{growth.chunk_tokens:,}), attention {1e3 * growth.attention_s_per_1k_tokens_squared:.3f} ms times the square "
-        f"of the thousands; attention is half of the prefill "
-        + (f"from {half:,} tokens" if half else "at no length of this model")
+def _burst_report(met: dict[str, Any]) -> Iterator[str]:
+    def ms(row: dict[str, Any], name: str) -> str:
+        return "-" if row[name] is None else f"{1e3 * row[name]:,.1f}"
+
+    yield ""
+    yield from wrapped(
+        f"A burst of {met['prompts']:,} prompts of {met['prompt_tokens']:,} tokens that meets {met['decodes']:,} "
+        f"decodes of {met['context_tokens']:,} cached, by token budget (max_num_batched_tokens), of which "
+        f"{met['token_budget']:,} cuts it into {met['chunks']:,} chunks; times in ms, the longest gap between two "
+        "tokens until the last first token"
     )
-    yield from _wrapped(
-        f"With context: {1e3 * growth.decode_s_per_1k_cached_tokens:.4f} ms per step and 1,000 cached tokens"
-    )
-    here, linear = growth.step_compute_bound_batch, growth.linear_compute_bound_batch
-    beyond = "" if linear and linear <= outcome.largest_batch else f", more than the {outcome.largest_batch:,} that fit"
-    yield from _wrapped(
-        f"With batch size: {_speeds(outcome.of_phase('decode'))} tokens/s; the linear layers turn from bandwidth- to "
-        f"compute-bound at batch {_batch(linear)}{beyond} (at the data sheet's peaks at "
-        f"{_batch(growth.linear_compute_bound_batch_at_peak)}), the whole step with its KV reads "
-        + (f"at batch {here:,}" if here else f"never below the capacity of {outcome.largest_batch:,} requests")
-    )
+    rows = sorted([met, *(row for row in met["budgets"] if row["token_budget"] != met["token_budget"])], key=_budget)
+    columns = [
+        [
+            f"{_budget(row):,}",
+            f"{row['iterations']:,}",
+            *(ms(row, f"{name}_s") for name in ("mean_ttft", "last_ttft", "longest_gap")),
+        ]
+        for row in rows
+    ]
+    names = ["token budget", "iterations", "mean TTFT", "last TTFT", "longest gap"]
+    yield from aligned(list(zip(names, *columns, strict=True)), left={0})
 
 
-def _speeds(decodes: Sequence[Point]) -> str:
-    return ", ".join(f"{p.tokens_per_s:,.0f}" for p in decodes)
-
-
-def _batch(batch: int | None) -> str:
-    from llmsim.phases import MOST_REQUESTS
-
-    return f"{MOST_REQUESTS:,} or more" if batch is None else f"{batch:,}"
-
-
-def _count(tokens: int | None) -> str:
-    return "never" if tokens is None else f"{tokens:,}"
-
-
-def _clients(concurrency: int) -> str:
-    return "alone" if concurrency == 1 else f"closed loop of {concurrency:,}"
-
-
-def _outside(outcome: Phases) -> str:
-    outside = [f"{p.phase} {p.size:,}" for p in outcome.points if p.outside_measured]
-    if len(outside) == len(outcome.points):
-        return "every point"
-    return ", ".join(outside) or "no point"
-
-
-def _digits(value: float) -> str:
-    """Three significant digits, none after the point from 100 on."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _table(names: Sequence[str], columns: Sequence[Sequence[str]]) -> Iterator[str]:
-    widths = [max(map(len, names)), *(max(map(len, column)) for column in columns)]
-    for cells in zip(names, *columns, strict=True):
-        yield "  ".join([cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))])
-
-
-def _wrapped(text: str) -> list[str]:
-    return wrap(text, WIDTH, subsequent_indent="  ")
+def _budget(row: dict[str, Any]) -> int:
+    return int(row["token_budget"])

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from llmsim import cli_intervals
 from llmsim.cli_options import (
     CONTEXT,
     GPU,
@@ -54,6 +55,7 @@ PROGRESS_AFTER_S = 2.0
 @click.option("--timeline", is_flag=True, help="Add trace.json.gz to the run folder, for ui.perfetto.dev.")
 @click.option("--save-detailed", is_flag=True, help="Add vLLM's arrays of every request to summary.json.")
 @click.option("--strict", is_flag=True, help="Fail if over 5 % of the GPU time lies outside the measured range.")
+@cli_intervals.interval_options
 @click.pass_obj
 def replay(
     arguments: list[str],
@@ -77,6 +79,7 @@ def replay(
 
     _check_outputs(out, no_out, timeline=timeline, save_detailed=save_detailed)
     _check_closed_loop(flags)
+    asked = cli_intervals.taken(flags)
     targets = parse_goodput(goodput) or None
     scenario = scenario_from(flags).resolved()
     trace = _load(trace_path, scenario, flags)
@@ -86,15 +89,15 @@ def replay(
     summary = result.summary(targets)
     if strict:
         _check_extrapolation(summary)
+    summary |= cli_intervals.summary_part(trace, scenario, targets, asked)
     folder = None
     if not no_out:
         from llmsim.runs import write_run
+        from llmsim.runs_origin import origin
 
-        extra = {
-            "command": ["llmsim", *arguments],
-            "trace": {"name": trace.name, "sha256": trace.sha256, "requests": len(trace.prompt_tokens)},
-            "notes": list(trace.notes),
-        }
+        wrote: dict[str, Any] = {"timeline": timeline, "detailed": save_detailed}
+        source = origin(trace, trace_path, trace_arguments(flags), scenario, goodput=targets, **wrote)
+        extra = {"command": ["llmsim", *arguments], **source, "notes": list(trace.notes)}
         with _run_folder(out, scenario, trace) as folder:
             notes = write_run(
                 result, folder, summary=summary, manifest_extra=extra, timeline=timeline, detailed=save_detailed
@@ -210,12 +213,12 @@ def _check_rejected(result: Result) -> None:
     print(f"WARNING: {what}, they need more; latencies are those of the others", file=sys.stderr)
 
 
-def _load(path: str, scenario: Scenario, flags: dict[str, Any]) -> Trace:
+def _load(path: str, scenario: Scenario, flags: dict[str, Any], *, quiet: bool = False) -> Trace:
     from llmsim.trace import load_trace
 
     options = trace_arguments(flags)
     trace = load_trace(path, **options, context_tokens=scenario.max_model_len, seed=scenario.seed)
-    tell(trace.notes)
+    tell(() if quiet else trace.notes)
     _check_sessions(trace, scenario)
     return trace
 

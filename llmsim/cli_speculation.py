@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from llmsim.cli_options import CONTEXT, INT, SectionedCommand, json_option, scenario_from, scenario_options
 from llmsim.scenario_file import human_int
+from llmsim.text import wrapped
 
 if TYPE_CHECKING:
     from llmsim.speculation import Table
 
-WIDTH = 118
 LARGEST_BATCH = 65536
 
 
@@ -78,4 +77,4 @@ def report(found: Table) -> Iterator[str]:
         yield f"It pays at every batch up to max_num_seqs={most}."
     else:
         yield f"It pays up to a batch of {found.pays_up_to}."
-    yield from wrap(f"Cost model: {found.label}", WIDTH, subsequent_indent="  ")
+    yield from wrapped(f"Cost model: {found.label}")

@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -24,11 +23,10 @@ from llmsim.cli_options import (
     trace_arguments,
     trace_options,
 )
+from llmsim.text import aligned, wrapped
 
 if TYPE_CHECKING:
     from llmsim.whatif import Effect, Outcome
-
-WIDTH = 118
 
 
 def _names() -> list[str]:
@@ -107,39 +105,32 @@ HEAD = ("gain", "optimisation", "", "TTFT", "TPOT", "tokens/s", "$/1M", "cost")
 def report(outcome: Outcome) -> Iterator[str]:
     base, s = outcome.baseline, outcome.scenario
     gpus = f"{s.replicas * s.tensor_parallel} x {s.gpu}"
-    yield from _wrapped(
+    yield from wrapped(
         f"Baseline: {s.model} on {gpus}, {outcome.trace}, {base.completed:,} requests: TTFT {1e3 * base.ttft_s:,.1f} "
         f"ms, TPOT {1e3 * base.tpot_s:.2f} ms, {base.tokens_per_s:,.0f} tokens/s, ${base.usd_per_1m_tokens:.3f} per "
         "million output tokens"
     )
     parts = sorted(base.terms_s.items(), key=lambda item: -item[1])
     shown = ", ".join(f"{name} {1e3 * s_:.2f}" for name, s_ in parts if abs(s_) >= 0.005 * base.gap_s)
-    yield from _wrapped(f"Its gaps between tokens, {1e3 * base.gap_s:.2f} ms: {shown}")
+    yield from wrapped(f"Its gaps between tokens, {1e3 * base.gap_s:.2f} ms: {shown}")
     yield ""
-    rows = [HEAD, *(_row(effect) for effect in outcome.effects)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
-    reasons = ["why", *(effect.reason for effect in outcome.effects)]
-    for row, why in zip(rows, reasons, strict=True):
-        cells = [
-            cell.rjust(w) if 2 < i < 7 or i == 0 else cell.ljust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        yield "  ".join([*cells, why]).rstrip()
+    rows = [(*HEAD, "why"), *((*_row(effect), effect.reason) for effect in outcome.effects)]
+    yield from aligned(rows, left={1, 2, *range(7, len(HEAD) + 1)})
     yield ""
-    yield from _wrapped(
+    yield from wrapped(
         "What each buys: the run with it over the run without. on: the baseline has it, and the other run goes "
         "without; +: the other run adds it. gain: geometric mean of the four."
     )
     origins = " + ".join(effect.changed.cost_origin for effect in outcome.effects)
     told = [f"{word}: {meaning}" for word, meaning in ORIGINS.items() if word in origins]
-    yield from _wrapped(f"Cost of the other run: {'; '.join(told)}")
+    yield from wrapped(f"Cost of the other run: {'; '.join(told)}")
     changed = [effect.about for effect in outcome.effects if LOSSY & effect.fields.keys()]
     if changed:
-        yield from _wrapped(f"Not modelled: what the model answers with {', '.join(changed)}")
+        yield from wrapped(f"Not modelled: what the model answers with {', '.join(changed)}")
     for name, why in outcome.left_out.items():
-        yield from _wrapped(f"Not run: {name}: {why}")
-    yield from _wrapped(f"Price: {outcome.price}")
-    yield from _wrapped(f"Cost model: {base.cost_label}")
+        yield from wrapped(f"Not run: {name}: {why}")
+    yield from wrapped(f"Price: {outcome.price}")
+    yield from wrapped(f"Cost model: {base.cost_label}")
 
 
 def _row(effect: Effect) -> tuple[str, ...]:
@@ -160,7 +151,3 @@ def factor(ratio: float) -> str:
     if 0.5 < ratio < 2.0:
         return f"{100 * (ratio - 1):+.1f} %"
     return f"×{ratio:.3g}" if ratio >= 1 else f"÷{1 / ratio:.3g}"
-
-
-def _wrapped(text: str) -> list[str]:
-    return wrap(text, WIDTH, subsequent_indent="  ")

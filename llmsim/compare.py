@@ -15,41 +15,41 @@ latencies and sides, at most min(3 sqrt(n), n / 3).
 
 What an interval means: how far D would scatter over stretches of traffic like this one. It says nothing about another
 load, and with fewer than `FEW_BLOCKS` blocks it is too narrow. Throughput belongs to the run as a whole and has none.
+
+With several seeds every side is replayed once for each, paired by seed too, and every number is the mean over seeds.
+Seeds redraw what the scenario draws (launch times, acceptance of drafts, whatever a trace is drawn with); what an
+interval says then holds for another seed as well (`llmsim.compare_bootstrap`).
+
+A promise (`Slo`) is kept or broken by what a side measured; `share` says in how many of the same draws it is kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from math import ceil, log10, sqrt
-from typing import Any
+from dataclasses import dataclass, field, replace
+from math import ceil, nan
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
-from llmsim.metrics import TARGETS, Columns, Result, latencies_s
+from llmsim.compare_bootstrap import Counts, block_length, draw_weights, interval, seed_draws
+from llmsim.compare_prepared import LATENCIES, PERCENTS, Prepared, Side, check_slos
+from llmsim.metrics import Result
 from llmsim.scenario import Scenario
 from llmsim.simulate import simulate
+from llmsim.slo import Slo
 from llmsim.trace import Trace
 
-LATENCIES = TARGETS  # ttft, tpot, e2el
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["LATENCIES", "PERCENTS", "Comparison", "Difference", "Promise", "Side", "compare", "run_sides", "side_of"]
+
 STATISTICS = ("mean", "p50", "p90", "p99")
-PERCENTS = (50, 90, 99)
 RESAMPLES = 1000
 FEW_BLOCKS = 20
+SEED_STEP = 1000  # between two seeds: replica i of a fleet draws from seed + i
 WHOLE_RUN = ("request_throughput", "output_throughput")  # of the run, not of its requests: no interval
-Floats = NDArray[np.float64]
-Counts = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Side:
-    """One scenario's run: its summary and a row per request."""
-
-    name: str
-    scenario: dict[str, Any]
-    summary: dict[str, Any]
-    requests: Columns
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,19 @@ class Difference:
 
 
 @dataclass(frozen=True)
+class Promise:
+    """An SLO of one side: what it measured, seconds, and the share of the draws that keep it (None for itl)."""
+
+    slo: Slo
+    value_s: float
+    share: float | None
+
+    @property
+    def met(self) -> bool:
+        return self.slo.met(self.value_s)
+
+
+@dataclass(frozen=True)
 class Comparison:
     """`differences[side name][key]`; `lower[side name][latency]`: shares of requests with a lower and a higher one."""
 
@@ -76,6 +89,14 @@ class Comparison:
     shares: dict[str, dict[str, tuple[float, float]]]
     block: int  # consecutive arrivals that are drawn together
     notes: tuple[str, ...] = field(default=())
+    seeds: tuple[int, ...] = ()  # of the replays, if there are several for each side
+    promises: dict[str, tuple[Promise, ...]] = field(default_factory=dict)  # of each side, one for every SLO
+
+    def frame(self) -> pd.DataFrame:
+        """A row a side (but the first) and number: its value, the difference, the interval, and a verdict."""
+        from llmsim.compare_frames import differences_frame
+
+        return differences_frame(self)
 
 
 def run_sides(
@@ -87,7 +108,18 @@ def run_sides(
     done: Callable[[str, Side], None] | None = None,
 ) -> list[Side]:
     """Replay the trace under each scenario, `jobs` at a time; `done(name, side)` is told of each as it ends."""
-    work = [(name, trace, scenario, goodput) for name, scenario in scenarios.items()]
+    return run_seeds([(trace, scenarios)], goodput, jobs=jobs, done=done)[0]
+
+
+def run_seeds(
+    repeats: Sequence[tuple[Trace, Mapping[str, Scenario]]],
+    goodput: dict[str, float] | None = None,
+    *,
+    jobs: int = 1,
+    done: Callable[[str, Side], None] | None = None,
+) -> list[list[Side]]:
+    """The same for each seed's trace and scenarios (`with_seeds`)."""
+    work = [(name, trace, one, goodput) for trace, scenarios in repeats for name, one in scenarios.items()]
     sides: list[Side] = []
 
     def keep(side: Side) -> None:
@@ -98,13 +130,21 @@ def run_sides(
     if jobs <= 1 or len(work) == 1:
         for one in work:
             keep(_run(one))
-        return sides
-    from concurrent.futures import ProcessPoolExecutor
+    else:
+        from concurrent.futures import ProcessPoolExecutor
 
-    with ProcessPoolExecutor(min(jobs, len(work))) as pool:
-        for side in pool.map(_run, work):
-            keep(side)
-    return sides
+        with ProcessPoolExecutor(min(jobs, len(work))) as pool:
+            for side in pool.map(_run, work):
+                keep(side)
+    each = len(repeats[0][1])
+    return [sides[at : at + each] for at in range(0, len(sides), each)]
+
+
+def with_seeds(scenarios: Mapping[str, Scenario], seeds: int) -> list[dict[str, Scenario]]:
+    """The scenarios under so many seeds: their own, then others far from it."""
+    return [
+        {name: replace(one, seed=one.seed + SEED_STEP * at) for name, one in scenarios.items()} for at in range(seeds)
+    ]
 
 
 def _run(work: tuple[str, Trace, Scenario, dict[str, float] | None]) -> Side:
@@ -116,36 +156,121 @@ def side_of(name: str, result: Result, goodput: dict[str, float] | None = None) 
     return Side(name, result.scenario.to_dict(), result.summary(goodput), result.requests)
 
 
-def compare(sides: Sequence[Side], goodput: dict[str, float] | None = None, *, seed: int = 0) -> Comparison:
-    """Pair the requests of all sides with the first one's.
+def compare(
+    sides: Sequence[Side],
+    goodput: dict[str, float] | None = None,
+    *,
+    seed: int = 0,
+    repeats: Sequence[Sequence[Side]] = (),
+    slos: Sequence[Slo] = (),
+) -> Comparison:
+    """Pair the requests of all sides with the first one's. `repeats`: the same sides, replayed under other seeds.
 
     Raises ValueError if there are fewer than two sides, two of one name, or sides of different traces.
     """
-    _check_paired(sides)
-    order = np.argsort(sides[0].requests["arrival_s"], kind="stable")
-    prepared = [_Prepared(side, order, goodput) for side in sides]
-    count = len(order)
-    block = max([1, *(_block_length(one, prepared[0]) for one in prepared[1:])])
-    once = np.ones(count, dtype=np.int64)
-    numbers = {one.side.name: one.numbers(once) for one in prepared}
-    random = np.random.default_rng(seed)
-    drawn: list[list[dict[str, float | None]]] = [[] for _ in prepared]
-    for _ in range(RESAMPLES):
-        weights = _weights(random, count, block)
-        for at, one in enumerate(prepared):
-            drawn[at].append(one.numbers(weights))
-    differences = {}
-    for one, scattered in zip(prepared[1:], drawn[1:], strict=True):
-        name = one.side.name
-        differences[name] = _differences(numbers[sides[0].name], numbers[name], drawn[0], scattered)
-        for key in WHOLE_RUN:
-            before, now = sides[0].summary[key], one.side.summary[key]
-            if before is not None and now is not None:
+    check_slos(slos)
+    every = [sides, *repeats]
+    for replayed in every:
+        _check_paired(replayed)
+        if [side.name for side in replayed] != [side.name for side in sides]:
+            raise ValueError("repeats are not of the same sides: replay each of them under every seed")
+    fleets = _prepared(every, goodput, slos)
+    count = len(sides[0].requests["id"])
+    block = max(1, *(_block_length(fleet, fleets[0]) for fleet in fleets[1:]))
+    drawn = _Drawn(fleets, block, seed)
+    numbers = {side.name: drawn.numbers(at) for at, side in enumerate(sides)}
+    differences = {side.name: drawn.differences(at) for at, side in enumerate(sides) if at}
+    for key in WHOLE_RUN:
+        means = {side.name: _mean([one[at].summary[key] for one in every]) for at, side in enumerate(sides)}
+        before = means[sides[0].name]
+        for name, now in means.items():
+            numbers[name][key] = now
+            if name in differences and now is not None and before is not None:
                 differences[name][key] = Difference(now - before, None, None)
-    for one in prepared:
-        numbers[one.side.name] |= {key: one.side.summary[key] for key in WHOLE_RUN}
-    shares = {one.side.name: _shares(prepared[0], one) for one in prepared[1:]}
-    return Comparison(tuple(sides), goodput, numbers, differences, shares, block, _notes(sides, count, block))
+    shares = {side.name: _shares(fleets[0], fleets[at]) for at, side in enumerate(sides) if at}
+    promises = {side.name: drawn.promises(at) for at, side in enumerate(sides)} if slos else {}
+    seeds = tuple(int(one[0].scenario["seed"]) for one in every) if repeats else ()
+    notes = _notes(sides, count, block)
+    return Comparison(tuple(sides), goodput, numbers, differences, shares, block, notes, seeds, promises)
+
+
+def _prepared(
+    every: Sequence[Sequence[Side]], goodput: dict[str, float] | None, slos: Sequence[Slo]
+) -> list[list[Prepared]]:
+    """For each side, its runs by seed; requests in order of arrival at the first side of that seed."""
+    fleets: list[list[Prepared]] = [[] for _ in every[0]]
+    for replayed in every:
+        order = np.argsort(replayed[0].requests["arrival_s"], kind="stable")
+        for at, side in enumerate(replayed):
+            fleets[at].append(Prepared(side, order, goodput, slos))
+    return fleets
+
+
+class _Drawn:
+    """All sides' numbers: as they are, and in every resample. Arrays by key; nan for a number that does not exist."""
+
+    def __init__(self, fleets: list[list[Prepared]], block: int, seed: int) -> None:
+        self.fleets = fleets
+        random = np.random.default_rng(seed)
+        counts = [len(one.done) for one in fleets[0]]
+        self.whole = [self._of(fleet, [np.ones(count, dtype=np.int64) for count in counts]) for fleet in fleets]
+        rows: list[list[dict[str, list[float]]]] = [[] for _ in fleets]
+        for _ in range(RESAMPLES):
+            weights = [draw_weights(random, counts[0], block)]
+            for count in counts[1:]:  # the same requests of every seed, where there are as many
+                weights.append(weights[0] if count == counts[0] else draw_weights(random, count, block))
+            for at, fleet in enumerate(fleets):
+                rows[at].append(self._of(fleet, weights))
+        self.drawn = [{key: np.array([row[key] for row in side]) for key in side[0]} for side in rows]
+        self.seeds = seed_draws(random, RESAMPLES, len(counts))
+
+    @staticmethod
+    def _of(fleet: list[Prepared], weights: list[Counts]) -> dict[str, list[float]]:
+        """Each number by seed, and the promises under their places."""
+        found = [one.numbers(mine) for one, mine in zip(fleet, weights, strict=True)]
+        by_key = {key: [nan if (value := one[key]) is None else value for one in found] for key in found[0]}
+        promised = [one.promised_s(mine) for one, mine in zip(fleet, weights, strict=True)]
+        return by_key | {f"#{at}": list(values) for at, values in enumerate(zip(*promised, strict=True))}
+
+    def numbers(self, at: int) -> dict[str, float | None]:
+        return {key: _mean(values) for key, values in self.whole[at].items() if not key.startswith("#")}
+
+    def differences(self, at: int) -> dict[str, Difference]:
+        found = {}
+        for key, values in self.whole[at].items():
+            then, now = np.array(self.whole[0][key]), np.array(values)
+            if key.startswith("#") or np.isnan(now - then).any():
+                continue
+            drawn_then, drawn_now = self.drawn[0][key], self.drawn[at][key]
+            known = ~np.isnan(drawn_now - drawn_then).any(axis=1)
+            drawn_then, drawn_now, seeds = drawn_then[known], drawn_now[known], self.seeds[known]
+            low, high = interval(now - then, drawn_now - drawn_then, seeds)
+            relative = None
+            if then.all() and drawn_then.all():
+                share = now / then - 1.0
+                bounds = interval(share, drawn_now / drawn_then - 1.0, seeds)
+                relative = (float(share.mean()), *bounds)
+            found[key] = Difference(float(now.mean()) - float(then.mean()), low, high, relative)
+        return found
+
+    def promises(self, at: int) -> tuple[Promise, ...]:
+        found = []
+        for place, slo in enumerate(self.fleets[at][0].slos):
+            values = np.array(self.whole[at][f"#{place}"])
+            value_s, share = float(values.mean()), None
+            if slo.metric in LATENCIES and not np.isnan(values).any():
+                drawn = self.drawn[at][f"#{place}"].mean(axis=1)
+                spread = float(values.std(ddof=1)) / len(values) ** 0.5 if len(values) > 1 else 0.0
+                if np.isfinite(spread) and spread:
+                    drawn = drawn + self.seeds * spread
+                share = float((drawn <= slo.limit_s).mean())
+            found.append(Promise(slo, value_s, share))
+        return tuple(found)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None and value == value]
+    return float(np.mean(known)) if len(known) == len(values) else None
 
 
 def _check_paired(sides: Sequence[Side]) -> None:
@@ -163,86 +288,11 @@ def _check_paired(sides: Sequence[Side]) -> None:
                 )
 
 
-class _Prepared:
-    """One side's numbers as functions of how often each request is drawn; values are sorted once.
-
-    `order`: the requests by their arrival at the first side.
-    """
-
-    def __init__(self, side: Side, order: NDArray[np.intp], goodput: dict[str, float] | None) -> None:
-        self.side = side
-        requests = {name: column[order] for name, column in side.requests.items()}
-        self.done = np.isfinite(requests["finish_s"])
-        self.latency_ms = {name: 1e3 * values for name, values in latencies_s(requests).items()}
-        self.sorted: dict[str, tuple[NDArray[np.intp], Floats]] = {}
-        for name, values in self.latency_ms.items():
-            rising = np.argsort(values, kind="stable")[: int(np.isfinite(values).sum())]  # nan comes last
-            self.sorted[name] = rising, values[rising]
-        self.good: NDArray[np.bool_] | None = None
-        if goodput:
-            self.good = self.done.copy()
-            for name, target_ms in goodput.items():
-                self.good &= np.nan_to_num(self.latency_ms[name], nan=0.0) <= target_ms
-        self.preemptions = requests["preemptions"]
-        self.cached = requests["cached_tokens"] * self.done
-        self.prompt = requests["prompt_tokens"] * self.done
-
-    def numbers(self, weights: Counts) -> dict[str, float | None]:
-        found: dict[str, float | None] = {}
-        for name, (rising, values) in self.sorted.items():
-            times = weights[rising]
-            upto = np.cumsum(times)
-            total = int(upto[-1]) if len(upto) else 0
-            found[f"mean_{name}_ms"] = float(times @ values) / total if total else None
-            for percent in PERCENTS:
-                found[f"p{percent}_{name}_ms"] = _percentile(values, upto, total, percent) if total else None
-        if self.good is not None:
-            met = float(weights @ self.good)
-            duration_s = self.side.summary["duration"]
-            found["request_goodput"] = met / duration_s if duration_s else None
-            found["slo_attainment"] = met / float(weights.sum())
-        found["num_preemptions"] = float(weights @ self.preemptions)
-        asked = float(weights @ self.prompt)
-        found["prefix_cache_hit_rate"] = float(weights @ self.cached) / asked if asked else None
-        return found
-
-
-def _percentile(values: Floats, upto: Counts, total: int, percent: int) -> float:
-    """numpy's linear percentile of `values` (sorted), each repeated; `upto`: how many there are up to each."""
-    rank = (total - 1) * percent / 100.0
-    low = int(rank)
-    at, after = np.searchsorted(upto, (low, min(low + 1, total - 1)), side="right").tolist()
-    below, above = float(values[at]), float(values[after])
-    return below + (rank - low) * (above - below)
-
-
-def _differences(
-    first: Mapping[str, float | None],
-    mine: Mapping[str, float | None],
-    first_drawn: Sequence[Mapping[str, float | None]],
-    drawn: Sequence[Mapping[str, float | None]],
-) -> dict[str, Difference]:
-    found = {}
-    for key, value in mine.items():
-        before = first[key]
-        if value is None or before is None:
-            continue
-        pairs = [(a[key], b[key]) for a, b in zip(first_drawn, drawn, strict=True)]
-        then, now = np.array([pair for pair in pairs if None not in pair], dtype=np.float64).T
-        low, high = np.percentile(now - then, (2.5, 97.5)).tolist()
-        relative = None
-        if before and then.all():
-            share = np.percentile(now / then - 1.0, (2.5, 97.5)).tolist()
-            relative = (value / before - 1.0, share[0], share[1])
-        found[key] = Difference(value - before, low, high, relative)
-    return found
-
-
-def _shares(first: _Prepared, other: _Prepared) -> dict[str, tuple[float, float]]:
+def _shares(first: Sequence[Prepared], other: Sequence[Prepared]) -> dict[str, tuple[float, float]]:
     """Of the requests that both sides answered: the shares with a lower and with a higher latency."""
     found = {}
     for name in LATENCIES:
-        change = other.latency_ms[name] - first.latency_ms[name]
+        change = np.concatenate([b.latency_ms[name] - a.latency_ms[name] for a, b in zip(first, other, strict=True)])
         change = change[np.isfinite(change)]
         if change.size:
             slack_ms = 1e-6  # a nanosecond: rounding of sums
@@ -250,53 +300,17 @@ def _shares(first: _Prepared, other: _Prepared) -> dict[str, tuple[float, float]
     return found
 
 
-def _weights(random: np.random.Generator, count: int, block: int) -> Counts:
-    """How often each request is drawn: blocks of consecutive arrivals, the last one cut, wrapping around at the end."""
-    blocks = ceil(count / block)
-    starts = random.integers(0, count, blocks)
-    steps = np.zeros(2 * count + 1, dtype=np.int64)
-    np.add.at(steps, starts[:-1], 1)
-    np.add.at(steps, starts[:-1] + block, -1)
-    steps[starts[-1]] += 1
-    steps[starts[-1] + count - (blocks - 1) * block] -= 1
-    drawn = np.cumsum(steps[:-1])
-    return drawn[:count] + drawn[count:]
-
-
-def _block_length(one: _Prepared, first: _Prepared) -> int:
-    changes = [one.latency_ms[name] - first.latency_ms[name] for name in LATENCIES]
-    # To a nanosecond: below that it is the rounding of sums, not a difference.
-    return max(block_length(np.round(change[np.isfinite(change)], 6)) for change in changes)
-
-
-def block_length(values: Floats) -> int:
-    """Politis & White's block length for the circular bootstrap of a mean (Econometric Reviews 23 and 28).
-
-    b = (2 G^2 / D)^(1/3) n^(1/3),  G = sum w(k/M) |k| R(k),  D = 4/3 (sum w(k/M) R(k))^2, with R the autocovariance, w
-    the flat-top window, and M twice the lag after which the autocorrelation stays within 2 sqrt(log10(n) / n).
-    """
-    count = len(values)
-    centred = values - values.mean() if count else values
-    if count < 10 or not float(centred @ centred) > 0.0:
-        return 1
-    run = max(5, ceil(sqrt(log10(count))))
-    most = ceil(sqrt(count)) + run
-    covariance = np.array([centred[: count - lag] @ centred[lag:] for lag in range(min(most + 1, count))]) / count
-    small = np.abs(covariance[1:] / covariance[0]) < 2.0 * sqrt(log10(count) / count)
-    quiet = [lag for lag in range(len(small) - run + 1) if small[lag : lag + run].all()]
-    longest = ceil(min(3.0 * sqrt(count), count / 3.0))
-    if not quiet:
-        return longest
-    lags = min(2 * max(quiet[0], 1), len(covariance) - 1)
-    share = np.arange(1, lags + 1) / lags
-    window = np.where(share <= 0.5, 1.0, 2.0 * (1.0 - share))
-    tail = window * covariance[1 : lags + 1]
-    spectrum = covariance[0] + 2.0 * tail.sum()
-    slope = 2.0 * (tail * np.arange(1, lags + 1)).sum()
-    if spectrum <= 0.0:
-        return longest
-    length: float = (2.0 * slope**2 / (4.0 / 3.0 * spectrum**2)) ** (1.0 / 3.0) * count ** (1.0 / 3.0)
-    return int(min(max(1, ceil(length)), longest))
+def _block_length(fleet: Sequence[Prepared], first: Sequence[Prepared]) -> int:
+    """Of the differences that are drawn: means over seeds, where the seeds have the same requests."""
+    longest = 1
+    for name in LATENCIES:
+        changes = [b.latency_ms[name] - a.latency_ms[name] for a, b in zip(first, fleet, strict=True)]
+        if len({len(change) for change in changes}) == 1:
+            changes = [np.mean(changes, axis=0)]
+        for change in changes:
+            # To a nanosecond: below that it is the rounding of sums, not a difference.
+            longest = max(longest, block_length(np.round(change[np.isfinite(change)], 6)))
+    return longest
 
 
 def _notes(sides: Sequence[Side], count: int, block: int) -> tuple[str, ...]:

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from llmsim.compare import LATENCIES, RESAMPLES, STATISTICS, Comparison, Difference
+from llmsim.compare import LATENCIES, RESAMPLES, STATISTICS, Comparison, Difference, Promise
 from llmsim.metrics import latencies_s
+from llmsim.text import number
 
 WIDTH = 116
 CURVE_POINTS = 401
@@ -23,6 +24,7 @@ SYSTEM = (  # key, heading, factor, decimals
     ("prefix_cache_hit_rate", "cache hits (%)", 100.0, 1),
 )
 CELL = 25
+TICK, CROSS = "✓", "✗"
 LABEL = 28  # longer names get a line of their own
 
 
@@ -43,6 +45,8 @@ def report(comparison: Comparison) -> str:
     for part in (columns[:4], columns[4:]):
         if part:
             lines += ["", *_block(comparison, "", part, label)]
+    if comparison.promises:
+        lines += ["", *_promises(comparison, label)]
     lines += ["", *wrap(_meaning(comparison), WIDTH)]
     for note in comparison.notes:
         lines += wrap(f"Note: {note}.", WIDTH)
@@ -60,15 +64,11 @@ def _block(comparison: Comparison, title: str, columns: list[tuple[str, str, flo
         if len(name) > label:
             yield name
             name = ""
-        yield f"{name:<{label}}" + "".join(f"{_number(*value):>{CELL}}" for value in values)
+        yield f"{name:<{label}}" + "".join(f"{number(*value):>{CELL}}" for value in values)
         if side.name in comparison.differences:
             found = comparison.differences[side.name]
             cells = [_change(found.get(key), factor, digits) for key, _, factor, digits in columns]
             yield (" " * label + "".join(f"{cell:>{CELL}}" for cell in cells)).rstrip()
-
-
-def _number(value: float | None, factor: float, digits: int) -> str:
-    return "-" if value is None else f"{value * factor:,.{digits}f}"
 
 
 def _change(change: Difference | None, factor: float, digits: int) -> str:
@@ -76,15 +76,34 @@ def _change(change: Difference | None, factor: float, digits: int) -> str:
         return "-"
     largest = max(abs(x * factor) for x in (change.value, change.low or 0.0, change.high or 0.0))
     digits = digits if largest < 100 else min(digits, 1 if largest < 1000 else 0)
-    text = _signed(change.value * factor, digits)
+    text = signed(change.value * factor, digits)
     if change.low is None or change.high is None:
         return text
-    return f"{text} [{_signed(change.low * factor, digits)}, {_signed(change.high * factor, digits)}]"
+    return f"{text} [{signed(change.low * factor, digits)}, {signed(change.high * factor, digits)}]"
 
 
-def _signed(value: float, digits: int) -> str:
+def signed(value: float, digits: int) -> str:
     rounded = round(value, digits)
     return f"{rounded:+.{digits}f}" if rounded else "0"
+
+
+def _promises(comparison: Comparison, label: int) -> Iterator[str]:
+    slos = [promise.slo for promise in comparison.promises[comparison.sides[0].name]]
+    yield f"{'SLO':<{label}}" + "".join(f"{slo.words:>{CELL}}" for slo in slos)
+    for name, kept in comparison.promises.items():
+        head = f"  {name}"
+        if len(head) > label:
+            yield head
+            head = ""
+        yield f"{head:<{label}}" + "".join(f"{promise_words(promise):>{CELL}}" for promise in kept)
+
+
+def promise_words(promise: Promise) -> str:
+    """A tick or a cross, what was measured, and in how many of the draws it is kept."""
+    value_s = promise.value_s
+    value = "-" if value_s != value_s else "rejected" if value_s == float("inf") else f"{1e3 * value_s:,.2f} ms"
+    share = "" if promise.share is None else f", {promise.share:.0%}"
+    return f"{TICK if promise.met else CROSS} {value}{share}"
 
 
 def _trust(comparison: Comparison) -> dict[tuple[str, str], list[str]]:
@@ -99,12 +118,24 @@ def _trust(comparison: Comparison) -> dict[tuple[str, str], list[str]]:
 
 
 def _meaning(comparison: Comparison) -> str:
-    return (
+    seeds = comparison.seeds
+    text = (
         f"Intervals: paired bootstrap, {RESAMPLES:,} draws of blocks of {comparison.block} consecutive arrivals (near"
         " each other requests are not independent; the length follows from the autocorrelation of the differences,"
-        " Politis & White 2004). They say how far a difference would scatter over traffic like this, not over other"
-        " loads. Throughput is of the run as a whole and has none."
+        " Politis & White 2004). "
     )
+    if seeds:
+        text += (
+            f"Every number is the mean over {len(seeds)} seeds, {seeds[0]} to {seeds[-1]}, paired by seed, and the"
+            f" intervals allow for other seeds too (Student's t, {len(seeds) - 1} degrees of freedom). "
+        )
+    text += (
+        "They say how far a difference would scatter over traffic like this, not over other loads. Throughput is of"
+        " the run as a whole and has none."
+    )
+    if comparison.promises:
+        text += " SLO: what was measured (a rejected request is infinitely late), and the share of draws that keep it."
+    return text
 
 
 def document(comparison: Comparison) -> dict[str, Any]:
@@ -113,6 +144,7 @@ def document(comparison: Comparison) -> dict[str, Any]:
         "requests": len(comparison.sides[0].requests["id"]),
         "slo": comparison.targets,
         "bootstrap": {"resamples": RESAMPLES, "block": comparison.block, "confidence": 0.95},
+        "seeds": list(comparison.seeds),
         "sides": [
             {
                 "name": side.name,
@@ -126,6 +158,10 @@ def document(comparison: Comparison) -> dict[str, Any]:
                     name: {"lower": lower, "higher": higher}
                     for name, (lower, higher) in comparison.shares.get(side.name, {}).items()
                 },
+                "slos": [
+                    {"slo": str(promise.slo), "value_s": promise.value_s, "met": promise.met, "share": promise.share}
+                    for promise in comparison.promises.get(side.name, ())
+                ],
                 "summary": side.summary,
             }
             for side in comparison.sides

@@ -32,7 +32,6 @@ class Gpu:
     link: str  # how it reaches another GPU of the same host
     link_bytes_per_s: float  # to another GPU, one direction
     pcie_bytes_per_s: float  # to the host, one direction
-    price_per_hour: float  # US dollars, indicative; replace it with your own
     sources: Mapping[str, str] = field(hash=False)
     measured_host_bytes_per_s: float | None = None  # large pinned copies to and from the host, where measured
 

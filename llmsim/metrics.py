@@ -72,7 +72,7 @@ Columns = dict[str, NDArray[Any]]
 Floats = NDArray[np.float64]
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Result:
     """One run.
 
@@ -154,6 +154,10 @@ class Result:
 
         latency_s = {f"{name}_s": values for name, values in latencies_s(self.requests).items()}
         return pd.DataFrame(self.requests | latency_s)
+
+    def frame(self) -> pd.DataFrame:
+        """A row per request: `requests_frame`."""
+        return self.requests_frame()
 
     def iterations_frame(self) -> pd.DataFrame:
         import pandas as pd
@@ -244,6 +248,13 @@ def _throughput(result: Result, done: Columns, duration_s: float) -> dict[str, A
 def _goodput(
     result: Result, done: Columns, latency_s: dict[str, Floats], targets: dict[str, float] | None
 ) -> dict[str, Any]:
+    return goodput_of(done, latency_s, targets, result.requests["id"].size, result.duration_s)
+
+
+def goodput_of(
+    done: Columns, latency_s: dict[str, Floats], targets: dict[str, float] | None, sent: int, duration_s: float
+) -> dict[str, Any]:
+    """What `targets` (milliseconds) make of the requests that completed, `done`, of all that were `sent`."""
     if not targets:
         return {"request_goodput": None, "slo": None, "slo_attainment": None, "goodput_tok_s": None}
     good = np.ones(done["id"].size, dtype=bool)
@@ -251,11 +262,10 @@ def _goodput(
         if name not in TARGETS:
             raise ValueError(f"goodput: {name!r} is not a per-request latency; use {', '.join(TARGETS)}")
         good &= np.nan_to_num(latency_s[name], nan=0.0) * 1e3 <= target_ms
-    duration_s = result.duration_s
     return {
         "request_goodput": _ratio(good.sum(), duration_s),
         "slo": dict(targets),
-        "slo_attainment": _ratio(good.sum(), result.requests["id"].size),
+        "slo_attainment": _ratio(good.sum(), sent),
         "goodput_tok_s": _ratio(done["output_tokens"][good].sum(), duration_s),
     }
 

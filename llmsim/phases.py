@@ -139,7 +139,7 @@ class Phases:
     kv_cache_tokens: int
     prompt_tokens: int
     output_tokens: int
-    largest_batch: int  # requests of prompt and output that the KV cache and max_num_seqs allow
+    largest_batch: int  # requests of prompt and output, or of the given context, that KV cache and max_num_seqs allow
     cost_kind: str
     cost_label: str
     points: tuple[Point, ...]
@@ -245,10 +245,12 @@ def compare(
     prompt_tokens: int = 1024,
     output_tokens: int = 256,
     batches: Sequence[int] = (),
+    context_tokens: int | None = None,
     cost: CostModel | None = None,
 ) -> Phases:
     """Everything `llmsim phases` prints. `batches`: of decode steps, else BATCHES as far as their requests fit;
-    scenario.concurrency: clients of the loaded engine; `cost` replaces scenario.cost."""
+    `context_tokens`: cached of each decode, else half-way through the answer; scenario.concurrency: clients of the
+    loaded engine; `cost` replaces scenario.cost."""
     for name, tokens, least in (("prompt", prompt_tokens, 2), ("output", output_tokens, 1)):  # one token is a decode
         if tokens < least:
             raise ValueError(f"{name}={tokens} is too small: give {least} or more")
@@ -258,9 +260,13 @@ def compare(
         raise ValueError("speculative_config: the phases are those of an engine without drafts. Leave it out")
     engine = Engine.of(scenario, cost)
     largest = _largest_batch(engine, prompt_tokens, output_tokens)
-    _check_batches(batches, largest, prompt_tokens, output_tokens)
-    context = prompt_tokens + output_tokens // 2
-    sizes = sorted(set(batches)) or _within(BATCHES, largest)
+    context = prompt_tokens + output_tokens // 2 if context_tokens is None else context_tokens
+    if context_tokens is None:
+        _check_batches(batches, largest, prompt_tokens, output_tokens)
+    else:
+        check_decodes(engine, [1, *batches], context)
+    most = largest if context_tokens is None else engine.largest_batch(context + 1)
+    sizes = sorted(set(batches)) or _within(BATCHES, most)
     longest = min(engine.context_tokens, engine.kv_cache_tokens) - 1  # one token is for the answer
     lengths = _within(sorted({*PREFILL_TOKENS, prompt_tokens}), longest)
     prefills = [prefill_point(engine, tokens) for tokens in lengths]
@@ -280,14 +286,21 @@ def compare(
         kv_cache_tokens=engine.kv_cache_tokens,
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
-        largest_batch=largest,
+        largest_batch=most,
         cost_kind=engine.cost.kind,
         cost_label=engine.cost.label,
         points=(*prefills, *decodes),
-        growth=growth(engine, sizes, context, largest),
+        growth=growth(engine, sizes, context, most),
         served=tuple(served),
         textbook=textbook(prefills, decodes),
     )
+
+
+def batches_beside(scenario: Scenario, batch: int, context_tokens: int) -> list[int]:
+    """`batch` among the usual ones that fit with so many tokens cached each."""
+    engine = Engine.of(scenario)
+    check_decodes(engine, [batch], context_tokens)
+    return sorted({batch, *_within(BATCHES, engine.largest_batch(context_tokens + 1))})
 
 
 def prefill_point(engine: Engine, tokens: int) -> Point:
@@ -555,6 +568,24 @@ def _largest_batch(engine: Engine, prompt_tokens: int, output_tokens: int) -> in
             f"{engine.kv_cache_tokens}: lower one of them"
         )
     return largest
+
+
+def check_decodes(engine: Engine, batches: Sequence[int], context_tokens: int) -> None:
+    """That steps of so many requests with `context_tokens` cached each, and one to come, can be."""
+    if context_tokens < 1:
+        raise ValueError(f"context={context_tokens} is too small: give 1 or more")
+    if context_tokens >= engine.context_tokens:
+        raise ValueError(
+            f"context={context_tokens} leaves no room for an answer below max_model_len={engine.context_tokens} of "
+            f"{engine.model.name}: give less"
+        )
+    most = engine.largest_batch(context_tokens + 1)
+    for batch in batches:
+        if not 1 <= batch <= most:
+            raise ValueError(
+                f"batch={batch}: the KV cache ({engine.kv_cache_tokens:,} tokens) and max_num_seqs allow 1 to {most} "
+                f"requests of {context_tokens:,} cached tokens each. Give a batch of that range, or less context"
+            )
 
 
 def _check_batches(batches: Sequence[int], largest: int, prompt_tokens: int, output_tokens: int) -> None:

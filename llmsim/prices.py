@@ -11,6 +11,7 @@ from __future__ import annotations
 import tomllib
 from dataclasses import dataclass
 from datetime import date
+from functools import cache
 from importlib.resources import files
 from math import isfinite
 from pathlib import Path
@@ -32,15 +33,25 @@ class Price:
 
 
 def find_price(gpu: str, path: Path | None = None) -> Price:
-    """The price of a GPU; from gpus.toml if the file has none."""
-    facts = find_gpu(gpu)
-    table, where = read_prices(path)
-    if facts.name not in table:
-        return Price(facts.name, facts.price_per_hour, facts.sources.get("price", "llmsim/data/gpus.toml"), "")
-    return _price(facts.name, table[facts.name], f"{where} [{facts.name}]")
+    """The price of a GPU in the file, or, if that has none, in llmsim's own table."""
+    name = find_gpu(gpu).name
+    if path is not None:
+        table, where = read_prices(path)
+        if name in table:
+            return _price(name, table[name], f"{where} [{name}]")
+    return _shipped(name)
+
+
+@cache
+def _shipped(name: str) -> Price:
+    table, where = read_prices()
+    if name not in table:
+        raise ValueError(f"{where} has no price of {name}: add one, or give a file with --prices")
+    return _price(name, table[name], f"{where} [{name}]")
 
 
 def read_prices(path: Path | None = None) -> tuple[dict[str, Any], str]:
+    """(entries by GPU, not yet checked; where they stand)."""
     if path is None:
         text, where = files("llmsim").joinpath("prices.toml").read_text(encoding="utf-8"), "prices.toml"
     else:

@@ -129,6 +129,8 @@ class Replica(Engine):
 
     def submit(self, request: Request) -> None:
         """A client sends a request, now."""
+        if self._on_finish is not None and not self._can_fit(request):  # known at once, also while the engine is busy
+            self._on_finish(request, self)
         self._arriving.append(request)
         if self._next is not None:
             return
@@ -552,8 +554,8 @@ class Replica(Engine):
         """The next request becomes schedulable."""
         request = self._next
         assert request is not None
-        if self.kv.blocks_for(request.prompt_tokens + request.output_tokens - 1) > self.kv.total_blocks:
-            if self._on_finish is not None:
+        if not self._can_fit(request):
+            if self._on_finish is not None and self._feed is not None:  # else told by `submit`
                 self._on_finish(request, self)
         elif self._admission is not None and not self._admits(request):
             request.rejected_s = self.next_ready_s
@@ -564,6 +566,10 @@ class Replica(Engine):
             if self._on_arrived is not None:
                 self._on_arrived(request, self.next_ready_s)
         self._pull()
+
+    def _can_fit(self, request: Request) -> bool:
+        """Whether its KV blocks could ever be free at once."""
+        return self.kv.blocks_for(request.prompt_tokens + request.output_tokens - 1) <= self.kv.total_blocks
 
     def _admits(self, request: Request) -> bool:
         verdict = self._admission.admit(request, self, self.next_ready_s)

@@ -32,7 +32,7 @@ class SpeculatingReplica(Replica):
 
     def __init__(self, *args: Any, seed: int, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        if not isinstance(self.cost, SpeculativeCost):
+        if not hasattr(self.cost, "speculation"):  # a scaled one has it too
             raise ValueError(
                 f"cost={self.cost.kind}: a speculating replica needs the cost of drafts (llmsim.cost.speculative)"
             )

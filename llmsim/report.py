@@ -39,15 +39,28 @@ def report(summary: dict[str, Any], footer: Sequence[str] = ()) -> str:
         needs = ", ".join(f"P{percent}: {fewest_samples(percent)}" for percent in PRINTED_PERCENTS)
         lines.append(f"* from too few samples to bound the percentile ({needs})")
     lines += [" Where it went ".center(WIDTH, "-"), *_where(summary), *_system(summary)]
+    if "intervals" in summary:
+        lines += [" How sure ".center(WIDTH, "-"), *_how_sure(summary["intervals"])]
     by_group = groups.lines(summary)
     if by_group:
         lines += [" Classes and tenants ".center(WIDTH, "-"), *by_group]
-    lines += [" Trust ".center(WIDTH, "-"), *_trust(summary), *footer]
+    lines += [" Trust ".center(WIDTH, "-"), *trust(summary), *footer]
     return "\n".join([*lines, "=" * WIDTH])
 
 
-def _line(label: str, value: str) -> str:
-    return f"{label:<40} {value:<10}".rstrip()
+def _line(label: str, value: str, interval: str = "") -> str:
+    return f"{label:<40} {value:<10} {interval}".rstrip()
+
+
+def _interval(summary: dict[str, Any], key: str, digits: int = 2, scale: float = 1.0) -> str:
+    """[low, high], where intervals were asked for."""
+    ends = summary.get("intervals", {}).get("intervals", {}).get(key)
+    return "" if ends is None else f"[{ends[0] * scale:.{digits}f}, {ends[2] * scale:.{digits}f}]"
+
+
+def _held(summary: dict[str, Any], label: str, key: str, digits: int = 2) -> str:
+    """A number of the summary, and its interval."""
+    return _line(label, _number(summary[key], digits), _interval(summary, key, digits))
 
 
 def _number(value: float | None, digits: int = 2, scale: float = 1.0) -> str:
@@ -59,25 +72,26 @@ def _counts(summary: dict[str, Any]) -> Iterator[str]:
     yield _line("Failed requests:", str(summary["failed"]))
     if summary["max_concurrency"] is not None:
         yield _line("Maximum request concurrency:", str(summary["max_concurrency"]))
-    yield _line("Benchmark duration (s):", _number(summary["duration"]))
+    yield _held(summary, "Benchmark duration (s):", "duration")
     yield _line("Total input tokens:", str(summary["total_input_tokens"]))
     yield _line("Total generated tokens:", str(summary["total_output_tokens"]))
-    yield _line("Request throughput (req/s):", _number(summary["request_throughput"]))
+    yield _held(summary, "Request throughput (req/s):", "request_throughput")
     if summary["request_goodput"] is not None:
-        yield _line("Request goodput (req/s):", _number(summary["request_goodput"]))
-    yield _line("Output token throughput (tok/s):", _number(summary["output_throughput"]))
+        yield _held(summary, "Request goodput (req/s):", "request_goodput")
+    yield _held(summary, "Output token throughput (tok/s):", "output_throughput")
     yield _line("Peak output token throughput (tok/s):", _number(summary["max_output_tokens_per_s"]))
     yield _line("Peak concurrent requests:", _number(summary["max_concurrent_requests"]))
-    yield _line("Total token throughput (tok/s):", _number(summary["total_token_throughput"]))
+    yield _held(summary, "Total token throughput (tok/s):", "total_token_throughput")
 
 
 def _latency(summary: dict[str, Any], name: str, short: str) -> Iterator[str]:
-    yield _line(f"Mean {short} (ms):", _number(summary[f"mean_{name}_ms"]))
-    yield _line(f"Median {short} (ms):", _number(summary[f"median_{name}_ms"]))
+    for word in ("mean", "median"):
+        yield _held(summary, f"{word.capitalize()} {short} (ms):", f"{word}_{name}_ms")
     for percent in PRINTED_PERCENTS:
-        value = summary[f"p{percent}_{name}_ms"]
+        key = f"p{percent}_{name}_ms"
+        value, interval = summary[key], _interval(summary, key)
         mark = "*" if value is not None and summary["samples"][name] < fewest_samples(percent) else ""
-        yield _line(f"P{percent} {short} (ms):", _number(value) + mark)
+        yield _line(f"P{percent} {short} (ms):", _number(value) + mark, interval and interval + mark)
 
 
 def _where(summary: dict[str, Any]) -> Iterator[str]:
@@ -86,7 +100,8 @@ def _where(summary: dict[str, Any]) -> Iterator[str]:
     yield _line("Queue / prefill / decode / preempted (%):", shares)
     if summary["slo"]:
         targets = " & ".join(f"{name}<={target:g}" for name, target in summary["slo"].items())
-        yield _line(f"SLO attainment ({targets}):", _number(summary["slo_attainment"], 1, 100) + " %")
+        attained = _interval(summary, "slo_attainment", 1, 100)
+        yield _line(f"SLO attainment ({targets}):", _number(summary["slo_attainment"], 1, 100) + " %", attained)
     yield _line("Preemptions:", str(summary["num_preemptions"]))
     yield _line("Prefix cache hit rate (%):", _number(summary["prefix_cache_hit_rate"], 1, 100))
     for tier in summary["kv_tiers"]:
@@ -105,13 +120,32 @@ def _system(summary: dict[str, Any]) -> Iterator[str]:
         yield _line(f"Bottleneck of {name}:", text)
     fleet = f"{summary['replicas']} / {summary['gpus']} / {summary['gpu_hours']:.3g}"
     yield _line("Replicas / GPUs / GPU hours:", fleet)
-    yield _line("Output tok/s/GPU:", _number(summary["tokens_per_s_per_gpu"]))
-    yield _line("Output tok/s/user (median):", _number(summary["tokens_per_s_per_user"], 1))
+    yield _held(summary, "Output tok/s/GPU:", "tokens_per_s_per_gpu")
+    yield _held(summary, "Output tok/s/user (median):", "tokens_per_s_per_user", 1)
     price = f"@ ${summary['price_per_gpu_hour']:.2f}/GPU hour"
-    yield _line(f"$/1M output tokens ({price}):", _number(summary["cost_per_1m_output_tokens"]))
+    yield _held(summary, f"$/1M output tokens ({price}):", "cost_per_1m_output_tokens")
 
 
-def _trust(summary: dict[str, Any]) -> Iterator[str]:
+def _how_sure(found: dict[str, Any]) -> Iterator[str]:
+    """What the intervals are of, and the probabilities that go with them: shares of the draws."""
+    draws = found["draws"]
+    for share, chance in found.get("attaining", {}).items():
+        yield _line(f"P({100 * float(share):g} % of requests meet the targets):", _chance(chance, draws))
+    promised = found.get("probability", {"each": {}, "all": 0.0})
+    for name, chance in promised["each"].items():
+        yield _line(f"P({name}):", _chance(chance, draws))
+    if len(promised["each"]) > 1:
+        yield _line("P(all of these SLOs are met):", _chance(promised["all"], draws))
+    words = f"[low, high] holds {100 * found['level']:g} % of what {found['of']}, may give: {draws} draws"
+    yield from wrap(f"{words}. Rests on {found['sources']['basis']}", 2 * WIDTH)
+
+
+def _chance(share: float, draws: int) -> str:
+    return f"{100 * share:.0f} % ({round(share * draws)} of {draws} draws)"
+
+
+def trust(summary: dict[str, Any]) -> Iterator[str]:
+    """What the numbers rest on, and how far they can be trusted."""
     yield f"Cost model: {summary['calibration']['label']}"
     share = summary["extrapolated"]
     if share is not None:

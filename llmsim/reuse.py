@@ -14,8 +14,9 @@ The caches are those of the replays. That the LRU curve is exact is checked agai
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from math import inf, nan
 from typing import TYPE_CHECKING, Any
 
 from llmsim.evicting import EvictingKVCache
@@ -25,6 +26,8 @@ from llmsim.request import Request
 from llmsim.trace_order import likely_times_s
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from llmsim.trace import Trace
 
 UNLIMITED = 0  # as a number of blocks: all that the trace has
@@ -45,9 +48,17 @@ class Point:
 
 
 def curves(
-    trace: Trace, cache_blocks: Sequence[int], evictions: Sequence[str], arguments: dict[str, Any] | None = None
+    trace: Trace,
+    cache_blocks: Sequence[int],
+    evictions: Sequence[str],
+    arguments: dict[str, Any] | None = None,
+    *,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> list[Point]:
-    """Every policy with every size of cache. Raises ValueError for a trace without ids, or a cache below a prompt."""
+    """Every policy with every size of cache. Raises ValueError for a trace without ids, or a cache below a prompt.
+
+    `progress(done, total, what)` is told of each point.
+    """
     if trace.block_ids is None:
         raise ValueError(f"{trace.name}: names no prefix blocks, so nothing is shared: use a trace with hash ids")
     longest = max(len(request.prefix_ids) for request in _requests(trace))
@@ -57,7 +68,44 @@ def curves(
                 f"cache_blocks={blocks} is below the longest sequence of {trace.name}, {longest} blocks of"
                 f" {trace.block_tokens} tokens: give {longest} or more"
             )
-    return [_replayed(trace, name, blocks, arguments or {}) for name in evictions for blocks in cache_blocks]
+    wanted = [(name, blocks) for name in evictions for blocks in cache_blocks]
+    points: list[Point] = []
+    for name, blocks in wanted:
+        if progress is not None:
+            progress(len(points), len(wanted), f"{name}, {blocks or 'all'} blocks")
+        points.append(_replayed(trace, name, blocks, arguments or {}))
+    if progress is not None:
+        progress(len(wanted), len(wanted), "done")
+    return points
+
+
+def size_grid(trace: Trace, points: int = 8) -> list[int]:
+    """Sizes worth trying, smallest first: from the longest sequence to all blocks there are, evenly on a log scale."""
+    if trace.block_ids is None:
+        raise ValueError(f"{trace.name}: names no prefix blocks, so nothing is shared: use a trace with hash ids")
+    if points < 2:
+        raise ValueError(f"{points} sizes of a cache: give 2 or more")
+    smallest = max(len(request.prefix_ids) for request in _requests(trace))
+    largest = max(distinct_blocks(trace), smallest + 1)
+    ratio = (largest / smallest) ** (1.0 / (points - 1))
+    return sorted({round(smallest * ratio**at) for at in range(points)})
+
+
+def frame(points: Iterable[Point], *, block_tokens: int, token_bytes: float | None = None) -> pd.DataFrame:
+    """A row a point: eviction, cache_blocks (inf: room for all), cache_tokens, cache_bytes (nan without
+    `token_bytes`, the KV of one token), hit_blocks, prompt_blocks, hit_ratio."""
+    import pandas as pd
+
+    rows = []
+    for point in points:
+        blocks = float(point.cache_blocks) if point.cache_blocks != UNLIMITED else inf
+        tokens = blocks * block_tokens
+        room_bytes = nan if token_bytes is None else tokens * token_bytes
+        rows.append(
+            (point.eviction, blocks, tokens, room_bytes, point.hit_blocks, point.prompt_blocks, point.hit_ratio)
+        )
+    columns = ["eviction", "cache_blocks", "cache_tokens", "cache_bytes", "hit_blocks", "prompt_blocks", "hit_ratio"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def distinct_blocks(trace: Trace) -> int:

@@ -23,7 +23,7 @@ import platform
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib import import_module
 from importlib.metadata import version
@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 
 import llmsim
-from llmsim.metrics import WALL_KEYS, Columns, Result, breakdown_s, json_safe, latencies_s
+from llmsim.metrics import WALL_KEYS, Columns, Result, breakdown_s, goodput_of, json_safe, latencies_s
 from llmsim.timeline import write_timeline
 
 TABLES = ("requests", "iterations")
@@ -105,6 +105,14 @@ def read_run(folder: Path) -> Run:
             raise ValueError(f"{folder / name}.json: cannot be read ({error}); repeat the run") from None
     tables = {name: _read_parquet(folder / f"{name}.parquet") for name in TABLES}
     return Run(folder, documents["summary"], documents["manifest"], tables["requests"], tables["iterations"])
+
+
+def with_goodput(run: Run, targets: dict[str, float]) -> Run:
+    """The same run, judged by other targets (milliseconds) than those it was written with."""
+    completed = np.isfinite(run.requests["finish_s"])
+    done = {name: column[completed] for name, column in run.requests.items()}
+    judged = goodput_of(done, latencies_s(done), targets, len(completed), run.summary["duration"])
+    return replace(run, summary=run.summary | json_safe(judged))
 
 
 def detailed_arrays(requests: Columns) -> dict[str, list[Any]]:

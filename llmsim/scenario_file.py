@@ -19,6 +19,14 @@ SUFFIXES: dict[str, int] = {
 }
 
 
+def value_of(text: str) -> Any:
+    """A number, true, false, null or a list as JSON writes it; anything else is text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
 def human_int(text: str) -> int:
     """vLLM's integers: 8192, 8k = 8000, 8K = 8192, 25.6k = 25600 (a fraction only before a decimal suffix)."""
     match = re.fullmatch(r"(-?\d+)|(\d+(?:\.\d+)?)([kmgt])|(\d+)([KMGT])", text.strip())

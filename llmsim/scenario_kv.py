@@ -35,11 +35,21 @@ def check_kv_cache(s: Scenario) -> None:
         )
     if s.preemption == "swap" and not s.swap_space_gib:
         raise ValueError("preemption='swap' needs host memory: give swap_space_gib, e.g. 16")
+    _check_swapping(s)
     if s.eviction == "belady" and s.replicas > 1:
         raise ValueError(
             f"eviction='belady' reads the future of one replica, and of {s.replicas} none knows which requests it will"
             " get: give replicas=1"
         )
+
+
+def _check_swapping(s: Scenario) -> None:
+    """vLLM V0's own way to preempt, also below another order."""
+    args = s.scheduler_args
+    names = ((s.scheduler, args), (args.get("base"), args.get("base_args")))
+    for name, own in names:
+        if name == "vllm-v0" and isinstance(own, dict) and own.get("preemption") == "swap" and not s.swap_space_gib:
+            raise ValueError("scheduler_args preemption='swap' needs host memory: give swap_space_gib, e.g. 16")
 
 
 def _check_tiers(s: Scenario) -> None:

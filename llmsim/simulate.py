@@ -25,6 +25,7 @@ from llmsim.admission import load_admission
 from llmsim.caches import cache_of, connect, policy_over, tier_rows
 from llmsim.cost import CostModel, LaunchNoise
 from llmsim.cost.load import CostSettings, load_cost
+from llmsim.cost.scaled import ScaledCost
 from llmsim.cost.speculative import drafter_bytes
 from llmsim.engines import find_engine, graphs_of, pool_blocks
 from llmsim.hardware import find_gpu, find_model
@@ -41,6 +42,7 @@ from llmsim.trace_order import likely_times_s
 
 if TYPE_CHECKING:
     from llmsim.drafting import Speculation
+    from llmsim.observed import Observer
     from llmsim.trace import Trace
 
 FLOAT_COLUMNS = ("arrival_s", "scheduled_s", "first_token_s", "finish_s", "preempted_s", "preempted_before_first_s")
@@ -56,12 +58,16 @@ def simulate(
     progress: Callable[[int, int, float], None] | None = None,
     *,
     cost: CostModel | None = None,
+    observer: Callable[[int], Observer] | None = None,
 ) -> Result:
     """Replay a trace. `progress(finished, total, simulated_s)` is called now and then; `cost` replaces scenario.cost.
 
+    `observer(index)` makes what is told of all that happens in replica `index` (llmsim.observed); it costs nothing when
+    there is none, and the result is the same to the byte.
+
     Raises ValueError for settings that no engine would start with, PolicyError for a policy that breaks a rule.
     """
-    return Fleet(trace, scenario, cost=cost, progress=progress).run()
+    return Fleet(trace, scenario, cost=cost, progress=progress, observer=observer).run()
 
 
 def blocks_of(scenario: Scenario) -> int:
@@ -136,13 +142,19 @@ def _rows(scenario: Scenario) -> int:
     return 1 if speculation is None else 1 + speculation.drafts
 
 
-def replica_class(scenario: Scenario) -> Callable[..., Replica]:
+def replica_class(scenario: Scenario, is_observed: bool = False) -> Callable[..., Replica]:
     """What the fleet is made of."""
-    if scenario.speculation is None:
-        return Replica
-    from llmsim.replica_speculative import SpeculatingReplica
+    made: type[Replica] = Replica
+    settings: dict[str, Any] = {}
+    if scenario.speculation is not None:
+        from llmsim.replica_speculative import SpeculatingReplica
 
-    return partial(SpeculatingReplica, seed=scenario.seed)
+        made, settings = SpeculatingReplica, {"seed": scenario.seed}
+    if is_observed:
+        from llmsim.observed import observed
+
+        made = observed(made)
+    return partial(made, **settings) if settings else made
 
 
 def swap_of(scenario: Scenario) -> Swap | None:
@@ -194,13 +206,16 @@ class Fleet:
         cost: CostModel | None = None,
         progress: Callable[[int, int, float], None] | None = None,
         policy: Callable[[], Any] | None = None,
+        make: Callable[..., Replica] | None = None,
+        observer: Callable[[int], Observer] | None = None,
     ) -> None:
-        """`policy` makes a scheduler for each replica instead of the one that the scenario names."""
+        """`policy` makes a scheduler for each replica instead of the one that the scenario names, `make` the replicas;
+        `observer`: who is told what happens there."""
         self.trace, self.scenario = trace, scenario.resolved()
         s = self.scenario
         assert s.max_num_seqs is not None and s.max_num_batched_tokens is not None and s.max_model_len is not None
         self._check_lengths(s.max_model_len)
-        self.cost = cost or cost_of(s)
+        self.cost = cost.restarted() if isinstance(cost, ScaledCost) else cost or cost_of(s)
         self.blocks = blocks_of(s)
         self.router = load_router(s.router, s.router_args)
         self.env = simpy.Environment()
@@ -228,7 +243,7 @@ class Fleet:
         self._ints = {name: array("q", [0]) * n for name in INT_COLUMNS}
         limits = Limits(s.max_num_seqs, s.max_num_batched_tokens)
         self.replicas: list[Replica] = []
-        make = replica_class(s)
+        make = make or replica_class(s, observer is not None)
         for index in range(s.replicas):
             kv = cache_of(s, self.blocks - 1, trace.block_tokens)  # block 0 is vLLM's null block
             self.replicas.append(
@@ -244,6 +259,7 @@ class Fleet:
                     on_finish=self._record,
                     admission=admission_of(s),
                     index=index,
+                    **({} if observer is None else {"observer": observer(index)}),
                 )
             )
             connect(self.replicas[-1], self._foreseen())

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from itertools import chain
 from math import inf, isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, BinaryIO, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,7 @@ from llmsim.cost import MODE_NAMES
 
 if TYPE_CHECKING:
     from llmsim.metrics import Columns, Result
+    from llmsim.runs import Run
 
 Floats = NDArray[np.float64]
 
@@ -36,27 +37,48 @@ MAX_EVENTS = 1_000_000  # about 15 MB gzipped; Perfetto opens it in some seconds
 
 
 def write_timeline(
-    result: Result, path: Path, window_s: tuple[float, float] | None = None, max_events: int = MAX_EVENTS
+    result: Result | Run, path: Path, window_s: tuple[float, float] | None = None, max_events: int = MAX_EVENTS
 ) -> list[str]:
     """Write what happened in the window; returns what had to be left out, one line each."""
+    start_s, stop_s, notes = _window(result, window_s, max_events)
+    with open(path, "wb") as raw:
+        _pack(result, raw, start_s, stop_s)
+    return notes
+
+
+def timeline_bytes(
+    result: Result | Run, window_s: tuple[float, float] | None = None, max_events: int = MAX_EVENTS
+) -> bytes:
+    """The same as the bytes of the file."""
+    start_s, stop_s, _ = _window(result, window_s, max_events)
+    packed = io.BytesIO()
+    _pack(result, packed, start_s, stop_s)
+    return packed.getvalue()
+
+
+def _window(
+    result: Result | Run, window_s: tuple[float, float] | None, max_events: int
+) -> tuple[float, float, list[str]]:
+    """Its begin, where it has to end, and what that leaves out."""
     start_s, stop_s = window_s or (0.0, inf)
     if not 0.0 <= start_s < stop_s:
         raise ValueError(f"window {start_s:g}:{stop_s:g} is empty; give START:STOP in seconds with 0 <= START < STOP")
     cut_s = _cut(result, start_s, stop_s, max_events)
-    notes = []
-    if cut_s < stop_s:
-        limit = f"timeline: stops at {cut_s:.3f} s, {max_events} events after {start_s:g} s"
-        notes.append(f"{limit}; choose a later window to see the rest")
+    if cut_s == stop_s:
+        return start_s, stop_s, []
+    limit = f"timeline: stops at {cut_s:.3f} s, {max_events} events after {start_s:g} s"
+    return start_s, cut_s, [f"{limit}; choose a later window to see the rest"]
+
+
+def _pack(result: Result | Run, raw: BinaryIO, start_s: float, stop_s: float) -> None:
     with (
-        open(path, "wb") as raw,
         gzip.GzipFile("", "wb", compresslevel=1, fileobj=raw, mtime=0) as packed,  # no name, no date: same bytes
         io.TextIOWrapper(packed, encoding="utf-8") as text,
     ):
-        _write(result, text, start_s, cut_s)
-    return notes
+        _write(result, text, start_s, stop_s)
 
 
-def _cut(result: Result, start_s: float, stop_s: float, max_events: int) -> float:
+def _cut(result: Result | Run, start_s: float, stop_s: float, max_events: int) -> float:
     """The end of the window that keeps the number of events within the limit."""
     rows_s, sent_s = result.iterations["start_s"], result.requests["arrival_s"]
     starts_s = np.concatenate([rows_s, sent_s])
@@ -69,7 +91,7 @@ def _cut(result: Result, start_s: float, stop_s: float, max_events: int) -> floa
     return float(starts_s[inside][order][np.searchsorted(total, max_events, side="right")])
 
 
-def _write(result: Result, out: TextIO, start_s: float, stop_s: float) -> None:
+def _write(result: Result | Run, out: TextIO, start_s: float, stop_s: float) -> None:
     out.write('{"displayTimeUnit":"ms","traceEvents":[\n')
     separator = ""
     log = result.iterations
@@ -120,7 +142,7 @@ def _rows(iterations: Columns, start_s: float, stop_s: float) -> Iterator[str]:
         yield '{"ph":"C","name":"KV blocks","pid":%d,"ts":%.3f,"args":{"in use":%d}}' % (replica, at_s * 1e6, blocks)
 
 
-def _phases(result: Result, start_s: float, stop_s: float) -> Iterator[str]:
+def _phases(result: Result | Run, start_s: float, stop_s: float) -> Iterator[str]:
     requests = result.requests
     kept = np.flatnonzero((requests["arrival_s"] >= start_s) & (requests["arrival_s"] < stop_s))
     names = ("replica", "arrival_s", "scheduled_s", "first_token_s", "finish_s", "prompt_tokens", "output_tokens")

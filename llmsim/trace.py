@@ -21,9 +21,13 @@ import math
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -71,6 +75,13 @@ class Trace:
     def span_s(self) -> float:
         """Seconds from the first arrival to the last that does not wait."""
         return float(np.nanmax(self.arrival_s)) if len(self) else 0.0
+
+    def frame(self) -> pd.DataFrame:
+        """A row per request, of the columns that the trace has."""
+        import pandas as pd
+
+        values = {column.name: getattr(self, column.name) for column in fields(self)}
+        return pd.DataFrame({k: v for k, v in values.items() if isinstance(v, list | np.ndarray)})
 
     def with_notes(self, *notes: str) -> Trace:
         return replace(self, notes=self.notes + notes)
@@ -274,15 +285,21 @@ def limited(trace: Trace, limit: int) -> Trace:
 
 
 def time_scaled(trace: Trace, time_scale: float) -> Trace:
-    """All arrivals `time_scale` times as late (2: half the rate). Waits between turns stay: users do not speed up."""
+    """Arrivals `time_scale` times as late (2: half the rate); of a session, its start: users do not speed up."""
     if not (time_scale > 0 and math.isfinite(time_scale)):
         raise ValueError(f"time_scale={time_scale:g} must be a finite number above 0")
     from llmsim.readers.settle import check_times
+    from llmsim.rescale import in_order, pace_note, rescaled_s
 
-    with np.errstate(over="ignore"):
-        arrival_s = trace.arrival_s * time_scale
+    arrival_s = rescaled_s(trace, time_scale)
     check_times(f"{trace.name}, time_scale={time_scale:g}", arrival_s, None)
-    return replace(trace, arrival_s=arrival_s, tick_s=trace.tick_s * time_scale)
+    scaled = replace(trace, arrival_s=arrival_s, tick_s=trace.tick_s * time_scale)
+    note = pace_note(trace, time_scale)
+    if note is None:
+        return scaled
+    order = in_order(arrival_s, trace.parent)
+    scaled = scaled if order is None else subset(scaled, order)
+    return replace(scaled, arrival_s=scaled.arrival_s - np.nanmin(scaled.arrival_s)).with_notes(note)
 
 
 def mean_rate_per_s(trace: Trace) -> float:
@@ -292,7 +309,7 @@ def mean_rate_per_s(trace: Trace) -> float:
 
 
 def at_rate(trace: Trace, rate: float) -> Trace:
-    """Rescaled to a mean rate in requests/s (sessions/s if turns wait): keeps the shape of the bursts."""
+    """Rescaled to a mean rate in requests/s (sessions/s if turns wait): keeps the shape of bursts and of sessions."""
     if not rate > 0:
         raise ValueError(f"rate={rate:g} must be above 0 requests/s")
     if math.isinf(rate):

@@ -28,7 +28,7 @@ from llmsim.prices import Price
 from llmsim.scenario import Scenario
 from llmsim.simulate import cost_of, simulate
 from llmsim.trace import Trace
-from llmsim.whatif_fields import Change, Setting
+from llmsim.whatif_fields import Change, Setting, ignored
 from llmsim.whatif_reason import Priced, reason, step_terms_s
 from llmsim.whatif_run import Run, measure
 
@@ -98,6 +98,10 @@ def what_if(
             other = _checked(replace(scenario, **answer))
         except ValueError as refused:
             left_out[change.name] = str(refused)
+            continue
+        lacking = ignored(other, answer)
+        if lacking is not None:
+            left_out[change.name] = lacking
             continue
         wanted.append((change, other, answer))
     result, found = _run_all(trace, scenario, [item[1] for item in wanted], price, jobs, progress)

@@ -32,6 +32,14 @@ class Setting:
         return cls(resolved, scenario, find_model(resolved.model), find_gpu(resolved.gpu), shares_prefixes)
 
 
+def ignored(scenario: Scenario, fields: dict[str, Any]) -> str | None:
+    """Why the scenario that was made with these fields is not as they say: its engine lacks something."""
+    for name, value in fields.items():
+        if getattr(scenario, name) != value:
+            return f"the engine {scenario.engine} has no {name}"
+    return None
+
+
 @dataclass(frozen=True)
 class Change:
     name: str

@@ -11,20 +11,19 @@ import numpy as np
 import pytest
 
 from llmsim import cli
-from llmsim.cli_compare import changed
 from llmsim.compare import (
     LATENCIES,
     PERCENTS,
     WHOLE_RUN,
     Side,
-    _percentile,
-    _weights,
-    block_length,
     compare,
     run_sides,
 )
+from llmsim.compare_bootstrap import block_length, draw_weights, interval, percentile, seed_draws
 from llmsim.compare_report import changes, curves, document, report
+from llmsim.compare_sides import changed
 from llmsim.scenario import Scenario
+from llmsim.slo import Slo, of_requests_s
 from llmsim.trace import Trace
 
 SCENARIO = Scenario(model="llama-3.1-8b", gpu="h100-sxm", max_num_batched_tokens=512, max_num_seqs=16)
@@ -74,7 +73,7 @@ def test_a_weighted_percentile_is_that_of_the_repeated_sample() -> None:
         upto = np.cumsum(times)
         for percent in PERCENTS:
             expected = np.percentile(np.repeat(values, times), percent)
-            assert _percentile(values, upto, int(upto[-1]), percent) == pytest.approx(expected, abs=1e-12)
+            assert percentile(values, upto, int(upto[-1]), percent) == pytest.approx(expected, abs=1e-12)
 
 
 def test_a_side_is_not_different_from_itself(sides: list[Side]) -> None:
@@ -146,7 +145,7 @@ def test_draws_are_blocks_of_consecutive_arrivals(count: int, block: int) -> Non
     random = np.random.default_rng(2)
     total = np.zeros(count, dtype=np.int64)
     for _ in range(2000):
-        weights = _weights(random, count, block)
+        weights = draw_weights(random, count, block)
         assert weights.sum() == count
         total += weights
     # Every request is drawn as often as any other: binomial scatter of 2,000 draws of `count`, in blocks.
@@ -157,9 +156,9 @@ def test_draws_are_blocks_of_consecutive_arrivals(count: int, block: int) -> Non
 def test_a_block_is_drawn_whole() -> None:
     random = np.random.default_rng(3)
     for _ in range(200):
-        weights = _weights(random, 40, 40)
+        weights = draw_weights(random, 40, 40)
         assert weights.tolist() == [1] * 40  # one block, wrapped around
-        weights = _weights(random, 40, 20)
+        weights = draw_weights(random, 40, 20)
         borders = np.flatnonzero(weights != np.roll(weights, 1))  # where one of the two blocks of 20 begins or ends
         assert len(borders) in (0, 2, 4)
         assert len(borders) < 4 or (borders[2] - borders[0], borders[3] - borders[1]) == (20, 20)
@@ -195,11 +194,97 @@ def test_intervals_hold_what_they_promise_where_requests_depend_on_each_other() 
     for _ in range(150):
         values = autoregressive(random, 600, 0.8)
         for name, block in (("blocks", block_length(values)), ("single", 1)):
-            means = [float(_weights(random, 600, block) @ values) / 600 for _ in range(200)]
+            means = [float(draw_weights(random, 600, block) @ values) / 600 for _ in range(200)]
             low, high = np.percentile(means, (2.5, 97.5))
             covered[name] += low <= 0.0 <= high
     assert covered["blocks"] / 150 > 0.85
     assert covered["single"] / 150 < 0.65
+
+
+def test_intervals_over_seeds_hold_what_they_promise() -> None:
+    """Differences of 300 requests with memory and of a few seeds, both around 0: a 95 % interval has the truth, which
+    is 0, about 95 times out of 100, with two seeds as with five. Requests alone, or resampled seeds, would not."""
+    random = np.random.default_rng(8)
+    trials = 200
+    for seeds in (2, 3, 5):
+        covered = {"interval": 0, "requests alone": 0, "resampled seeds": 0}
+        for _ in range(trials):
+            of_request = autoregressive(random, 300, 0.5)
+            values = of_request + random.normal(0.0, 0.25, (seeds, 1)) + random.normal(0.0, 1.0, (seeds, 300))
+            block = block_length(values.mean(axis=0))
+            weights = np.array([draw_weights(random, 300, block) for _ in range(150)])
+            drawn, whole = weights @ values.T / 300, values.mean(axis=1)
+            bounds = {"interval": interval(whole, drawn, seed_draws(random, 150, seeds))}
+            bounds["requests alone"] = interval(whole[:1], drawn.mean(axis=1, keepdims=True), np.zeros(150))
+            again = random.integers(0, seeds, (150, seeds))
+            bounds["resampled seeds"] = interval(whole[:1], np.take(whole, again).mean(axis=1)[:, None], np.zeros(150))
+            for name, (low, high) in bounds.items():
+                covered[name] += low <= 0.0 <= high
+        assert 0.91 <= covered["interval"] / trials <= 1.0, (seeds, covered)
+        assert covered["requests alone"] / trials < 0.85, (seeds, covered)
+        assert covered["resampled seeds"] / trials < 0.88, (seeds, covered)
+
+
+def test_seeds_are_paired_and_averaged(sides: list[Side]) -> None:
+    """A side that is later than the first by 10 ms under one seed and by 30 ms under another."""
+    repeats = [[replace(sides[0], scenario=sides[0].scenario | {"seed": 1000}), shifted(sides[0], 0.030)]]
+    outcome = compare([sides[0], shifted(sides[0], 0.010)], TARGETS, repeats=repeats)
+    assert outcome.seeds == (0, 1000)
+    change = outcome.differences["shifted"]["mean_ttft_ms"]
+    assert change.value == pytest.approx(20.0)
+    # Student's t with one degree of freedom: 20 +- 12.7 * 10, as far as 1,000 draws of it say
+    assert change.low is not None and change.high is not None
+    assert change.low == pytest.approx(20 - 127, abs=60) and change.high == pytest.approx(20 + 127, abs=60)
+    first = outcome.numbers["vllm"]["mean_ttft_ms"]
+    assert outcome.numbers["shifted"]["mean_ttft_ms"] == pytest.approx((first or 0.0) + 20.0)
+    assert "mean over 2 seeds, 0 to 1000" in " ".join(report(outcome).split())
+    with pytest.raises(ValueError, match="not of the same sides"):
+        compare(sides, repeats=repeats)
+
+
+def test_seeds_and_promises_in_python() -> None:
+    from llmsim import compare as in_python
+
+    scenarios = {"vllm": SCENARIO, "small chunks": replace(SCENARIO, max_num_batched_tokens=256)}
+    found = in_python(a_trace(), scenarios, seeds=2, slos=["ttft_mean=1s"])
+    assert found.seeds == (0, 1000)
+    each = [run_sides(a_trace(), {"vllm": replace(SCENARIO, seed=seed)})[0] for seed in found.seeds]
+    means = [side.summary["mean_ttft_ms"] for side in each]
+    assert means[0] != means[1], "launch times are drawn"
+    assert found.numbers["vllm"]["mean_ttft_ms"] == pytest.approx(sum(means) / 2)
+    assert found.promises["vllm"][0].value_s == pytest.approx(sum(means) / 2e3)
+    with pytest.raises(ValueError, match="seeds=2 go with a trace"):
+        in_python(each, seeds=2)
+
+
+def test_a_promise_is_what_the_slo_says_of_the_run(sides: list[Side]) -> None:
+    """Values by llmsim.slo itself; a side that is later by 10 s keeps none, whatever is drawn."""
+    slos = [Slo.parse(f"{word}=1s") for word in ("ttft_p99", "ttft_mean", "tpot_p50", "e2el_p99.9", "itl_p99")]
+    late = shifted(sides[0], 10.0)
+    outcome = compare([*sides, late], slos=slos)
+    for side in (*sides, late):
+        expected = of_requests_s(side.requests, slos[:4])
+        for promise, value_s in zip(outcome.promises[side.name], expected, strict=False):
+            assert promise.value_s == pytest.approx(value_s, rel=1e-12), promise.slo
+            assert promise.met == (value_s <= 1.0)
+        assert outcome.promises[side.name][4].value_s == pytest.approx(side.summary["p99_itl_ms"] / 1e3)
+        assert outcome.promises[side.name][4].share is None
+    assert [promise.share for promise in outcome.promises["shifted"]][:2] == [0.0, 0.0]
+    exactly = Slo("ttft", "mean", outcome.promises["vllm"][1].value_s)
+    share = compare(sides, slos=[exactly]).promises["vllm"][0].share
+    assert share is not None and 0.3 < share < 0.7, "of resamples about half have a mean above the sample's"
+
+
+def test_rejected_requests_break_promises(sides: list[Side]) -> None:
+    requests = {name: column.copy() for name, column in sides[0].requests.items()}
+    for name in ("scheduled_s", "first_token_s", "finish_s"):
+        requests[name][:3] = np.nan
+    sheds = replace(sides[0], name="sheds", requests=requests)
+    slos = [Slo.parse(text) for text in ("ttft_p50=10s", "ttft_p98=10s", "ttft_p99=10s", "ttft_mean=10s")]
+    found = compare([sides[0], sheds], slos=slos).promises["sheds"]
+    expected = of_requests_s(requests, slos)
+    assert [promise.value_s for promise in found] == pytest.approx(list(expected))
+    assert [promise.met for promise in found] == [True, False, False, False]
 
 
 def test_few_blocks_are_said_to_be_few(sides: list[Side]) -> None:
@@ -338,6 +423,20 @@ def test_rows_and_runs(trace: str, capsys: pytest.CaptureFixture[str]) -> None:
             ["scheduler_args={'headroom': 0.1} and 2 schedulers", "--set scheduler=NAME,scheduler.headroom=0.1"],
         ),
         (["TRACE", "--set", "seed=1"], ["no model: add --model NAME"]),
+        (["TRACE", *MACHINE, "--engine", "orca", "--engine", "orca"], ["--engine orca is given twice"]),
+        (
+            ["TRACE", *MACHINE, "--engine", "vllm", "--engine", "sglang", "--scheduler", "sjf"],
+            ["an engine brings its own scheduler", "--set engine=sglang,scheduler=sjf"],
+        ),
+        (
+            ["TRACE", *MACHINE, "--engine", "vllm", "--engine", "orca", "--enable-prefix-caching"],
+            ["enable_prefix_caching=True: the engine orca has none"],
+        ),
+        (["TRACE", *MACHINE, "--set", 'speculative_config={"method": "ngram"'], ["a bracket or a quote is not closed"]),
+        (["TRACE", *MACHINE, "--set", "speculative_config=ngram"], ["speculative_config=ngram: not JSON"]),
+        (["TRACE", *MACHINE, "--set", "seed=1", "--slo", "ttft=500ms"], ["slo 'ttft=500ms'", "ttft_p99=500ms"]),
+        (["TRACE", *MACHINE, "--set", "seed=1", "--slo", "itl_p99.9=1s"], ["slo itl_p99.9=1000ms", "p90, p95, p99"]),
+        (["TRACE", *MACHINE, "--set", "seed=1", "--md", "--json"], ["--json and --md"]),
     ],
 )
 def test_what_cannot_be_compared_is_refused_in_one_line(
@@ -354,6 +453,8 @@ def test_run_folders_are_compared_as_they_are(trace: str, capsys: pytest.Capture
     assert "--set seed=1: run folders are compared as they are" in refused(
         capsys, "compare", "a", "b", "--set", "seed=1"
     )
+    assert "--seeds 3: run folders" in refused(capsys, "compare", "a", "b", "--seeds", "3")
+    assert "--engine orca: run folders" in refused(capsys, "compare", "a", "b", "--engine", "orca")
     assert "--limit: run folders" in refused(capsys, "compare", "a", "b", "--limit", "3")
     assert "a is given twice" in refused(capsys, "compare", "a", "a")
 
@@ -368,6 +469,48 @@ def test_arguments_of_a_variant_go_to_its_policy() -> None:
     }  # fmt: skip
     assert fields["scheduler_args"] == {"headroom": 0.1}
     assert changed(fields, "engine=sglang") == {"engine": "sglang", "max_num_seqs": 8}
+    table = 'speculative_config={"method": "ngram", "acceptance": [0.7, 0.5]},max_num_seqs=4'
+    assert changed(fields, table) == fields | {
+        "speculative_config": {"method": "ngram", "acceptance": [0.7, 0.5]}, "max_num_seqs": 4,
+    }  # fmt: skip
+    assert changed({}, 'scheduler.a="x,y}",scheduler.b=2') == {"scheduler_args": {"a": "x,y}", "b": 2}}
+
+
+def test_every_engine_given_is_a_side(trace: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [*MACHINE, "--engine", "vllm", "--engine", "orca", "--set", "max_num_seqs=16", "--json"]
+    sides = json.loads(printed(capsys, "compare", trace, *flags))["sides"]
+    assert [side["name"] for side in sides] == ["vllm", "orca", "max_num_seqs=16"]
+    assert [side["scenario"]["engine"] for side in sides] == ["vllm", "orca", "vllm"]
+    assert [side["scenario"]["scheduler"] for side in sides] == ["vllm", "orca", "vllm"]
+    one = json.loads(printed(capsys, "compare", trace, *MACHINE, "--engine", "orca", "--set", "seed=5", "--json"))
+    assert [side["scenario"]["engine"] for side in one["sides"]] == ["orca", "orca"]
+
+
+def test_seeds_redraw_what_is_drawn(trace: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Launch times, and the classes that a trace without any is given: other seeds have other ones."""
+    machine = ["--model", "llama-3.1-8b", "--gpu", "h100-sxm", "--assign-classes", "a:0.5:ttft=1s;b:0.5:ttft=9s"]
+    flags = [*machine, "--set", "max_num_batched_tokens=32,max_num_seqs=16", "--seeds", "3", "--jobs", "2", "--json"]
+    found = json.loads(printed(capsys, "compare", trace, *flags))
+    assert found["seeds"] == [0, 1000, 2000]
+    alone = [
+        json.loads(printed(capsys, "replay", trace, *machine, "--no-out", "--json", "--seed", str(seed)))
+        for seed in found["seeds"]
+    ]
+    assert len({run["mean_ttft_ms"] for run in alone}) == 3
+    assert len({json.dumps(run["classes"]["a"]["requests"]) for run in alone}) > 1
+    mean = sum(run["mean_ttft_ms"] for run in alone) / 3
+    assert found["sides"][0]["numbers"]["mean_ttft_ms"] == pytest.approx(mean)
+
+
+def test_a_table_for_pull_requests(trace: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [*MACHINE, "--set", "max_num_batched_tokens=32,max_num_seqs=16", "--slo", "ttft_p99=15ms", "--md"]
+    lines = printed(capsys, "compare", trace, *flags).splitlines()
+    assert lines[:2] == ["|  | vllm | `max_num_batched_tokens=32,max_num_seqs=16` |", "| --- | ---: | ---: |"]
+    rows = {cells[1].strip(): cells[2:4] for cells in (line.split("|") for line in lines[2:] if line.startswith("|"))}
+    assert rows["TTFT mean"] == [" 10.0 ms ", " 20.0 ms **(+10.0 [+10.0, +10.0])** ▼ "]
+    assert rows["TPOT p50"] == [" 10.00 ms ", " 10.00 ms (0) "]
+    assert rows["TTFT p99 <= 15 ms"] == [" ✓ 10.00 ms, 100% ", " ✗ 20.00 ms, 0% "]
+    assert all(line.count("|") == 4 for line in lines[: len(rows) + 2])
 
 
 def test_policies_of_files_are_called_by_their_class(trace: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -146,7 +146,7 @@ def test_ranks_together_hold_at_least_the_model(name, dtype):
 def test_gpus_name_a_source_for_every_fact():
     for name in gpu_names():
         gpu = find_gpu(name)
-        facts = {"memory", "bandwidth", "flops", "l2", "link", "price"}
+        facts = {"memory", "bandwidth", "flops", "l2", "link"}
         assert set(gpu.sources) - {"host"} == facts  # host: where its copies were timed
         assert all(gpu.sources.values())
         assert {"float32", "bfloat16", "float16"} <= set(gpu.flops_per_s)

@@ -7,29 +7,40 @@ PACKAGE = Path(__file__).parent.parent / "llmsim"
 
 FLOORS = {  # imports must go down; imports for type checkers only are exempt, those inside functions are not
     **dict.fromkeys(("model", "model_config"), -1),  # the cellar
-    **dict.fromkeys(("request", "hardware", "plugins", "scenario_file", "vllm_flags", "kept", "drafting"), 0),
+    **dict.fromkeys(("request", "hardware", "plugins", "scenario_file", "vllm_flags", "kept", "drafting", "text"), 0),
     **dict.fromkeys(("cost", "memory", "batch", "kvcache", "queue", "rowlog", "trace", "prices"), 1),
     **dict.fromkeys(
         ("schedulers", "routers", "engine", "engines", "macrostep", "metrics", "recording", "synth", "compression"), 2
     ),
     **dict.fromkeys(("replica", "scenario"), 3),
-    "simulate": 4,
-    **dict.fromkeys(
-        ("plan", "sweep", "testing", "validate", "oracle", "report", "runs", "fromvllm", "phases", "charts", "reuse"), 5
-    ),
+    "runs": 3.5,
+    **dict.fromkeys(("simulate", "flags"), 4),
+    "uncertainty": 4.5,  # plan and compare build on it
+    **dict.fromkeys(("sweep", "testing", "validate", "oracle", "report", "fromvllm", "phases", "charts"), 5),
+    "reuse": 4.5,
     **dict.fromkeys(("whatif", "speculation"), 5),
     "compare": 5,
+    "explain": 5.2,  # tries changes of what-ifs
+    "evidence": 5,
+    **dict.fromkeys(("choice", "jobs"), 5.5),
+    "views": 5.6,  # explains requests, also of a choice of a trace
+    "plan": 5.7,  # says what it found as reports do, and writes a folder as runs do
     "cli": 6,
     "__main__": 7,
 }
 ROOMS = {  # modules that share a room may import each other, as may the files of a package and `room_*` modules
-    **dict.fromkeys(("readers", "classes", "predictions"), "trace"),
+    **dict.fromkeys(("readers", "classes", "predictions", "rescale"), "trace"),
     **dict.fromkeys(("radixcache", "content", "contiguous", "evicting", "eviction", "tiers", "tips"), "kvcache"),
     **dict.fromkeys(("caches",), "simulate"),
     "admission": "schedulers",  # both plan with schedulers/estimate.py
-    **dict.fromkeys(("gaps", "rates", "utilisation", "timeline", "groups"), "metrics"),
+    **dict.fromkeys(("gaps", "rates", "utilisation", "timeline", "groups", "slo"), "metrics"),
     **dict.fromkeys(("aside",), "engine"),
+    "observed": "replica",
     **dict.fromkeys(("recorded", "benchmark_result"), "recording"),
+    **dict.fromkeys(("cli_options", "command_line"), "flags"),
+    "html_report": "views",
+    "comparing": "compare",
+    "rerun": "sweep",  # a run of a sweep can be repeated too
 }
 FORBIDDEN = {"torch", "streamlit"}
 ALTAIR_ROOMS = {"charts"}

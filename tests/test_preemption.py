@@ -135,6 +135,13 @@ def test_two_that_wait_for_one_another_do_not_wait_for_ever() -> None:
 def test_swap_without_host_memory_is_refused() -> None:
     with pytest.raises(ValueError, match="preemption='swap' needs host memory: give swap_space_gib"):
         scenario("swap", swap_space_gib=0.0)
+    v0 = {"engine": "vllm-v0", "scheduler_args": {"preemption": "swap"}}
+    with pytest.raises(ValueError, match="scheduler_args preemption='swap' needs host memory: give swap_space_gib"):
+        Scenario(model="llama-3.1-8b", gpu="h100-sxm", **v0)
+    below = {"scheduler": "sjf", "scheduler_args": {"base": "vllm-v0", "base_args": {"preemption": "swap"}}}
+    with pytest.raises(ValueError, match="scheduler_args preemption='swap' needs host memory: give swap_space_gib"):
+        Scenario(model="llama-3.1-8b", gpu="h100-sxm", **below)
+    assert Scenario(model="llama-3.1-8b", gpu="h100-sxm", swap_space_gib=1.0, **v0).scheduler == "vllm-v0"
 
 
 def test_other_policies_have_their_own_ways() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from test_twin import HOSTS, SteppedCost
 
+from llmsim.cost import Ramp
 from llmsim.cost.graphs import Graphs
 from llmsim.metrics import Result
 from llmsim.scenario import Scenario
@@ -142,6 +143,35 @@ def test_each_replica_serves_its_share_as_if_alone() -> None:
 
 
 # ---- what does not fit ---------------------------------------------------------------------------------------------
+
+
+class SlowDecodes:
+    """A millisecond a prompt token, a second a decode: a replica in the midst of a decode does not wake for long."""
+
+    kind = label = "test"
+    host = HOSTS["none"]
+    mode = staticmethod(Graphs.of_engine(64, 8192).mode)
+
+    def decode_ramp(self, seqs: int, kv_tokens: int) -> Ramp:
+        return Ramp(1.0, 0.0)
+
+    def mixed_s(self, chunks: Any, seqs: int, kv_tokens: int) -> float:
+        return 1e-3 * sum(tokens for tokens, _ in chunks)
+
+
+def test_a_client_learns_at_once_that_its_request_can_never_fit() -> None:
+    """The first replica decodes from 0.3 to 1.3 s. At 0.506 s the second client has its answer and sends what can never
+    fit to the first replica; turned away, it sends its next one to the second, whose next iteration begins at 0.762."""
+    work = trace([0.0] * 6, [200, 250, 100, 1500, 2400, 100], [5, 1, 5, 1, 10, 1])
+    scenario = replace(
+        SCENARIO, replicas=2, concurrency=4, num_gpu_blocks_override=151, async_scheduling=False,
+        enable_prefix_caching=False, max_num_batched_tokens=512, long_prefill_token_threshold=256,
+    )  # fmt: skip
+    requests = simulate(work, scenario, cost=SlowDecodes()).requests
+    assert requests["replica"].tolist() == [0, 1, 0, 1, 0, 1]
+    assert requests["arrival_s"] == pytest.approx([0.0, 0.0, 0.0, 0.0, 0.506, 0.506])
+    assert np.isnan(requests["finish_s"][4])
+    assert requests["scheduled_s"][5] == pytest.approx(0.506 + 0.256)
 
 
 @pytest.mark.parametrize("concurrency", [None, 2])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llmsim.cli import main
-from llmsim.hardware import find_gpu
+from llmsim.hardware import gpu_names
 from llmsim.prices import find_price, read_prices
 from llmsim.scenario import Scenario
 from llmsim.simulate import cost_of, simulate
@@ -74,12 +74,21 @@ def test_a_change_taken_back_is_the_baseline_and_says_the_opposite(change):
         ({"model": "llama-3.2-1b"}, "speculation-model", "a quarter of the size"),
         ({"cudagraph": "none"}, "full-graphs", "no piecewise graphs"),
         ({"scheduler": "chunked"}, "chunked-prefill", "an option of the scheduler vllm"),
+        ({"engine": "sarathi"}, "async-scheduling", "the engine sarathi has no async_scheduling"),
     ],
 )
 def test_what_does_not_apply_is_listed_with_why(fields, name, why):
     outcome = what_if(steady(5), replace(BASE, **fields), chosen((name,), ()), PRICE)
     assert not outcome.effects
     assert why in outcome.left_out[name]
+
+
+def test_prefix_caching_is_not_offered_to_an_engine_without():
+    ids = [("system", i) for i in range(5)]
+    shared = steady(5, block_ids=[tuple(ids[:3]) for _ in range(5)], block_tokens=64)
+    outcome = what_if(shared, replace(BASE, engine="sarathi"), chosen(("prefix-caching",), ()), PRICE)
+    assert outcome.left_out["prefix-caching"] == "the engine sarathi has no enable_prefix_caching"
+    assert what_if(shared, BASE, chosen(("prefix-caching",), ()), PRICE).effects
 
 
 def test_a_run_that_no_engine_would_start_is_listed_too():
@@ -183,13 +192,20 @@ def test_processes_change_nothing():
 # ---- prices -------------------------------------------------------------------------------------------------------
 
 
-def test_every_price_names_its_source_and_day():
+def test_every_gpu_has_a_price_that_names_its_source_and_day():
     table, _ = read_prices()
+    assert set(table) == set(gpu_names())
     for gpu in table:
         price = find_price(gpu)
-        assert price.usd_per_gpu_hour > 0 and len(price.source) > 10 and price.date.startswith("2026-")
-    missing = find_price("mi300x")
-    assert missing.usd_per_gpu_hour == find_gpu("mi300x").price_per_hour and missing.source
+        assert price.usd_per_gpu_hour > 0 and len(price.source) > 10
+        assert price.date.startswith("2026-") or "indicative" in price.source or "guess" in price.source
+
+
+def test_a_gpu_that_the_users_file_lacks_takes_the_shipped_price(tmp_path):
+    file = tmp_path / "prices.toml"
+    file.write_text("[h200-sxm]\nusd_per_gpu_hour = 2.10\nsource = 'my contract'\ndate = 2026-03-01\n")
+    assert find_price("h200", file).usd_per_gpu_hour == 2.10
+    assert find_price("h100", file) == find_price("h100")
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ windows (refused), overlap of all-reduce with compute, pipeline parallelism.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
@@ -125,11 +125,28 @@ class Deviation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     count: int
 
 
-class Spread(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Within(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Relative standard deviations of GPU seconds inside a load, and how many loads they rest on."""
+
+    decode: float
+    chunk: float
+    count: int
+
+
+class Spread(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """How far recordings are from the profile at random: what no better fit to one of them removes."""
 
     runs: Deviation  # loads of one machine, what the profile misses in each included
     machines: Deviation  # machines of a kind beyond that
+    models: dict[str, Deviation] = {}  # setups it was carried to (`setup_name`): all of it, machine and hour included
+    sizes: Within | None = None  # iterations of one size beyond their load, of what it was fitted to
+    carried_sizes: Within | None = None  # and of what it was carried to
+    steps: Within | None = None  # single iterations beyond those of their size
+
+
+def setup_name(model: str, dtype: str, tensor_parallel: int) -> str:
+    """What a profile is carried to, as `Spread.models` names it: a model, its weights' dtype, GPUs of a replica."""
+    return f"{model} {dtype} tp{tensor_parallel}"
 
 
 class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -257,9 +274,7 @@ def _check_numbers(part: Any, path: str) -> None:
         seconds = field.endswith(("_s", "seconds")) and not field.endswith("_per_s")
         most = MOST_S if seconds else MOST
         least = -most if field in SIGNED else 0.0
-        zero = field not in NOT_ZERO and (
-            seconds or field.endswith("_share") or ".runs." in path or ".machines." in path
-        )
+        zero = field not in NOT_ZERO and (seconds or field.endswith("_share") or path.startswith("spread."))
         if not least <= part <= most or (part == 0 and not zero):
             raise ValueError(
                 f"{path}={str(part)[:20]} must be {'0 or more' if zero else 'above 0'} and at most {most:.0e}"
@@ -366,6 +381,21 @@ def model_shape(
         link_bytes_per_s=gpu.link_bytes_per_s,
         tensor_parallel=tp,
     )
+
+
+def reached(iterations: Mapping[str, Any]) -> dict[str, Any]:
+    """Of each row of an iteration log, what `Measured` holds the largest of."""
+    return {
+        "tokens": iterations["seqs"] + iterations["prefill_tokens"],
+        "seqs": iterations["seqs"],
+        "kv_tokens": iterations["kv_tokens"] + iterations["seqs"] * (iterations["iterations"] - 1),
+        "context_tokens": iterations["prefill_context"],
+    }
+
+
+def without_graph(iterations: Mapping[str, Any]) -> Any:
+    """Rows of decodes that no full graph launches: recordings have piecewise and eager launches of prompts only."""
+    return (iterations["prefill_tokens"] == 0) & (iterations["mode"] != FULL)
 
 
 def host_of(clock: HostClock, layers_ratio: float) -> Host:
@@ -578,16 +608,14 @@ class ProfileCost:
         return seconds + self._coefficients.power_share * power(seqs) * min(seconds, WARM_S)
 
     def outside_measured(self, iterations: dict[str, Any]) -> Any:
-        """Rows with more tokens, decodes, cached tokens or prompt context than any step the profile was fitted to.
+        """Rows with more tokens, decodes, cached tokens or prompt context than any step the profile was fitted to, and
+        decodes without a full graph."""
+        outside = without_graph(iterations)
+        for name, values in reached(iterations).items():
+            outside = outside | (values > getattr(self.profile.measured, name))
+        return outside
 
-        Decodes without a full graph are outside too: recordings have piecewise and eager launches of prompts only.
-        """
-        measured = self.profile.measured
-        last_kv_tokens = iterations["kv_tokens"] + iterations["seqs"] * (iterations["iterations"] - 1)
-        return (
-            (iterations["seqs"] + iterations["prefill_tokens"] > measured.tokens)
-            | (iterations["seqs"] > measured.seqs)
-            | (last_kv_tokens > measured.kv_tokens)
-            | (iterations["prefill_context"] > measured.context_tokens)
-            | ((iterations["prefill_tokens"] == 0) & (iterations["mode"] != FULL))
-        )
+    @property
+    def from_neighbours(self) -> tuple[str, ...]:
+        """Kernels of this model that were not timed, but taken from those next to them."""
+        return tuple(self._neighbours) if self.scaled else ()

@@ -208,7 +208,7 @@ def order_in_time(name: str, rows: Rows, strict_order: bool) -> Rows:
     starts = session_starts(rows.arrival_s, rows.parent)
     order = np.argsort(starts, kind="stable")
     if rows.parent is not None:
-        order = _parents_first(order, rows.parent)
+        order = parents_first(order, rows.parent)
     if (np.diff(order) != 1).any():
         rows = take(rows, order)
     assert rows.arrival_s is not None
@@ -216,7 +216,7 @@ def order_in_time(name: str, rows: Rows, strict_order: bool) -> Rows:
     return rows
 
 
-def _parents_first(order: NDArray[np.int64], parent: IntArray) -> NDArray[np.int64]:
+def parents_first(order: NDArray[np.int64], parent: IntArray) -> NDArray[np.int64]:
     """Move turns that a file lists before their parents behind them."""
     place = np.empty(len(order), dtype=np.int64)
     place[order] = np.arange(len(order))

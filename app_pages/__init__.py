@@ -1,0 +1,1 @@
+"""Pages of the dashboard, and `shared`, what they have in common."""

@@ -1,0 +1,71 @@
+"""What pages share: the one place to import from.
+
+    from app_pages import shared
+
+    choice = shared.trace_picker("trace")                     # the same key on two pages: the same choice on both
+    with shared.error_in_place():
+        run = shared.read(shared.quick_run(choice, scenario))  # a sample, at once
+    shared.chart(ecdf_chart(frame), alt="…", key="page_ecdf")
+
+Keys name URL parameters and must be unique over all pages, unless two pages mean the same thing by them.
+"""
+
+from app_pages.shared_output import (
+    chart,
+    command_line,
+    downloads,
+    error_in_place,
+    figures,
+    footer,
+    kpi_row,
+    kpi_table,
+    page_header,
+    show_error,
+)
+from app_pages.shared_runs import (
+    answers,
+    cached_frame,
+    full_run,
+    full_runs,
+    given_runs,
+    long_job,
+    quick_run,
+    quick_runs,
+    read,
+    runs_picker,
+    sample_of,
+    sampled,
+    store,
+)
+from app_pages.shared_scenario import scenario_picker
+from app_pages.shared_trace import trace_picker
+from llmsim.choice import TraceChoice
+
+__all__ = [
+    "TraceChoice",
+    "answers",
+    "cached_frame",
+    "chart",
+    "command_line",
+    "downloads",
+    "error_in_place",
+    "figures",
+    "footer",
+    "full_run",
+    "full_runs",
+    "given_runs",
+    "kpi_row",
+    "kpi_table",
+    "long_job",
+    "page_header",
+    "quick_run",
+    "quick_runs",
+    "read",
+    "runs_picker",
+    "sample_of",
+    "sampled",
+    "scenario_picker",
+    "show_error",
+    "store",
+    "trace_picker",
+]

@@ -1,0 +1,205 @@
+"""What a page shows: headers, charts, errors, downloads, command lines."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import altair
+import pandas as pd
+import streamlit as st
+
+from llmsim.command_line import as_text
+from llmsim.metrics import json_safe
+from llmsim.plugins import PolicyError
+from llmsim.views import Kpi
+
+SAME = 0.0005  # relative: shown as no difference
+Files = dict[str, Callable[[], bytes]]
+
+
+def page_header(title: str, caption: str) -> None:
+    st.title(title)
+    st.caption(caption)
+
+
+def show_error(error: Exception) -> None:
+    """The library's own sentence, in place."""
+    st.error(" ".join(str(error).split()), icon=":material/error:")
+
+
+@contextmanager
+def error_in_place() -> Iterator[None]:
+    """What the user can put right is shown where it happened; the rest of the page goes on without it."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError, PolicyError) as error:
+        show_error(error)
+
+
+def chart(
+    drawing: Any, *, key: str, alt: str = "", on_select: Callable[..., None] | str | None = None, **options: Any
+) -> Any:
+    """A chart in the page's width and theme. With `on_select="rerun"` it returns what is selected in it.
+
+    `alt`: what a screen reader says; the chart's own description unless given. Panels on top of each other are drawn
+    one by one, since a browser stretches no chart of several.
+    """
+    own = getattr(drawing, "description", "")
+    said = alt or (own if isinstance(own, str) else "")
+    if isinstance(drawing, altair.VConcatChart):
+        drawing = panels(drawing)
+    if isinstance(drawing, Sequence):
+        with st.container(gap=None):
+            for number, panel in enumerate(drawing):
+                chart(panel, key=f"{key}_{number}", alt=said and f"{said}, panel {number + 1}")
+        return None
+    plain = drawing.copy(deep=False)
+    plain.description = altair.Undefined  # `alt` says it
+    if plain.autosize is altair.Undefined:  # the height that the chart was given is that of its plot
+        plain.autosize = altair.AutoSizeParams(type="fit-x", contains="padding")
+    return st.altair_chart(plain, width="stretch", alt=said, key=key, on_select=on_select or "ignore", **options)
+
+
+def panels(stack: altair.VConcatChart) -> list[Any]:
+    """The charts of a stack, each with the look of the whole; its title goes on top of the first."""
+    look = {"config": stack.config, "background": stack.background}
+    parts = []
+    for number, part in enumerate(stack.vconcat):
+        alone = part.copy(deep=False)
+        for name, value in look.items():
+            alone[name] = value
+        if number == 0 and stack.title is not altair.Undefined and alone.title is altair.Undefined:
+            alone.title = stack.title
+        parts.append(alone)
+    return parts
+
+
+def figures(rows: Sequence[dict[str, Any]]) -> None:
+    """A row of numbers: each `label`, `value` and, if known, `delta`, `delta_color`, `help`, `delta_description`."""
+    for place, row in zip(st.columns(len(rows)), rows, strict=True):
+        place.metric(border=True, height="stretch", **row)
+
+
+def kpi_row(numbers: Sequence[Kpi]) -> None:
+    """The candidate's headline numbers and how far they are from the baseline's."""
+    figures([_metric(number) for number in numbers])
+
+
+def _metric(number: Kpi) -> dict[str, Any]:
+    colours = {"lower": "inverse", "higher": "normal", None: "off"}
+    small = number.relative is None or abs(number.relative) < SAME
+    now = number.baseline if number.candidate is None else number.candidate
+    words = "same" if number.candidate is not None else None
+    return {
+        "label": f"{number.title} ({number.unit})" + ("\\*" if number.few else ""),
+        "value": _shown(now),
+        "delta": words if small else f"{number.relative:+.1%}",
+        "delta_color": "off" if small else colours[number.better],
+        "delta_arrow": "off" if small else "auto",
+        "delta_description": None if number.candidate is None else f"from {_shown(number.baseline)}",
+        "help": number.few or None,
+    }
+
+
+def kpi_table(numbers: Sequence[Kpi]) -> pd.DataFrame:
+    """All numbers, side by side; returns what is shown."""
+    columns = ["number", "baseline", "candidate", "difference", "note"]
+    rows = [(f"{n.title} ({n.unit})", n.baseline, n.candidate, n.delta, n.few) for n in numbers]
+    table = pd.DataFrame(rows, columns=columns)
+    shown = table.assign(**{name: table[name].map(_shown) for name in columns[1:4]})
+    shown["number"] += ["\\*" if n.few else "" for n in numbers]
+    st.table(
+        shown.drop(columns="note").set_index("number"), alt="All headline numbers of both set-ups, with differences"
+    )
+    for note in dict.fromkeys(n.few for n in numbers if n.few):
+        st.caption(f"\\* {note}.")
+    return table
+
+
+def _shown(value: float | None) -> str:
+    if value is None or value != value:
+        return "–"
+    if value and abs(value) < 10:
+        return f"{value:.3g}"
+    return f"{value:,.1f}" if abs(value) < 100 else f"{value:,.0f}"
+
+
+def footer(
+    key: str,
+    *,
+    commands: Sequence[Sequence[str] | None],
+    frames: dict[str, pd.DataFrame],
+    drawings: Mapping[str, Any] | None = None,
+) -> None:
+    """What every page ends with: the same for a terminal, and everything to take along."""
+    left, right = st.columns([4, 1])
+    with left:
+        command_line(*(command for command in commands if command))
+    with right:
+        files: Files = {}
+        for name, frame in frames.items():
+            files |= _frame_files(frame, f"{key}_{name}")
+        for name, drawing in (drawings or {}).items():
+            files[f"{key}_{name}.png"] = partial(_png, drawing)
+        downloads(key, files)
+
+
+def downloads(
+    key: str,
+    files: pd.DataFrame | Callable[[], pd.DataFrame] | Files,
+    *,
+    name: str = "llmsim",
+    drawing: Any = None,
+    more: Files | None = None,
+) -> None:
+    """Buttons that save: a frame (or what makes it) as CSV, Parquet and JSON, a `drawing` as PNG too; or any files by
+    name; and `more` of them.
+
+    Nothing is made before it is asked for.
+    """
+    if isinstance(files, pd.DataFrame) or callable(files):
+        files = _frame_files(files, name)
+    if drawing is not None:
+        files = files | {f"{name}.png": lambda: _png(drawing)}
+    files = files | (more or {})
+    with st.popover("Download", icon=":material/download:", key=f"{key}_downloads"):
+        for file, make in files.items():
+            st.download_button(
+                file, make, file_name=file, key=f"{key}_{file}", on_click="ignore", icon=":material/download:"
+            )
+
+
+def _frame_files(given: pd.DataFrame | Callable[[], pd.DataFrame], name: str) -> Files:
+    def frame() -> pd.DataFrame:
+        return given() if callable(given) else given
+
+    def parquet() -> bytes:
+        buffer = io.BytesIO()
+        frame().to_parquet(buffer, index=False)
+        return buffer.getvalue()
+
+    def as_json() -> bytes:
+        return (json.dumps(json_safe(frame().to_dict("records")), indent=1) + "\n").encode()
+
+    return {
+        f"{name}.csv": lambda: frame().to_csv(index=False).encode(),
+        f"{name}.parquet": parquet,
+        f"{name}.json": as_json,
+    }
+
+
+def _png(drawing: Any) -> bytes:
+    from llmsim.charts import png
+
+    return png(drawing)
+
+
+def command_line(*commands: Sequence[str]) -> None:
+    """What was done here, for a terminal: one line a command, with a button that copies them."""
+    with st.expander("Copy as command line", icon=":material/terminal:"):
+        st.code("\n".join(as_text(argv) for argv in commands), language="bash", wrap_lines=True)

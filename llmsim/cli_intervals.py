@@ -1,0 +1,120 @@
+"""`llmsim replay --intervals`: the replay again on machines that the scenario's may turn out to be."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from llmsim.cli_options import DRAWS, HumanInt, apply
+
+if TYPE_CHECKING:
+    from llmsim.scenario import Scenario
+    from llmsim.trace import Trace
+
+PROGRESS_AFTER_S = 2.0
+
+FLAGS: list[Callable[[Any], Any]] = [
+    click.option(
+        "--intervals",
+        type=HumanInt(),
+        is_flag=False,
+        flag_value=str(DRAWS),
+        metavar="[N]",
+        help=f"Print prediction intervals, from N replays on other machines of the kind. [{DRAWS}]",
+    ),
+    click.option("--seeds", type=HumanInt(), metavar="N", help="The same, but only the seed differs between replays."),
+    click.option("--level", type=float, help="What the intervals hold. [0.9]"),
+    click.option(
+        "--slo",
+        "slos",
+        multiple=True,
+        metavar="TARGET",
+        help="With --intervals: probability that it is met, e.g. ttft_p99=500ms. Repeatable.",
+    ),
+    click.option("--jobs", type=HumanInt(), help="Processes for --intervals and --seeds. [the cores there are]"),
+]
+
+
+def interval_options(command: Any) -> Any:
+    return apply(FLAGS, command)
+
+
+def taken(flags: dict[str, Any]) -> dict[str, Any]:
+    """This module's flags, taken out of `flags` and checked against each other before anything is simulated."""
+    own = {name: flags.pop(name) for name in ("intervals", "seeds", "level", "slos", "jobs")}
+    if own["intervals"] is not None and own["seeds"] is not None:
+        raise ValueError("--intervals contradicts --seeds: its draws have a seed each. Give one of them")
+    if own["intervals"] is None and own["seeds"] is None:
+        for name, value in (("--slo", own["slos"]), ("--level", own["level"]), ("--jobs", own["jobs"])):
+            if value or value == 0:
+                raise ValueError(f"{name} needs --intervals or --seeds: add one of them, or leave {name} out")
+        return own
+    from llmsim.slo import parse_slos
+    from llmsim.uncertainty import LEVEL, check_level
+
+    own["level"] = LEVEL if own["level"] is None else own["level"]
+    name = "--intervals" if own["seeds"] is None else "--seeds"
+    own["draws"] = own["intervals"] if own["seeds"] is None else own["seeds"]
+    check_level(own["level"], own["draws"], name)
+    own["slos"] = parse_slos(own["slos"])
+    own["jobs"] = cores() if own["jobs"] is None else own["jobs"]
+    if own["jobs"] < 1:
+        raise ValueError(f"jobs={own['jobs']}: give 1 or more processes")
+    return own
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def summary_part(
+    trace: Trace, scenario: Scenario, goodput: dict[str, float] | None, own: dict[str, Any]
+) -> dict[str, Any]:
+    """{"intervals": …} for the summary, as `Prediction.to_dict` gives it; nothing if it was not asked for."""
+    if "draws" not in own:
+        return {}
+    from llmsim.uncertainty import SEED_ALONE, predict
+
+    told = _Told()
+    try:
+        found = predict(
+            trace,
+            scenario,
+            draws=own["draws"],
+            goodput=goodput,
+            slos=own["slos"],
+            level=own["level"],
+            jobs=own["jobs"],
+            progress=told,
+            sources=SEED_ALONE if own["seeds"] is not None else None,
+        )
+    finally:
+        told.close()
+    return {"intervals": found.to_dict()}
+
+
+class _Told:
+    """Draws done, on stderr, once they take longer than two seconds."""
+
+    def __init__(self) -> None:
+        self.next_s = time.monotonic() + PROGRESS_AFTER_S
+        self.live, self.shown = sys.stderr.isatty(), False
+
+    def __call__(self, done: int, draws: int) -> None:
+        now_s = time.monotonic()
+        if now_s < self.next_s:
+            return
+        self.next_s = now_s + (0.5 if self.live else 10.0)
+        text = f"{done} of {draws} draws replayed"
+        print(f"\r{text}" if self.live else text, end="" if self.live else "\n", file=sys.stderr, flush=True)
+        self.shown = True
+
+    def close(self) -> None:
+        if self.shown and self.live:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)

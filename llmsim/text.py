@@ -1,0 +1,25 @@
+"""Text for terminals: columns, paragraphs, and numbers that may not exist."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from textwrap import wrap
+
+WIDTH = 118
+
+
+def aligned(rows: Sequence[Sequence[str]], left: Collection[int] = ()) -> Iterator[str]:
+    """Columns as wide as they need to be: those numbered in `left` (text) to the left, all others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = zip(row, widths, strict=True)
+        yield "  ".join(cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(cells)).rstrip()
+
+
+def wrapped(text: str, width: int = WIDTH) -> list[str]:
+    """Lines of a paragraph, all but the first indented."""
+    return wrap(text, width, subsequent_indent="  ")
+
+
+def number(value: float | None, factor: float, digits: int) -> str:
+    return "-" if value is None else f"{value * factor:,.{digits}f}"
