@@ -122,10 +122,9 @@ def check_profile(profile: Profile, recordings: Sequence[Recording], model: str 
         if any(name.startswith("grid_") for name in fitted):
             fitted.add("grid")
         bursts = {scenario.name for scenario in recording.scenarios if not spread(scenario)} | {"grid"}
-        waits = recording.engine.get("async_scheduling") is False  # steps and launches of it hold the wait for results
         for name, rows in groups.items():
             about = (recording.path.name, told, name, name in fitted)
-            checks.append(_check(cost, about, [] if waits else rows, name in bursts))
+            checks.append(_check(cost, about, [] if recording.waits else rows, name in bursts))
     return checks
 
 

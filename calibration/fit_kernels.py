@@ -14,6 +14,7 @@ its CUTLASS product for fp8, cuBLAS for bf16; its custom all-reduce up to the si
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -53,6 +54,7 @@ LEAST_ROWS = (1.0, 16.0, 32.0, 64.0, 128.0, 256.0)
 ELEMENTWISE = ("rms_norm", "add_rms_norm", "rope", "silu_mul", "kv_write", "quant_fp8")
 LEAST_WIDTH, MOST_TOKENS = 512, 16_384  # of imported linear layers: no layer of a language model is narrower
 FEWEST_PREFILLS = 12  # points that make a form of their own
+MMA_TOKENS = 8  # tensor cores take so many rows at once: below, time is that of eight
 SUSTAINED_TOKENS = 512  # from here up `measure` times linear layers under load
 COMMON = 0.3  # share of the shapes that must have been timed at a number of rows for it to be in the table
 DENSE_ROWS, FEWEST_DENSE = 24, 6  # rows of a shape timed densely; such shapes that say how time goes between rows
@@ -208,7 +210,9 @@ def linear_seconds(rows: Sequence[Row]) -> dict[tuple[int, int], dict[int, float
 
     Of a shape timed in several runs the first says how long it takes cold, so that all shapes are of one run (the
     largest differ by 8 % from one to another); under load, where runs differ by chance, the mean does. What lies
-    between the rows of all runs comes from the last, corrected alike.
+    between the rows of all runs comes from the last, corrected alike; below eight rows, where all take the same, it is
+    no slower than the slower of the two it lies between (a run can be slow for a while: (55296, 5120) took 133 us at 1
+    and 8 rows, 149 at 2 and 4).
     """
     timed: dict[tuple[int, int], dict[str, dict[int, list[float]]]] = defaultdict(lambda: defaultdict(dict))
     for row in preferred(rows, LINEAR_VARIANTS):
@@ -224,6 +228,9 @@ def linear_seconds(rows: Sequence[Row]) -> dict[tuple[int, int], dict[int, float
             for tokens, times in runs.items():
                 other = float(np.interp(np.log(tokens), np.log(twice), ratios)) if twice and len(times) == 1 else 1.0
                 seconds[shape][tokens] = levels[tokens] * other
+                at = bisect(twice, tokens)
+                if tokens < MMA_TOKENS and len(times) == 1 and 0 < at < len(twice):
+                    seconds[shape][tokens] = min(levels[tokens] * other, max(levels[t] for t in twice[at - 1 : at + 1]))
     return {shape: times for shape, times in sorted(seconds.items()) if len(times) >= 3}
 
 

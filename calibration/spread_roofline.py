@@ -52,6 +52,8 @@ def roofline_spread(paths: Iterable[Path]) -> Carried:
     setups: dict[str, list[Load]] = {}
     for path in paths:
         recording = read_recording(path)
+        if recording.waits:
+            continue
         name, cost = _setup(recording)
         loads = [load for load in recording.scenarios if not load.name.startswith(("grid_", "mix_"))]
         seen = [launches_told(observed(load, cost, gpu_seconds(cost)), load) for load in loads]

@@ -123,6 +123,11 @@ class Recording:
     def graphs(self) -> Graphs:
         return Graphs(self.engine["cudagraph_capture_sizes"], self.engine["max_num_seqs"])
 
+    @property
+    def waits(self) -> bool:
+        """Scheduled synchronously: its steps and launches hold the wait for the results before."""
+        return self.engine.get("async_scheduling") is False
+
 
 def pair_steps(lines: Sequence[Sequence[Any]], gpu: Sequence[Sequence[Any]] = ()) -> list[StepRow]:
     """Scheduled steps in order, each with its own update; a step still in flight at the end is left out.

@@ -157,7 +157,9 @@ def carried_loads(folders: Iterable[Path], profile: str) -> dict[str, list[Load]
 
 
 def _observed(recording: Recording, cost: ProfileCost) -> list[Load]:
-    """Its loads; grids of single batches are none."""
+    """Its loads; grids of single batches are none, nor are those whose steps hold waits."""
+    if recording.waits:
+        return []
     loads = [load for load in recording.scenarios if not load.name.startswith(("grid_", "mix_"))]
     return [launches_told(observed(load, cost), load) for load in loads]
 

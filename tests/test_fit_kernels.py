@@ -19,7 +19,7 @@ from calibration.__main__ import main  # noqa: E402
 from calibration.check import Check, check_profile, report, step_points  # noqa: E402
 from calibration.check_kernels import check_kernels, split  # noqa: E402
 from calibration.fit import fit_cooling, gpu_seconds  # noqa: E402
-from calibration.fit_kernels import Judge, fit_kernels, preferred, steadier  # noqa: E402
+from calibration.fit_kernels import Judge, fit_kernels, linear_seconds, preferred, steadier  # noqa: E402
 from calibration.kernel_profiles import read_kernels, same_gpu, without_engine  # noqa: E402
 from calibration.measure.rows import Row, write_parquet  # noqa: E402
 from calibration.observe import timed_on_gpu  # noqa: E402
@@ -519,6 +519,16 @@ def test_one_noisy_row_under_load_does_not_count_as_a_tile() -> None:
     assert steadier(few) == few, "a shape timed at few rows has no neighbours to ask"
     assert steadier({4096: 5.0} | true)[4096] == true[4096], "rows further off than half a tile do not count"
     assert steadier(true | {8: 9.0})[8] == 9.0, "nor do rows timed cold change"
+
+
+def test_a_run_that_was_slow_for_a_while_does_not_say_how_long_a_few_rows_take() -> None:
+    """A shape timed in two runs at 1, 8 and 64 rows, by the second, 10 % faster, in between too; slow at 2 rows."""
+    first = [linear(512, 512, tokens, 1e-5) for tokens in (1, 8, 64)]
+    second = [linear(512, 512, tokens, 0.9e-5) for tokens in (1, 8, 64)]
+    slow = [linear(512, 512, tokens, 1.05e-5) for tokens in (2, 16)]
+    times = linear_seconds([*first, *second, *slow])[512, 512]
+    assert times[2] == pytest.approx(1e-5), "below eight rows all take the same"
+    assert times[16] == pytest.approx(1.05e-5 / 0.9), "above, other kernels may be slower"
 
 
 @pytest.mark.parametrize(("quantization", "share"), [(None, 1.0), ("fp8", FP8_COOLING)])
