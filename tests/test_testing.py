@@ -340,6 +340,7 @@ BROKEN = [
 
 @pytest.mark.parametrize(("policy", "rule", "sentence"), BROKEN, ids=lambda value: getattr(value, "__name__", ""))
 def test_a_broken_policy_is_told_its_rule(policy: Any, rule: str, sentence: str) -> None:
+    random.seed(0)  # of the dice: two runs can be the same by chance
     with pytest.raises(RuleBrokenError) as caught:
         check_scheduler(policy)
     error, text = caught.value, str(caught.value)
@@ -464,6 +465,7 @@ BROKEN_EVICTIONS = [
     ("policy", "rule", "sentence"), BROKEN_EVICTIONS, ids=lambda value: getattr(value, "__name__", "")
 )
 def test_a_broken_eviction_is_told_its_rule(policy: Any, rule: str, sentence: str) -> None:
+    random.seed(0)  # of the dice: in one of twelve two runs are the same by chance
     with pytest.raises(RuleBrokenError) as caught:
         check_eviction(policy)
     error, text = caught.value, str(caught.value)
