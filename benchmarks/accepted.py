@@ -23,7 +23,7 @@ import msgspec
 
 from llmsim.recorded import RecordedScenario
 from llmsim.recording import GRID, load_recording
-from llmsim.validate import LABELS, compare, predicted
+from llmsim.validate import LABELS, compare, replays
 
 ACCEPTED = Path(__file__).resolve().parent.parent / "tests" / "data" / "accuracy.json"
 COMMAND = "python -m benchmarks.accuracy --accept"
@@ -61,7 +61,7 @@ def errors(file: Path, seeds: Sequence[int], cost: str = "auto") -> Errors:
 
 
 def _outcome(scenario: RecordedScenario, seeds: Sequence[int], cost: str) -> dict[str, Any]:
-    return compare([predicted(scenario, cost=cost, seed=seed) for seed in seeds], scenario)
+    return compare(replays(scenario, seeds, cost=cost), scenario)
 
 
 def accept(file: Path) -> Accepted:

@@ -21,7 +21,7 @@ import click
 
 from benchmarks import accepted
 from llmsim.recording import GRID, load_recording
-from llmsim.validate import PERCENTS, SEEDS, compare, predicted
+from llmsim.validate import PERCENTS, SEEDS, compare, replays
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = (ROOT / "tests" / "data" / "recordings", ROOT / "calibration" / "recordings")
@@ -55,7 +55,7 @@ def judged(folder: Path, cost: str, host_scale: float) -> Iterator[Load]:
         scenarios = load_recording(file)
         outcomes = []
         for scenario in scenarios:
-            draws = [predicted(scenario, cost=cost, host_scale=host_scale, seed=seed) for seed in range(SEEDS)]
+            draws = replays(scenario, range(SEEDS), cost=cost, host_scale=host_scale)
             outcomes.append(compare(draws, scenario))
         model = draws[0].cost
         profile = getattr(model, "profile", None)

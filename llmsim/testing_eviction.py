@@ -14,6 +14,7 @@ prefixes, both clocks, with two sizes of memory. What can go wrong there:
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 from llmsim.caches import connect
@@ -23,6 +24,7 @@ from llmsim.testing_rules import Breach
 
 ASKED = ("key", "victim", "evicted", "lifetime_s")
 READ = ("start", "end", "refs", "first_token", "hits", "stored_s", "used_s", "gap_s", "node")
+_facts = attrgetter(*READ)
 
 
 def guarded(policy: Any) -> Any:
@@ -45,10 +47,6 @@ def guarded(policy: Any) -> Any:
     methods = {name: guard(name) for name in ASKED if callable(getattr(made, name, None))}
     policy.__class__ = type(made.__name__, (made,), {"__slots__": (), **methods})
     return policy
-
-
-def _facts(extent: Any) -> tuple[Any, ...]:
-    return tuple(getattr(extent, name) for name in READ)
 
 
 def _check_same(method: str, before: tuple[Any, ...], after: tuple[Any, ...]) -> None:

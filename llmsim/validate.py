@@ -14,7 +14,7 @@ shown is the model's and not the draw's (near saturation one draw is 1 to 2 % fr
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from llmsim.metrics import Result, json_safe, latencies_s
 from llmsim.recorded import RecordedScenario
 from llmsim.recording import load_recording
 from llmsim.scenario import Scenario
-from llmsim.simulate import simulate
+from llmsim.simulate import cost_of, simulate
 
 Floats = NDArray[np.float64]
 Statistics = dict[str, float]
@@ -55,8 +55,8 @@ def validate(
     recorded_scenarios = load_recording(recording) if isinstance(recording, str | Path) else recording
     scenarios = []
     for recorded in recorded_scenarios:
-        draws = [overrides | {"seed": overrides.get("seed", 0) + draw} for draw in range(seeds)]
-        results = [predicted(recorded, model, gpu, cost, **draw) for draw in draws]
+        first = overrides.get("seed", 0)
+        results = replays(recorded, range(first, first + seeds), model, gpu, cost, **overrides)
         scenarios.append({"name": recorded.name, "metrics": compare(results, recorded)})
         if notes is not None:
             notes.extend(note for note in recorded.notes if note not in notes)
@@ -67,10 +67,30 @@ def predicted(
     recorded: RecordedScenario, model: str | None = None, gpu: str | None = None, cost: str = "auto", **overrides: Any
 ) -> Result:
     """The recorded load, replayed."""
+    return simulate(recorded.trace, _scenario(recorded, model, gpu, cost, overrides))
+
+
+def replays(
+    recorded: RecordedScenario,
+    seeds: Iterable[int],
+    model: str | None = None,
+    gpu: str | None = None,
+    cost: str = "auto",
+    **overrides: Any,
+) -> list[Result]:
+    """What `predicted` gives for each seed; the cost model, which draws nothing, is made once."""
+    scenarios = [_scenario(recorded, model, gpu, cost, overrides | {"seed": seed}) for seed in seeds]
+    made = cost_of(scenarios[0])
+    return [simulate(recorded.trace, scenario, cost=made) for scenario in scenarios]
+
+
+def _scenario(
+    recorded: RecordedScenario, model: str | None, gpu: str | None, cost: str, overrides: dict[str, Any]
+) -> Scenario:
     model = model or named_in(recorded.name, recorded.engine, "model", model_names())
     gpu = gpu or named_in(recorded.name, recorded.engine, "gpu", gpu_names())
     settings = recorded.settings | {"concurrency": recorded.concurrency} | overrides
-    return simulate(recorded.trace, Scenario.from_dict({"model": model, "gpu": gpu, "cost": cost} | settings))
+    return Scenario.from_dict({"model": model, "gpu": gpu, "cost": cost} | settings)
 
 
 def compare(results: Sequence[Result], recorded: RecordedScenario) -> dict[str, Any]:

@@ -11,8 +11,8 @@ import heapq
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from math import ceil, inf, nan
-from statistics import pstdev
+from functools import cached_property
+from math import ceil, inf, nan, sqrt
 
 from llmsim.cost import FULL, WARM_S, CostModel
 
@@ -153,12 +153,12 @@ class Step:
     def tokens(self) -> int:
         return sum(n for n, _ in self.rows) + self.ghost_seqs
 
-    @property
+    @cached_property  # a step is asked once it is scheduled, and changes no more
     def rows(self) -> list[tuple[int, int]]:
         """What the GPU computes: new tokens, padding included, and tokens before them."""
         return [(n + self.padding.get(request, 0), c) for request, (n, c) in self.scheduled.items()]
 
-    @property
+    @cached_property
     def chunks(self) -> list[tuple[int, int]]:
         return [(n, c) for n, c in self.rows if n > 1]
 
@@ -173,7 +173,11 @@ class Step:
     def read_tokens(self, skew_share: float) -> float:
         """Cached tokens, and what uneven contexts cost more."""
         contexts = [c for n, c in self.rows if n == 1]
-        return self.kv_tokens + skew_share * len(contexts) * (pstdev(contexts) if contexts else 0.0)
+        if not contexts or not skew_share:
+            return self.kv_tokens
+        mean = sum(contexts) / len(contexts)
+        deviation = sqrt(sum((c - mean) ** 2 for c in contexts) / len(contexts))
+        return self.kv_tokens + skew_share * len(contexts) * deviation
 
     @property
     def outputs(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -339,6 +340,7 @@ BROKEN = [
 
 @pytest.mark.parametrize(("policy", "rule", "sentence"), BROKEN, ids=lambda value: getattr(value, "__name__", ""))
 def test_a_broken_policy_is_told_its_rule(policy: Any, rule: str, sentence: str) -> None:
+    random.seed(0)  # of the dice: two runs can be the same by chance
     with pytest.raises(RuleBrokenError) as caught:
         check_scheduler(policy)
     error, text = caught.value, str(caught.value)
@@ -380,19 +382,22 @@ def test_an_exception_inside_a_policy_surfaces_with_its_scenario() -> None:
 # ---- eviction -------------------------------------------------------------------------------------------------------
 
 
+built_in_eviction = cache(check_eviction)  # asked for again where two are compared
+
+
 @pytest.mark.parametrize("name", EVICTIONS)
 def test_every_built_in_eviction_keeps_the_rules(name: str) -> None:
-    outcome = check_eviction(name)
+    outcome = built_in_eviction(name)
     assert outcome.requests > 500
     assert outcome.evicted_blocks > 1000 and outcome.hit_tokens > 10_000, "nothing was at stake"
 
 
 def test_a_short_time_to_live_keeps_the_rules_and_finds_less() -> None:
-    assert check_eviction("ttl", ttl_s=0.1).hit_tokens < check_eviction("ttl").hit_tokens
+    assert check_eviction("ttl", ttl_s=0.1).hit_tokens < built_in_eviction("ttl").hit_tokens
 
 
 def test_scenarios_tell_evictions_apart() -> None:
-    found = {name: check_eviction(name).hit_tokens for name in ("lru", "fifo", "belady")}
+    found = {name: built_in_eviction(name).hit_tokens for name in ("lru", "fifo", "belady")}
     assert found["fifo"] < found["belady"] > found["lru"]
     assert all(case.scenario.enable_prefix_caching for case in eviction_cases())
 
@@ -460,6 +465,7 @@ BROKEN_EVICTIONS = [
     ("policy", "rule", "sentence"), BROKEN_EVICTIONS, ids=lambda value: getattr(value, "__name__", "")
 )
 def test_a_broken_eviction_is_told_its_rule(policy: Any, rule: str, sentence: str) -> None:
+    random.seed(0)  # of the dice: in one of twelve two runs are the same by chance
     with pytest.raises(RuleBrokenError) as caught:
         check_eviction(policy)
     error, text = caught.value, str(caught.value)

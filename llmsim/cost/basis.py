@@ -124,9 +124,14 @@ class KernelBasis:
 def columns(basis: Basis, knots: Sequence[float], rows: Floats) -> Floats:
     """Matrix that turns L at the knots into L at `rows`; beyond the last knot in proportion to the body."""
     at, ends = basis.position(np.asarray(rows, float)), basis.position(np.asarray(knots, float))
-    weights = np.zeros((len(at), len(knots)))
-    for column, unit in enumerate(np.eye(len(knots))):
-        weights[:, column] = np.interp(at, ends, unit)
+    left = np.maximum(np.searchsorted(ends, at, side="right") - 1, 0)
+    right = np.minimum(left + 1, len(ends) - 1)
+    between = (at > ends[left]) & (right > left)
+    gap = np.where(between, ends[right] - ends[left], 1.0)
+    share = np.where(between, 1.0 / gap * (at - ends[left]), 0.0)  # to the last bit what np.interp gives for each knot
+    weights, row = np.zeros((len(at), len(knots))), np.arange(len(at))
+    weights[row, right] = share
+    weights[row, left] = 1.0 - share
     scaled: Floats = weights * basis.body_s(rows)[:, None] / basis.body_s(np.asarray(knots, float))[None, :]
     return scaled
 

@@ -31,7 +31,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from importlib.resources import files
 from pathlib import Path
 from statistics import median
@@ -159,7 +159,7 @@ class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
     touched: dict[str, float] | None = None  # factors of a touch-up: as used, as seen, standard errors
 
 
-class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, dict=True):
     format: str
     version: int
     name: str
@@ -176,7 +176,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     kernels: Kernels | None = None  # what carries it to other models; by data-sheet shapes where there are none
     spread: Spread | None = None
 
-    @property
+    @cached_property  # megabytes of JSON
     def id(self) -> str:
         """Hash of the content: two profiles with one id give the same numbers."""
         return hashlib.sha256(msgspec.json.encode(self, order="sorted")).hexdigest()[:12]
