@@ -157,6 +157,8 @@ def judge_all(seeds: int = SEEDS, as_seen: bool = False) -> list[Judged]:
                 check_recorded(profile, first, None)
             except ValueError:
                 continue
+            if first.waits:
+                continue  # touch-up refuses it
             made[folder.name] = touched_by(folder, profile, Path(out))
         for folder in folders:
             source = SAME_MACHINE.get(folder.name, folder.name)

@@ -55,6 +55,11 @@ def one_load(folder: Path, name: str | None) -> tuple[Recording, Scenario]:
     recording = read_recording(folder, [name or loads[0]] if folder.is_dir() else None)
     if len(recording.scenarios) != 1:
         raise ValueError(f"{folder}: {name} is {len(recording.scenarios)} batches. Touch up with a load")
+    if recording.waits:
+        raise ValueError(
+            f"{folder / 'engine.json'}: async_scheduling=false: its steps hold waits, so their times are no kernel's and no "
+            "launch's. Record the load with asynchronous scheduling"
+        )
     return recording, recording.scenarios[0]
 
 

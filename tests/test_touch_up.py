@@ -310,6 +310,8 @@ def test_another_gpu_model_or_size_is_refused(folder: Path, tmp_path: Path) -> N
     assert "but profile h100-sxm is of h100-sxm" in refused(a100, "--profile", "h100-sxm")
     qwen = with_engine(folder, tmp_path, model="Qwen3-8B")
     assert "model='Qwen3-8B', but profile h100-sxm is of llama-3.1-8b. Record that, or name" in refused(qwen)
+    waits = with_engine(folder, tmp_path, async_scheduling=False)
+    assert "async_scheduling=false: its steps hold waits" in refused(waits)
     wide = with_engine(folder, tmp_path, tensor_parallel_size=2)
     assert "tensor_parallel_size=2, but profile h100-sxm is of 1. Record that, or name" in refused(wide)
 
