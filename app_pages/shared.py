@@ -23,6 +23,7 @@ from app_pages.shared_output import (
     show_error,
 )
 from app_pages.shared_runs import (
+    REQUESTS,
     answers,
     cached_frame,
     full_run,
@@ -42,6 +43,7 @@ from app_pages.shared_trace import trace_picker
 from llmsim.choice import TraceChoice
 
 __all__ = [
+    "REQUESTS",
     "TraceChoice",
     "answers",
     "cached_frame",

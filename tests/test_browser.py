@@ -171,6 +171,14 @@ def test_a_million_requests_are_shown_with_few_points(tmp_path, browser):
         assert window.numbers() and window.exceptions() == []
         # 20,000 points of a chart are about 0.5 MB on the wire; a million would be 20 MB and more
         assert sum(received) < 6e6
+        busy = contention()
+        started_s = time.monotonic()
+        window.open("/requests")
+        window.page.wait_for_function("document.querySelectorAll('[data-testid=stVegaLiteChart] .marks').length >= 4")
+        drawn_s = time.monotonic() - started_s
+        busy = max(busy, contention())
+        print(f"requests of a million drawn after {drawn_s:.2f} s, contention {busy:.1f}")
+        assert drawn_s < PAINT_S * busy and window.exceptions() == []
         assert server.errors() == [] and window.elsewhere == []
 
 
