@@ -74,6 +74,11 @@ def test_a_shared_link_shows_what_was_shared(window):
     shown = window.page.get_by_test_id("stSidebar").inner_text()
     assert "× 1.5" in shown and "1000" in shown
     numbers = window.numbers()
+    window.go_to("Requests")  # the first page that the link did not name
+    assert {"h200-sxm", "bursty.csv"} <= set(window.chosen())
+    assert {"cand_gpu=h200-sxm", "trace=bursty.csv", "trace_traffic=1.5"} <= set(
+        window.page.url.split("?")[1].split("&")
+    )
     window.open("/?cand_gpu=no-such-gpu&trace_traffic=99")  # not ours: the defaults, no error
     assert window.exceptions() == [] and window.errors_shown() == []
     assert window.numbers() != numbers
@@ -102,6 +107,9 @@ def test_a_good_upload_is_answered_and_a_bad_one_refused_in_one_line(window, tmp
     window.page.locator("input[type=file]").set_input_files(str(good))
     window.page.get_by_text("Quick answer on all 50 requests.").wait_for()
     window.settle(charts=True)
+    window.go_to("Requests")  # the file goes along
+    window.page.get_by_text("good.csv, which you uploaded before").wait_for()
+    window.page.get_by_text("Quick answer on all 50 requests.").wait_for()
     window.page.locator("input[type=file]").set_input_files(str(bad))
     window.page.get_by_test_id("stAlertContentError").wait_for()
     window.settle()
