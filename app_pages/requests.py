@@ -10,13 +10,12 @@ import pandas as pd
 import streamlit as st
 
 from app_pages import shared
-from llmsim import views
+from llmsim import views, views_life
 from llmsim.charts_run import ecdf_chart, gantt_chart, life_chart, scatter_chart
 from llmsim.choice import TraceChoice
 from llmsim.command_line import argv_of
 from llmsim.scenario import Scenario
 from llmsim.timeline import timeline_bytes
-from llmsim.views_life import explained
 
 LATENCIES = {"ttft": "time to first token", "tpot": "time per output token", "e2el": "end-to-end latency"}
 WHAT_IF = {"candidate": "What if: the candidate", "baseline": "What if: the baseline"}
@@ -39,7 +38,6 @@ COLUMNS = {  # of the table: column of views.table, what it is called, format
     "preemptions": ("preemptions", "%d"),
     "replica": ("replica", "%d"),
 }
-AT_ONCE = 20_000  # requests of a run that is replayed, to explain one of them, without being asked
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,7 @@ def row_picked(key: str, ids: Sequence[int]) -> None:
 
 @st.cache_data(max_entries=64, show_spinner="replaying with an observer …")
 def explained_once(folder: Path, request: int, choice: TraceChoice | None, scenario: Scenario | None) -> pd.DataFrame:
-    return explained(folder, request, choice, scenario)
+    return views_life.explained(folder, request, choice, scenario)
 
 
 def life_of(chosen: Chosen, request: int) -> pd.DataFrame:
@@ -121,8 +119,10 @@ def life_of(chosen: Chosen, request: int) -> pd.DataFrame:
     run = shared.read(chosen.folder, shared.REQUESTS)
     plain = views.life(run, request)
     arguments = (chosen.folder, request, chosen.choice, chosen.scenario)
-    if len(run.requests["id"]) > AT_ONCE:
-        found = shared.long_job("requests_explain", "Replay the run to explain this request", explained, *arguments)
+    if len(run.requests["id"]) > views_life.AT_ONCE:
+        found = shared.long_job(
+            "requests_explain", "Replay the run to explain this request", views_life.explained, *arguments
+        )
         return plain if found is None else found
     try:
         return explained_once(*arguments)
