@@ -2,39 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from functools import partial
 
 import pytest
+from pages import charts, commands, errors, linked
 
-pytest.importorskip("streamlit")
-pytest.importorskip("altair")
-
-from streamlit.testing.v1 import AppTest
-
-PAGE = Path(__file__).parent.parent / "app_pages" / "policies.py"
 SESSIONS = "sessions.jsonl"
-FAST = {"base_more": "cost=constant:0.02"}  # no profile is read
-
-
-def opened(**query: object) -> AppTest:
-    at = AppTest.from_file(str(PAGE), default_timeout=60)
-    for name, value in (FAST | query).items():
-        at.query_params[name] = value
-    at.run()
-    assert not at.exception, at.exception
-    return at
-
-
-def errors(at: AppTest) -> list[str]:
-    return [error.value for error in at.error]
-
-
-def commands(at: AppTest) -> str:
-    return "\n".join(code.value for code in at.code)
-
-
-def charts(at: AppTest) -> int:
-    return len(at.get("vega_lite_chart"))
+opened = partial(linked, "policies", base_more="cost=constant:0.02")  # no profile is read
 
 
 def test_differences_and_their_command_line() -> None:
