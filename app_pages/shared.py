@@ -14,6 +14,7 @@ from app_pages.shared_output import (
     chart,
     command_line,
     downloads,
+    drawn_with_downloads,
     error_in_place,
     figures,
     footer,
@@ -21,6 +22,7 @@ from app_pages.shared_output import (
     kpi_table,
     page_header,
     show_error,
+    table,
 )
 from app_pages.shared_runs import (
     REQUESTS,
@@ -50,6 +52,7 @@ __all__ = [
     "chart",
     "command_line",
     "downloads",
+    "drawn_with_downloads",
     "error_in_place",
     "figures",
     "footer",
@@ -69,5 +72,6 @@ __all__ = [
     "scenario_picker",
     "show_error",
     "store",
+    "table",
     "trace_picker",
 ]

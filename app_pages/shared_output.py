@@ -79,6 +79,27 @@ def panels(stack: altair.VConcatChart) -> list[Any]:
     return parts
 
 
+def table(
+    frame: pd.DataFrame,
+    key: str,
+    columns: Mapping[str, tuple[str, str | None]],
+    colours: Mapping[str, str] | None = None,
+) -> None:
+    """The columns of a frame that have a heading (and a number's format) in `columns`, in that order; what is not known
+    of any row is left out. `colours`: of the names in its column `side`."""
+    there = [name for name in columns if name in frame.columns and frame[name].notna().any()]
+    shown = {
+        name: st.column_config.Column(columns[name][0])
+        if columns[name][1] is None
+        else st.column_config.NumberColumn(columns[name][0], format=columns[name][1])
+        for name in there
+    }
+    drawn: Any = frame
+    if colours:
+        drawn = frame.style.map(lambda side: f"color: {colours[side]}; font-weight: bold", subset=["side"])
+    st.dataframe(drawn, hide_index=True, column_config=shown, column_order=there, key=key, placeholder="–")
+
+
 def figures(rows: Sequence[dict[str, Any]]) -> None:
     """A row of numbers: each `label`, `value` and, if known, `delta`, `delta_color`, `help`, `delta_description`."""
     for place, row in zip(st.columns(len(rows)), rows, strict=True):
@@ -147,6 +168,12 @@ def footer(
         for name, drawing in (drawings or {}).items():
             files[f"{key}_{name}.png"] = partial(_png, drawing)
         downloads(key, files)
+
+
+def drawn_with_downloads(frame: pd.DataFrame, drawing: Any, key: str, name: str, alt: str = "") -> None:
+    """A chart, and below it what it is drawn from to take along."""
+    chart(drawing, alt=alt, key=f"{key}_chart")
+    downloads(key, frame, name=name, drawing=drawing)
 
 
 def downloads(
