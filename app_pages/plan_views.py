@@ -91,7 +91,8 @@ def fleets(demand: Demand, found: Plan) -> None:
     st.caption("Every point is a simulation; hollow: a promise is broken; dashed: the frontier of those that hold.")
     options = plan_frames.options_frame(found)
     st.markdown("**Options**, the best first, with what breaks in the next smaller fleet or at the next higher rate")
-    shared.table(options, "plan_options", OPTION_COLUMNS)
+    columns = {name: told for name, told in OPTION_COLUMNS.items() if name != "probability" or found.confidence}
+    shared.table(options, "plan_options", columns)
     st.caption("Prices: " + "; ".join(found.prices.values()))
     runs = found.runs_frame()
     with st.expander(f"All {len(runs)} simulations"):

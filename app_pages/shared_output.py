@@ -60,9 +60,24 @@ def chart(
         return None
     plain = drawing.copy(deep=False)
     plain.description = altair.Undefined  # `alt` says it
+    plain.config = _of_theme(plain.config)
     if plain.autosize is altair.Undefined:  # the height that the chart was given is that of its plot
         plain.autosize = altair.AutoSizeParams(type="fit-x", contains="padding")
     return st.altair_chart(plain, width="stretch", alt=said, key=key, on_select=on_select or "ignore", **options)
+
+
+TEXTS = ("labelColor", "titleColor", "color")  # a theme has no colour of subtitles
+
+
+def _of_theme(config: Any) -> Any:
+    """Words around a chart in the colour of those on the page: the chart's own have to be read on any background."""
+    if config is altair.Undefined:
+        return config
+    config = config.copy(deep=True)
+    for part in (config[name] for name in ("axis", "legend", "title")):
+        for name in TEXTS if part is not altair.Undefined else ():
+            part[name] = altair.Undefined
+    return config
 
 
 def panels(stack: altair.VConcatChart) -> list[Any]:
@@ -85,9 +100,11 @@ def table(
     columns: Mapping[str, tuple[str, str | None]],
     colours: Mapping[str, str] | None = None,
 ) -> None:
-    """The columns of a frame that have a heading (and a number's format) in `columns`, in that order; what is not known
-    of any row is left out. `colours`: of the names in its column `side`."""
-    there = [name for name in columns if name in frame.columns and frame[name].notna().any()]
+    """The columns of a frame that have a heading (and a number's format) in `columns`, in that order.
+
+    `colours`: of the names in its column `side`.
+    """
+    there = [name for name in columns if name in frame.columns]
     shown = {
         name: st.column_config.Column(columns[name][0])
         if columns[name][1] is None

@@ -137,7 +137,8 @@ def sure(
     the profile was measured on.
     """
     trace, promises = demand.trace(), slos_of(demand.slos)
-    resolved, left_out = fleet.resolved(), dict[str, Any].fromkeys(without, NONE)
+    resolved = fleet.resolved()
+    left_out: dict[str, Any] = dict.fromkeys(without, NONE)
     sources = replace(sources_of(resolved, cost_of(resolved)), **left_out)
     middle = own_rate(trace) if rate is None else rate
     rates = [float(f"{middle * share:.4g}") for share in around]
