@@ -21,6 +21,19 @@ PAGES = {  # file: title, icon, what it shows
 
 ABOUT = f"**llmsim {__version__}**: replays request traces on simulated LLM-serving engines, with measured cost models."
 
+
+def settle() -> None:
+    """After a shared link: one more run, which the browser asks for.
+
+    Streamlit 1.67 hands the settings of a page on to the next one, but not those that came with an address and were
+    there in one run only.
+    """
+    st.session_state["settled"] = "asked" in st.session_state
+    st.session_state["asked"] = True
+    if st.session_state["settled"]:
+        st.rerun()
+
+
 here = Path(__file__).parent
 # a file: an icon by name is fetched from another host
 st.set_page_config(
@@ -35,3 +48,5 @@ pages = [
     if (here / "app_pages" / f"{name}.py").is_file()
 ]
 st.navigation(pages, position="top").run()
+if not st.session_state.setdefault("settled", not st.query_params):
+    st.fragment(run_every=0.25)(settle)()

@@ -10,17 +10,17 @@ import pandas as pd
 import streamlit as st
 
 from app_pages import shared
-from llmsim import views
+from llmsim import views, views_life
 from llmsim.charts_run import ecdf_chart, gantt_chart, life_chart, scatter_chart
 from llmsim.choice import TraceChoice
 from llmsim.command_line import argv_of
 from llmsim.scenario import Scenario
 from llmsim.timeline import timeline_bytes
-from llmsim.views_life import explained
 
 LATENCIES = {"ttft": "time to first token", "tpot": "time per output token", "e2el": "end-to-end latency"}
 WHAT_IF = {"candidate": "What if: the candidate", "baseline": "What if: the baseline"}
 MOST_STAYS = 30  # of a request that is preempted again and again
+DOTS = 8000  # more overlap each other, and a browser needs a second longer for 20,000
 MOST_ROWS = 2000  # of the table that the browser is sent
 COLUMNS = {  # of the table: column of views.table, what it is called, format
     "id": ("request", "%d"),
@@ -38,7 +38,6 @@ COLUMNS = {  # of the table: column of views.table, what it is called, format
     "preemptions": ("preemptions", "%d"),
     "replica": ("replica", "%d"),
 }
-AT_ONCE = 20_000  # requests of a run that is replayed, to explain one of them, without being asked
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def chosen_run() -> Chosen | None:
         "Run", options, format_func=lambda option: WHAT_IF.get(option, option), key="requests_run", bind="query-params"
     )
     if name in runs:
-        command = shared.read(runs[name]).manifest.get("command")
+        command = shared.read(runs[name], shared.REQUESTS).manifest.get("command")
         return Chosen(runs[name], [command])
     choice = shared.trace_picker()
     candidate_tab, baseline_tab = st.tabs(["Candidate", "Baseline"])
@@ -90,7 +89,7 @@ def chosen_run() -> Chosen | None:
 
 def brushed(folder: Path, measure: str) -> dict[str, Sequence[float]] | None:
     """The dots; what the rectangle over them spans, None without one."""
-    frame = shared.cached_frame(views.scatter, {"run": folder}, y=measure)
+    frame = shared.cached_frame(views.scatter, {"run": folder}, tables=shared.REQUESTS, y=measure, points=DOTS)
     key = f"requests_dots_{folder.name}_{measure}"  # another run or measure: no rectangle
     event = shared.chart(scatter_chart(frame), key=key, on_select="rerun")
     span = event.selection.get("brush", {})
@@ -112,16 +111,18 @@ def row_picked(key: str, ids: Sequence[int]) -> None:
 
 @st.cache_data(max_entries=64, show_spinner="replaying with an observer …")
 def explained_once(folder: Path, request: int, choice: TraceChoice | None, scenario: Scenario | None) -> pd.DataFrame:
-    return explained(folder, request, choice, scenario)
+    return views_life.explained(folder, request, choice, scenario)
 
 
 def life_of(chosen: Chosen, request: int) -> pd.DataFrame:
     """Why it waited, by a replay with an observer; until there is one, or if none can be: what the columns tell."""
-    run = shared.read(chosen.folder)
+    run = shared.read(chosen.folder, shared.REQUESTS)
     plain = views.life(run, request)
     arguments = (chosen.folder, request, chosen.choice, chosen.scenario)
-    if len(run.requests["id"]) > AT_ONCE:
-        found = shared.long_job("requests_explain", "Replay the run to explain this request", explained, *arguments)
+    if len(run.requests["id"]) > views_life.AT_ONCE:
+        found = shared.long_job(
+            "requests_explain", "Replay the run to explain this request", views_life.explained, *arguments
+        )
         return plain if found is None else found
     try:
         return explained_once(*arguments)
@@ -132,7 +133,7 @@ def life_of(chosen: Chosen, request: int) -> pd.DataFrame:
 
 def show_life(chosen: Chosen, slowest: int) -> int:
     """One request, by its number or the slowest one; which it was."""
-    most = int(shared.read(chosen.folder).requests["id"].max())
+    most = int(shared.read(chosen.folder, shared.REQUESTS).requests["id"].max())
     number = st.number_input(
         "Request", 0, most, None, placeholder=f"{slowest}, the slowest",
         key="requests_id", bind="query-params", help="A click on a bar or on a row of the table chooses one.",
@@ -183,7 +184,7 @@ if chosen is None:
     st.stop()
 
 folder = chosen.folder
-run = shared.read(folder)
+run = shared.read(folder, shared.REQUESTS)
 left, right = st.columns([3, 2])
 with left:
     bounds = brushed(folder, measure)
@@ -200,7 +201,7 @@ with right:
     if some:
         curves = views.ecdf({"all requests": run, "in the rectangle": views.subset(run, ids)}, measure)
     else:
-        curves = shared.cached_frame(views.ecdf, {"all requests": folder}, metric=measure)
+        curves = shared.cached_frame(views.ecdf, {"all requests": folder}, tables=shared.REQUESTS, metric=measure)
     shared.chart(ecdf_chart(curves), key="requests_ecdf")
 
 gantt = views.gantt(run, ids, worst=measure, rows=rows)
@@ -224,5 +225,5 @@ with right:
         lambda: views.table(run, ids, by=measure, rows=None),
         name="requests",
         drawing=drawing,
-        more={"perfetto.json.gz": lambda: timeline_bytes(run, views.window_s(run, ids))},
+        more={"perfetto.json.gz": lambda: timeline_bytes(shared.read(folder), views.window_s(run, ids))},
     )

@@ -14,6 +14,7 @@ from app_pages.shared_output import (
     chart,
     command_line,
     downloads,
+    drawn_with_downloads,
     error_in_place,
     figures,
     footer,
@@ -21,8 +22,10 @@ from app_pages.shared_output import (
     kpi_table,
     page_header,
     show_error,
+    table,
 )
 from app_pages.shared_runs import (
+    REQUESTS,
     answers,
     cached_frame,
     full_run,
@@ -42,12 +45,14 @@ from app_pages.shared_trace import trace_picker
 from llmsim.choice import TraceChoice
 
 __all__ = [
+    "REQUESTS",
     "TraceChoice",
     "answers",
     "cached_frame",
     "chart",
     "command_line",
     "downloads",
+    "drawn_with_downloads",
     "error_in_place",
     "figures",
     "footer",
@@ -67,5 +72,6 @@ __all__ = [
     "scenario_picker",
     "show_error",
     "store",
+    "table",
     "trace_picker",
 ]

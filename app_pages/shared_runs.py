@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ from llmsim.choice import Replay, TraceChoice, replay, replay_all
 from llmsim.command_line import argv_of
 from llmsim.jobs import Job
 from llmsim.jobs_store import Store, remove_stale
-from llmsim.runs import Run
+from llmsim.runs import TABLES, Run
 from llmsim.scenario import Scenario
 
 GIVEN = "the runs given"
+REQUESTS = ("requests",)  # of a run's tables: enough for what is about single requests
 EVERY_S = 0.5  # between two looks at a job
 
 
@@ -37,9 +38,9 @@ def store() -> Store:
     return made
 
 
-def read(folder: Path) -> Run:
-    """A run folder, remembered for all sessions."""
-    return store().read(folder)
+def read(folder: Path, tables: Collection[str] = TABLES) -> Run:
+    """A run folder, remembered for all sessions; `tables`: those that are needed, since a long run's take a while."""
+    return store().read(folder, tables)
 
 
 def given_runs() -> list[Path]:
@@ -212,11 +213,24 @@ def _watch(key: str, asked: Asked) -> None:
 
 @st.cache_data(max_entries=64, show_spinner=False)
 def _frame(
-    _function: Callable[..., pd.DataFrame], name: str, folders: dict[str, Path], options: dict[str, Any]
+    _function: Callable[..., pd.DataFrame],
+    name: str,
+    folders: dict[str, Path],
+    options: dict[str, Any],
+    _tables: Collection[str],
 ) -> pd.DataFrame:
-    return _function({label: read(folder) for label, folder in folders.items()}, **options)
+    return _function({label: read(folder, _tables) for label, folder in folders.items()}, **options)
 
 
-def cached_frame(function: Callable[..., pd.DataFrame], folders: Mapping[str, Path], **options: Any) -> pd.DataFrame:
-    """`function({label: Run}, **options)`, remembered by what the runs are (a run's folder names its content)."""
-    return _frame(function, f"{function.__module__}.{function.__qualname__}", dict(folders), options)
+def cached_frame(
+    function: Callable[..., pd.DataFrame],
+    folders: Mapping[str, Path],
+    *,
+    tables: Collection[str] = TABLES,
+    **options: Any,
+) -> pd.DataFrame:
+    """`function({label: Run}, **options)`, remembered by what the runs are (a run's folder names its content).
+
+    `tables`: those of the runs that the function looks at.
+    """
+    return _frame(function, f"{function.__module__}.{function.__qualname__}", dict(folders), options, tables)

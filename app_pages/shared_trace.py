@@ -48,17 +48,24 @@ def _shipped(key: str) -> TraceChoice:
 
 
 def _uploaded(key: str) -> TraceChoice | None:
+    """The file in the widget; on another page, whose widget is empty, the one that came through the last one."""
+    kept = f"{key}_kept"
     file = st.file_uploader(
         "A trace of your own",
         key=f"{key}_file",
+        on_change=lambda: st.session_state.pop(kept, None),
         help="CSV, JSON lines or Parquet; Azure, Mooncake, BurstGPT, ShareGPT, vLLM and others are recognised.",
     )
-    if file is None:
+    if file is not None:
+        data = file.getvalue()
+        st.session_state[kept] = store().keep_upload(file.name, hashlib.sha256(data).hexdigest()[:16], data)
+    path = st.session_state.get(kept)
+    if path is None or not path.is_file():
         st.caption("Columns such as arrival_time_s, prompt_tokens, output_tokens are recognised by name.")
         return None
-    data = file.getvalue()
-    path = store().keep_upload(file.name, hashlib.sha256(data).hexdigest()[:16], data)
-    return on_disk(path, file.name)
+    if file is None:
+        st.caption(f"{path.name}, which you uploaded before; another file takes its place.")
+    return on_disk(path, path.name)
 
 
 def _path(key: str) -> TraceChoice | None:

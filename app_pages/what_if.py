@@ -30,7 +30,10 @@ with st.sidebar:
 shared.page_header("What if", "Two set-ups answer the same requests. Drag a setting and see what it would change.")
 with shared.error_in_place():
     if given is not None:
-        folders, commands = given, [shared.read(folder).manifest.get("command") for folder in given.values()]
+        folders, commands = (
+            given,
+            [shared.read(folder, shared.REQUESTS).manifest.get("command") for folder in given.values()],
+        )
     elif choice is not None and baseline is not None and candidate is not None:
         pair = {"baseline": baseline, "candidate": candidate}
         folders = shared.answers("what_if", choice, pair)
@@ -39,7 +42,7 @@ if folders is None:
     st.info("The answer appears here once the settings at the left are complete.", icon=":material/arrow_back:")
     st.stop()
 
-runs = {label: with_goodput(shared.read(folder), slo) for label, folder in folders.items()}
+runs = {label: with_goodput(shared.read(folder, shared.REQUESTS), slo) for label, folder in folders.items()}
 numbers = views.kpis(*runs.values())
 shared.kpi_row([number for number in numbers if number.key in HEADLINES])
 for label, run in runs.items():
@@ -49,19 +52,19 @@ for label, run in runs.items():
 limits_ms = {"ttft": slo["ttft"], "tpot": slo["tpot"], "e2el": None}
 for place, (metric, limit_ms) in zip(st.columns(3), limits_ms.items(), strict=True):
     with place:
-        frame = shared.cached_frame(views.ecdf, folders, metric=metric)
+        frame = shared.cached_frame(views.ecdf, folders, tables=shared.REQUESTS, metric=metric)
         alt = f"Cumulative distribution of {metric.upper()}, baseline and candidate"
         shared.chart(ecdf_chart(frame, limit_ms), alt=alt, key=f"what_if_ecdf_{metric}")
 left, right = st.columns([3, 2])
+with right:  # before the strip, which needs the iterations, too
+    where = shared.cached_frame(views.where, folders, tables=shared.REQUESTS)
+    said = "Mean end-to-end latency split into queue, prefill, decode and preempted, for both set-ups"
+    shared.chart(where_panels(where), alt=said, key="what_if_where")
+    table = shared.kpi_table(numbers)
 with left:
     strip = shared.cached_frame(views.strip, folders)
     said = "Running and waiting requests, KV cache in use, tokens per second and TTFT over simulated time"
     shared.chart(strip_panels(strip), alt=said, key="what_if_strip")
-with right:
-    where = shared.cached_frame(views.where, folders)
-    said = "Mean end-to-end latency split into queue, prefill, decode and preempted, for both set-ups"
-    shared.chart(where_panels(where), alt=said, key="what_if_where")
-    table = shared.kpi_table(numbers)
 shared.footer(
     "what_if",
     commands=commands,

@@ -57,8 +57,8 @@ def one_load(folder: Path, name: str | None) -> tuple[Recording, Scenario]:
         raise ValueError(f"{folder}: {name} is {len(recording.scenarios)} batches. Touch up with a load")
     if recording.waits:
         raise ValueError(
-            f"{folder / 'engine.json'}: async_scheduling=false: its steps hold waits, so their times are no kernel's and no "
-            "launch's. Record the load with asynchronous scheduling"
+            f"{folder / 'engine.json'}: async_scheduling=false: its steps hold waits, so their times are no "
+            "kernel's and no launch's. Record the load with asynchronous scheduling"
         )
     return recording, recording.scenarios[0]
 

@@ -17,13 +17,14 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
 from llmsim.jobs import Jobs
-from llmsim.runs import Run, read_run
+from llmsim.runs import DERIVED, TABLES, Run, read_run
 
 PREFIX = "llmsim-dashboard-"
 MOST_RUNS, MOST_BYTES, MOST_READ_BYTES, MOST_UPLOADS = 64, 2 << 30, 512 << 20, 8
@@ -99,16 +100,21 @@ class Store:
             if not _alive(int(partial.name.rpartition("-")[2])):
                 shutil.rmtree(partial, ignore_errors=True)
 
-    def read(self, folder: Path) -> Run:
-        """`read_run`, remembered. Of a folder elsewhere too."""
+    def read(self, folder: Path, tables: Collection[str] = TABLES) -> Run:
+        """`read_run` without the columns that others give, remembered; of a folder elsewhere too. With `tables` at
+        least those are there."""
         with self._lock:
-            if folder in self._read and (folder / "manifest.json").is_file():
+            known = self._read[folder][0] if folder in self._read and (folder / "manifest.json").is_file() else None
+            there = {} if known is None else {name: getattr(known, name) for name in TABLES if getattr(known, name)}
+            if known is not None and there.keys() >= set(tables):
                 self._read.move_to_end(folder)
-                return self._read[folder][0]
-        run = read_run(folder)
+                return known
+        run = read_run(folder, tables=set(tables) - there.keys(), without=DERIVED)
+        run = replace(run, **there)
         size = sum(column.nbytes for table in (run.requests, run.iterations) for column in table.values())
         with self._lock:
             self._read[folder] = (run, size)
+            self._read.move_to_end(folder)
             while len(self._read) > 1 and sum(bytes_ for _, bytes_ in self._read.values()) > self.most_read_bytes:
                 self._read.popitem(last=False)
         return run

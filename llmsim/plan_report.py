@@ -15,11 +15,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmsim.metrics import json_safe
+from llmsim.metrics import fewest_samples, json_safe
 from llmsim.plan_capacity import curve_rows
 from llmsim.plan_runs import Measured, Run
 from llmsim.plan_types import Option, Plan
-from llmsim.report import fewest_samples
 from llmsim.text import aligned, wrapped
 
 if TYPE_CHECKING:

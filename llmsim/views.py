@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmsim.metrics import breakdown_s, latencies_s
-from llmsim.report import fewest_samples
+from llmsim.metrics import breakdown_s, fewest_samples, latencies_s
 from llmsim.views_base import MEASURES, PARTS, POINTS, Floats, frame_of, summary_of, values
 from llmsim.views_requests import INSTANTS, gantt, life, rows_of, subset, table, window_s, within
 from llmsim.views_strip import strip
@@ -168,13 +167,25 @@ def _thinned(across: Floats, up: Floats, most: int) -> NDArray[np.int64]:
     slices = most // 4
     low, span = float(across.min()), float(np.ptp(across)) or 1.0
     place = np.minimum(((across - low) / span * slices).astype(np.int64), slices - 1)
-    order = np.lexsort((up, place))
+    order = np.argsort(place, kind="stable")  # a moment where arrivals come in their order
     starts = np.flatnonzero(np.append(True, np.diff(place[order]) > 0))
-    ends = np.append(starts[1:], order.size) - 1
-    extremes = np.unique(np.concatenate([order[starts], order[ends]]))
-    others = np.setdiff1d(np.arange(across.size), extremes, assume_unique=True)
-    step = ceil(others.size / max(most - extremes.size, 1))
-    return np.sort(np.concatenate([extremes, others[::step]]))
+    ordered = up[order]
+    lowest = _first_of(ordered, np.minimum.reduceat(ordered, starts), starts)
+    # the last of equal ones: the first of the reversed
+    ends = np.append(starts[1:], order.size)
+    highest = _first_of(ordered[::-1], np.maximum.reduceat(ordered, starts)[::-1], order.size - ends[::-1])
+    kept = np.zeros(across.size, dtype=bool)
+    kept[order[lowest]] = kept[order[order.size - 1 - highest]] = True
+    others = np.flatnonzero(~kept)
+    kept[others[:: ceil(others.size / max(most - (across.size - others.size), 1))]] = True
+    return np.flatnonzero(kept)
+
+
+def _first_of(column: Floats, wanted: Floats, starts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where each slice of a column, from one start to the next, first has the value wanted of it."""
+    found = np.flatnonzero(column == np.repeat(wanted, np.diff(np.append(starts, column.size))))
+    owner = np.searchsorted(starts, found, side="right")
+    return found[np.flatnonzero(np.append(True, np.diff(owner) > 0))]
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from llmsim.runs import read_run
 from llmsim.views_base import frame_of, values
 from llmsim.views_requests import rows_of
 
+AT_ONCE = 20_000  # requests of a run that is replayed while somebody waits for it
+
 if TYPE_CHECKING:
     import pandas as pd
 

@@ -74,6 +74,11 @@ def test_a_shared_link_shows_what_was_shared(window):
     shown = window.page.get_by_test_id("stSidebar").inner_text()
     assert "× 1.5" in shown and "1000" in shown
     numbers = window.numbers()
+    window.go_to("Requests")  # the first page that the link did not name
+    assert {"h200-sxm", "bursty.csv"} <= set(window.chosen())
+    assert {"cand_gpu=h200-sxm", "trace=bursty.csv", "trace_traffic=1.5"} <= set(
+        window.page.url.split("?")[1].split("&")
+    )
     window.open("/?cand_gpu=no-such-gpu&trace_traffic=99")  # not ours: the defaults, no error
     assert window.exceptions() == [] and window.errors_shown() == []
     assert window.numbers() != numbers
@@ -102,6 +107,9 @@ def test_a_good_upload_is_answered_and_a_bad_one_refused_in_one_line(window, tmp
     window.page.locator("input[type=file]").set_input_files(str(good))
     window.page.get_by_text("Quick answer on all 50 requests.").wait_for()
     window.settle(charts=True)
+    window.go_to("Requests")  # the file goes along
+    window.page.get_by_text("good.csv, which you uploaded before").wait_for()
+    window.page.get_by_text("Quick answer on all 50 requests.").wait_for()
     window.page.locator("input[type=file]").set_input_files(str(bad))
     window.page.get_by_test_id("stAlertContentError").wait_for()
     window.settle()
@@ -171,6 +179,14 @@ def test_a_million_requests_are_shown_with_few_points(tmp_path, browser):
         assert window.numbers() and window.exceptions() == []
         # 20,000 points of a chart are about 0.5 MB on the wire; a million would be 20 MB and more
         assert sum(received) < 6e6
+        busy = contention()
+        started_s = time.monotonic()
+        window.open("/requests")
+        window.page.wait_for_function("document.querySelectorAll('[data-testid=stVegaLiteChart] .marks').length >= 4")
+        drawn_s = time.monotonic() - started_s
+        busy = max(busy, contention())
+        print(f"requests of a million drawn after {drawn_s:.2f} s, contention {busy:.1f}")
+        assert drawn_s < PAINT_S * busy and window.exceptions() == []
         assert server.errors() == [] and window.elsewhere == []
 
 

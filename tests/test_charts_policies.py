@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from needs import require
 
-alt = pytest.importorskip("altair")
+require("altair")
 
 import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from needs import require
 
 from llmsim import cli
 from llmsim.compare import (
@@ -534,8 +535,8 @@ def test_policies_of_files_are_called_by_their_class(trace: str, capsys: pytest.
 
 
 def test_pictures(trace: str, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("altair")
-    pytest.importorskip("vl_convert")
+    require("altair")
+    require("vl_convert")
     flags = ["--set", "max_num_batched_tokens=32,max_num_seqs=16", "--goodput", "ttft:15"]
     for path, begins in (("x.svg", b"<svg "), ("x.png", b"\x89PNG")):
         assert f"Written: {path}" in printed(capsys, "compare", trace, *MACHINE, *flags, "--plot", path)

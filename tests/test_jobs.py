@@ -151,6 +151,17 @@ def test_the_store_is_bounded_in_bytes_on_disk_and_in_memory(tmp_path):
     store.close()
 
 
+def test_the_store_reads_a_table_when_it_is_asked_for(tmp_path):
+    store = Store(tmp_path / "root")
+    fill(store, "a")
+    requests = store.read(store.runs / "a", ("requests",))
+    assert requests.iterations == {} and "arrival_s" in requests.requests and "ttft_s" not in requests.requests
+    whole = store.read(store.runs / "a")
+    assert whole.requests is requests.requests and "gpu_end_s" in whole.iterations
+    assert store.read(store.runs / "a", ("requests",)) is whole
+    store.close()
+
+
 def test_what_killed_workers_left_half_written_is_removed(tmp_path):
     store = Store(tmp_path / "root")
     ended = subprocess.Popen([sys.executable, "-c", ""])

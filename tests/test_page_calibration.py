@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-from needs import require
+from pages import AppTest, linked
+from pages import page as named_page
 
-require("streamlit")
-require("altair")
-
-from streamlit.testing.v1 import AppTest  # noqa: E402
-
-from llmsim import cli, evidence, evidence_words  # noqa: E402
-from llmsim.charts_calibration import (  # noqa: E402
+from llmsim import cli, evidence, evidence_words
+from llmsim.charts_calibration import (
     errors_chart,
     extent_chart,
     histogram_chart,
@@ -26,18 +23,9 @@ from llmsim.charts_calibration import (  # noqa: E402
     parity_chart,
 )
 
-PAGE = Path(__file__).parents[1] / "app_pages" / "calibration.py"
+page = partial(named_page, "calibration")
 TABS = {"Recordings": 2, "Engine steps": 3, "Kernels": 3, "This run": 1, "Profile": 0}  # and their charts
 MOST_POINTS = 20_000
-
-
-def page(**state: Any) -> AppTest:
-    test = AppTest.from_file(str(PAGE), default_timeout=30)
-    for name, value in state.items():
-        test.session_state[name] = value
-    test.run()
-    assert not test.exception
-    return test
 
 
 def alts(test: AppTest) -> list[str]:
@@ -201,9 +189,7 @@ def test_its_commands_are_those_of_the_library(capsys: pytest.CaptureFixture[str
 
 
 def test_widgets_are_in_the_address() -> None:
-    test = AppTest.from_file(str(PAGE), default_timeout=30)
-    test.query_params.update(ca_profile="h200-sxm", ca_tab="Engine steps", ca_model="qwen2.5-14b")
-    test.run()
-    assert not test.exception and len(alts(test)) == TABS["Engine steps"]
+    test = linked("calibration", ca_profile="h200-sxm", ca_tab="Engine steps", ca_model="qwen2.5-14b")
+    assert len(alts(test)) == TABS["Engine steps"]
     errors = evidence.errors("h200-sxm", evidence.STEPS)
     assert alts(test)[0] == evidence_words.errors_in_words(errors[errors["panel"] == "qwen2.5-14b"])

@@ -4,39 +4,26 @@ from __future__ import annotations
 
 import json
 import shlex
+from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
-from needs import require
+from pages import AppTest, linked
+from pages import page as named_page
 
-require("streamlit")
-require("altair")
+from llmsim import cli
+from llmsim.charts import PHASE_COLOURS
+from llmsim.charts_burst import budgets_chart, burst_chart, tokens_chart
+from llmsim.charts_phases import growth_chart, moves_chart
+from llmsim.phases_burst import budgets, burst
+from llmsim.phases_curves import BY, decode_by_batch, moves, prefill_growth
+from llmsim.scenario import Scenario
 
-from streamlit.testing.v1 import AppTest  # noqa: E402
-
-from llmsim import cli  # noqa: E402
-from llmsim.charts import PHASE_COLOURS  # noqa: E402
-from llmsim.charts_burst import budgets_chart, burst_chart, tokens_chart  # noqa: E402
-from llmsim.charts_phases import growth_chart, moves_chart  # noqa: E402
-from llmsim.phases_burst import budgets, burst  # noqa: E402
-from llmsim.phases_curves import BY, decode_by_batch, moves, prefill_growth  # noqa: E402
-from llmsim.scenario import Scenario  # noqa: E402
-
-PAGE = Path(__file__).parents[1] / "app_pages" / "phases.py"
+page = partial(named_page, "phases")
 MACHINE = Scenario(model="llama-3.1-8b", gpu="h200-sxm")
 SIZES = {"prompt_tokens": 2048, "batch": 32, "context_tokens": 1024}
 MOST_POINTS = 20_000
-
-
-def page(**state: Any) -> AppTest:
-    test = AppTest.from_file(str(PAGE), default_timeout=30)
-    for name, value in state.items():
-        test.session_state[name] = value
-    test.run()
-    assert not test.exception
-    return test
 
 
 def shown(test: AppTest) -> str:
@@ -227,9 +214,7 @@ def test_every_chart_has_words_for_who_cannot_see() -> None:
 
 
 def test_widgets_are_in_the_address() -> None:
-    test = AppTest.from_file(str(PAGE), default_timeout=30)
-    test.query_params.update(ph_gpu="h200-sxm", ph_batch="64", ph_tab="Time", ph_tp="2")
-    test.run()
-    assert not test.exception and not test.error
+    test = linked("phases", ph_gpu="h200-sxm", ph_batch="64", ph_tab="Time", ph_tp="2")
+    assert not test.error
     assert "2 x h200-sxm" in shown(test) and len(test.get("vega_lite_chart")) == 2
     assert "--batch 1,8,64,256" in test.code[0].value

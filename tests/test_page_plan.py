@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import time
+from functools import partial
 
 import pytest
-
-pytest.importorskip("streamlit")
-pytest.importorskip("altair")
-
-from streamlit.testing.v1 import AppTest
+from pages import AppTest, charts, commands, errors, linked
 
 from llmsim.choice import shipped
 from llmsim.plan_study import Demand, planned, quick_requests
 from llmsim.scenario import Scenario
 
-PAGE = Path(__file__).parent.parent / "app_pages" / "plan.py"
 FAST = {"plan_more": "cost=constant:0.02 max_num_seqs=64", "plan_rate": "60"}
+opened = partial(linked, "plan", **FAST)
 DEMAND = Demand(
     shipped("chat.csv"),
     Scenario("llama-3.1-8b", "h100-sxm", cost="constant:0.02", max_num_seqs=64),
@@ -26,27 +23,6 @@ DEMAND = Demand(
     tensor_parallels=(1, 2),
     engines=("vllm",),
 )
-
-
-def opened(**query: object) -> AppTest:
-    at = AppTest.from_file(str(PAGE), default_timeout=60)
-    for name, value in (FAST | query).items():
-        at.query_params[name] = value
-    at.run()
-    assert not at.exception, at.exception
-    return at
-
-
-def errors(at: AppTest) -> list[str]:
-    return [error.value for error in at.error]
-
-
-def charts(at: AppTest) -> int:
-    return len(at.get("vega_lite_chart"))
-
-
-def command(at: AppTest) -> str:
-    return "\n".join(code.value for code in at.code)
 
 
 def test_the_answers_are_the_librarys() -> None:
@@ -60,7 +36,7 @@ def test_the_answers_are_the_librarys() -> None:
     assert f"{cheapest.gpus} GPUs · ${cheapest.usd_per_h:,.2f}/h" in [metric.value for metric in at.metric]
     assert at.dataframe[0].value["option"].tolist() == [option.name for option in found.options]
     assert len(at.dataframe[1].value) == len(found.runs)
-    assert "llmsim plan" in command(at) and "--rate 60" in command(at) and "--tp 1,2" in command(at)
+    assert "llmsim plan" in commands(at) and "--rate 60" in commands(at) and "--tp 1,2" in commands(at)
 
 
 def test_the_command_line_asks_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +56,7 @@ def test_the_command_line_asks_the_same(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(import_module("llmsim.plan"), "plan", stop)
     import shlex
 
-    assert main(shlex.split(command(at))[1:]) == 2
+    assert main(shlex.split(commands(at))[1:]) == 2
     assert seen["slos"] == DEMAND.slos and seen["rate"] == 60.0 and seen["budget_usd_per_h"] == 50.0
     assert seen["gpus"] == DEMAND.gpus and tuple(seen["tensor_parallels"]) == (1, 2) and seen["max_gpus"] == 16
     assert seen["scenario"] == DEMAND.scenario
@@ -88,7 +64,7 @@ def test_the_command_line_asks_the_same(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_the_knee_of_any_option() -> None:
     at = opened(plan_view="Knee")
-    assert not errors(at) and charts(at) == 2 and command(at).endswith("--curve")
+    assert not errors(at) and charts(at) == 2 and commands(at).endswith("--curve")
     names = at.selectbox(key="plan_option").options
     at.selectbox(key="plan_option").set_value(names[-1]).run()
     assert not at.exception and any(names[-1] in caption.value for caption in at.caption)
@@ -96,9 +72,40 @@ def test_the_knee_of_any_option() -> None:
 
 def test_how_sure_waits_to_be_asked() -> None:
     at = opened(plan_view="How sure")
-    at.slider(key="plan_draws").set_value(29).run()
+    at.slider(key="plan_draws").set_value(39).run()
     at.slider(key="plan_confidence").set_value(90).run()
     assert not errors(at) and charts(at) == 0 and at.button(key="plan_sure_job_start").label == "How sure is that?"
+
+
+def test_confidence_and_the_machine_change_how_sure_it_is() -> None:
+    at = opened(plan_view="How sure", trace_from="synthetic", trace_n="100", plan_more="max_num_seqs=64")
+    at.multiselect(key="plan_gpus").set_value(["h100-sxm"])
+    at.multiselect(key="plan_tp").set_value([1]).run()
+    held, *kept = answered(at).items()
+    assert charts(at) == 2 and held[0] == "Kept with 90%" and not errors(at)
+    at.slider(key="plan_confidence").set_value(50).run()
+    held, *same = answered(at).items()
+    assert held[0] == "Kept with 50%" and same == kept
+    at.slider(key="plan_confidence").set_value(99).run()
+    assert charts(at) == 0 and ["needs 199 or more" in error for error in errors(at)] == [True]
+    at.slider(key="plan_confidence").set_value(90).run()
+    assert any("machine" in caption.value.partition("; ")[2][:80] for caption in at.caption)
+    at.toggle(key="plan_machine").set_value(False).run()
+    assert charts(at) == 0 and at.button(key="plan_sure_job_start")  # another question
+
+
+def answered(at: AppTest) -> dict[str, str]:
+    """What the page says of how sure it is, once its job is done."""
+    if any(button.key == "plan_sure_job_start" for button in at.button):
+        at.button(key="plan_sure_job_start").click().run()
+    deadline_s = time.monotonic() + 60
+    while not any(metric.label.startswith("Kept with") for metric in at.metric):
+        assert time.monotonic() < deadline_s and not errors(at), errors(at)
+        time.sleep(0.1)
+        at.run()
+    labels = [metric.label for metric in at.metric]
+    first = next(place for place, label in enumerate(labels) if label.startswith("Kept with"))
+    return {metric.label: metric.value for metric in at.metric[first:]}
 
 
 def test_nothing_meets_the_promises() -> None:
@@ -116,13 +123,13 @@ def test_a_given_fleet_is_asked_for_its_highest_rate() -> None:
     at.multiselect(key="plan_engines").set_value(["sglang"]).run()
     assert not errors(at) and not at.exception
     assert at.dataframe[0].value["option"].tolist() == ["2 x h100-sxm TP1 sglang"]
-    assert "--replicas 2" in command(at) and "--rate" not in command(at)
+    assert "--replicas 2" in commands(at) and "--rate" not in commands(at)
 
 
 def test_confidence_is_looked_at_on_the_whole_trace_only() -> None:
     at = opened()
     at.selectbox(key="plan_sure").set_value("0.95").run()
-    assert not errors(at) and "--confidence 0.95" in command(at)
+    assert not errors(at) and "--confidence 0.95" in commands(at)
     assert at.button(key="plan_job_start").label == "Plan on the whole trace"
     assert at.dataframe[0].value["probability"].isna().all()
 

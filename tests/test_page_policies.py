@@ -2,39 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from functools import partial
 
 import pytest
+from pages import charts, commands, errors, linked
 
-pytest.importorskip("streamlit")
-pytest.importorskip("altair")
-
-from streamlit.testing.v1 import AppTest
-
-PAGE = Path(__file__).parent.parent / "app_pages" / "policies.py"
 SESSIONS = "sessions.jsonl"
-FAST = {"base_more": "cost=constant:0.02"}  # no profile is read
-
-
-def opened(**query: object) -> AppTest:
-    at = AppTest.from_file(str(PAGE), default_timeout=60)
-    for name, value in (FAST | query).items():
-        at.query_params[name] = value
-    at.run()
-    assert not at.exception, at.exception
-    return at
-
-
-def errors(at: AppTest) -> list[str]:
-    return [error.value for error in at.error]
-
-
-def commands(at: AppTest) -> str:
-    return "\n".join(code.value for code in at.code)
-
-
-def charts(at: AppTest) -> int:
-    return len(at.get("vega_lite_chart"))
+opened = partial(linked, "policies", base_more="cost=constant:0.02")  # no profile is read
 
 
 def test_differences_and_their_command_line() -> None:
@@ -50,6 +24,14 @@ def test_differences_and_their_command_line() -> None:
     assert "--seeds 2" in commands(at)
     assert not at.exception and not errors(at)
     assert list(at.dataframe[0].value["side"]) == ["vllm", "max_num_seqs=2"]
+
+
+def test_a_percentile_from_few_requests_is_said_to_be() -> None:
+    at = opened(pol_view="Fairness", pol_classes="tenants:flood=0.9,small=0.1", trace_from="synthetic", trace_n="400")
+    said = "\n".join(caption.value for caption in at.caption)
+    small = at.dataframe[1].value.set_index("group").loc["small", "completed"].min()
+    assert f"P99 of small from {small} requests; 368 are needed to bound it" in said
+    assert "P99 of flood" in said and "P99 from" not in said  # 0.9 of 400 are too few as well, 400 are not
 
 
 def test_promises_are_those_of_the_sliders() -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from made_results import Served, made_result, random_served
-from needs import require
+from pages import AppTest
+from pages import page as named_page
 
-from llmsim import views
+from llmsim import views, views_life
 from llmsim.choice import Replay, replay, shipped
 from llmsim.cli import main
 from llmsim.explain import spans
@@ -18,11 +20,6 @@ from llmsim.runs import read_run, write_run
 from llmsim.scenario import Scenario
 from llmsim.views_life import explained
 
-require("streamlit")
-
-from streamlit.testing.v1 import AppTest  # noqa: E402 - after the check
-
-PAGE = Path(__file__).parent.parent / "app_pages" / "requests.py"
 CROWDED = Scenario("llama-3.1-8b", "h100-sxm", cost="constant:0.02", num_gpu_blocks_override=2500)
 
 
@@ -38,12 +35,7 @@ def crowded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def page(monkeypatch: pytest.MonkeyPatch, *runs: Path, **asked: object) -> AppTest:
     monkeypatch.setenv("LLMSIM_DASHBOARD_RUNS", json.dumps([str(run) for run in runs]))
-    test = AppTest.from_file(str(PAGE), default_timeout=60)
-    for name, value in asked.items():
-        test.session_state[name] = value
-    test.run()
-    assert not test.exception
-    return test
+    return named_page("requests", **asked)
 
 
 def captions(test: AppTest) -> str:
@@ -77,6 +69,31 @@ def test_it_opens_on_the_runs_it_was_given(monkeypatch: pytest.MonkeyPatch, crow
     assert [error.value for error in test.error] == [
         "request 50 was rejected: it has no phases; choose one that was answered"
     ]
+
+
+def test_a_long_run_is_replayed_on_a_button_to_explain_a_request(
+    monkeypatch: pytest.MonkeyPatch, crowded: Path
+) -> None:
+    run = read_run(crowded)
+    request = int(np.nanargmax(run.requests["ttft_s"]))
+    monkeypatch.setattr(views_life, "AT_ONCE", len(run.requests["id"]) - 1)
+    test = page(monkeypatch, crowded, requests_id=request)
+    assert reasons(test) == views.life(run, request)["reason"].tolist()  # what the columns tell
+    test.button(key="requests_explain_start").click().run()
+    deadline_s = time.monotonic() + 60
+    while len(reasons(test)) == 3:
+        assert time.monotonic() < deadline_s and not test.error
+        time.sleep(0.1)
+        test.run()
+    assert reasons(test) == explained(crowded, request)["reason"].tolist()[:30]
+    assert not [button for button in test.button if button.key == "requests_explain_start"]
+    test.number_input(key="requests_id").set_value(0).run()  # another request is asked for anew
+    assert test.button(key="requests_explain_start") and reasons(test) == views.life(run, 0)["reason"].tolist()
+    assert not test.exception and not test.error
+
+
+def reasons(test: AppTest) -> list[str]:
+    return list(test.table[0].value["what"])
 
 
 def test_a_life_explained_is_that_of_llmsim_explain(crowded: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from needs import require
 
 from llmsim import cli
 from llmsim.plan import Slo, capacity, curve, curve_rows, plan
@@ -353,7 +354,9 @@ SETTING = ["--model", "llama-3.1-8b", "--gpu", "h100-sxm", "--cost", f"constant:
 def test_every_simulation_is_repeated_by_its_command(
     trace_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pd = pytest.importorskip("pandas")
+    require("pandas")
+    import pandas as pd
+
     out = tmp_path / "found"
     options = ["--rate", "30", "--slo", "e2el_p99=250ms", "--jobs", "1", "--out", str(out), "--json"]
     assert cli.main(["plan", str(trace_file), *SETTING, *options]) == 0

@@ -237,6 +237,25 @@ def test_thinned_dots_keep_the_extremes_of_every_moment() -> None:
             assert {int(there[ttft_ms[there].argmin()]), int(there[ttft_ms[there].argmax()])} <= kept
 
 
+def test_dots_in_no_order_with_equal_values_keep_the_first_lowest_and_the_last_highest() -> None:
+    run = made_result(random_served(3000, 7))
+    mixed = np.random.default_rng(7).permutation(3000)
+    requests = {name: column[mixed] for name, column in run.requests.items()} | {"preemptions": mixed % 3}
+    run = replace(run, requests=requests)
+    frame = views.scatter({"run": run}, y="preemptions", points=200)
+    assert len(frame) <= 200
+    lowest: dict[int, int] = {}
+    highest: dict[int, int] = {}
+    sent_s = requests["arrival_s"]
+    for at, place in enumerate(np.minimum((sent_s - sent_s.min()) / np.ptp(sent_s) * 50, 49).astype(int).tolist()):
+        times = requests["preemptions"]
+        if place not in lowest or times[at] < times[lowest[place]]:
+            lowest[place] = at
+        if place not in highest or times[at] >= times[highest[place]]:
+            highest[place] = at
+    assert {int(requests["id"][at]) for at in (*lowest.values(), *highest.values())} <= set(frame["id"])
+
+
 def test_within_selects_as_a_loop_does_also_among_those_not_drawn() -> None:
     run = random_run(7)
     ids = views.within(run, {"arrival_s": (6.0, 2.0), "ttft": (50.0, 400.0)})  # a brush may be drawn from the right
@@ -295,6 +314,24 @@ def test_a_table_is_sorted_and_a_subset_has_the_chosen_requests_only() -> None:
     assert end_s > max(run.requests["finish_s"][[3, 5]])
     with pytest.raises(ValueError, match="no request is selected"):
         views.window_s(run, [])
+
+
+def test_the_largest_are_those_of_a_stable_sort_whatever_the_order_of_ids() -> None:
+    run = random_run(9)  # one has no latency
+    rng = np.random.default_rng(9)
+    mixed = rng.permutation(len(run.requests["id"]))
+    requests = {name: column[mixed] for name, column in run.requests.items()}
+    run = replace(run, requests=requests | {"cached_tokens": rng.integers(0, 5, mixed.size)})
+    for by in ("cached_tokens", "ttft"):
+        measured = views.values(run, by).tolist()
+        ordered = sorted(range(mixed.size), key=lambda at: -measured[at] if np.isfinite(measured[at]) else np.inf)
+        for rows in (1, 50, 301, None):
+            frame = views.table(run, by=by, rows=rows)
+            assert frame["id"].tolist() == [run.requests["id"][at] for at in ordered[:rows]]
+    asked = [17, 5, 17, 250]
+    assert views.subset(run, asked).requests["id"].tolist() == [5, 17, 250]
+    with pytest.raises(ValueError, match="request 301: the run has none"):
+        views.table(run, [5, 301])
 
 
 def test_an_unknown_measure_is_refused() -> None:
