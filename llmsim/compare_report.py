@@ -100,10 +100,8 @@ def _promises(comparison: Comparison, label: int) -> Iterator[str]:
 
 def promise_words(promise: Promise) -> str:
     """A tick or a cross, what was measured, and in how many of the draws it is kept."""
-    value_s = promise.value_s
-    value = "-" if value_s != value_s else "rejected" if value_s == float("inf") else f"{1e3 * value_s:,.2f} ms"
     share = "" if promise.share is None else f", {promise.share:.0%}"
-    return f"{TICK if promise.met else CROSS} {value}{share}"
+    return f"{TICK if promise.met else CROSS} {promise.slo.shown(promise.value_s)}{share}"
 
 
 def _trust(comparison: Comparison) -> dict[tuple[str, str], list[str]]:
