@@ -33,10 +33,9 @@ def _unsteady(reach: Reach, run: Run) -> str:
     part = reach.part(run.rate, answer_of(run))
     if part >= REACHED:
         return ""
-    sent = run.values["request_rate"]
+    sent, most = run.values["request_rate"], reach.rate(answer_of(run))
     return (
-        f"At {run.rate:.4g}/s the sessions start within {reach.window_s(run.rate):.3g} s and "
-        f"{100 * part:.0f} % of those that the rate means are ever under way ({sent:.3g} requests/s are sent, first to "
-        f"last): the load is not steady, a longer one will be heavier. The trace can show {reach.rate(answer_of(run)):.3g}"
-        "/s; give more sessions."
+        f"At {run.rate:.4g}/s the sessions start within {reach.window_s(run.rate):.3g} s and {100 * part:.0f} % of those "
+        f"that the rate means are ever under way ({sent:.3g} requests/s are sent, first to last): the load is not "
+        f"steady, and lighter than that rate for long; the trace can show {most:.3g}/s: give more sessions."
     )

@@ -10,8 +10,8 @@ so at rates at which W is short against D, nearly all sessions start at once and
 what the rate says, whatever the rate is. The *reach* is the rate at which that part is `REACHED`. D is what the trace
 knows: stamps and waits, without the answers, unless a simulation has said how long these take.
 
-A trace without sessions can be compressed until all requests arrive `AT_ONCE_S` apart: what that does not break, no rate
-breaks.
+A trace without sessions can be compressed until all requests arrive within `AT_ONCE_S`: what that does not break, no
+rate breaks.
 """
 
 from __future__ import annotations

@@ -213,12 +213,12 @@ def of_requests_s(requests: Any, slos: Sequence[Slo], *, gaps: Any = None) -> tu
         values = np.where(rejected, inf, latency_s[name])
         rising[name] = np.sort(values[~np.isnan(values)])
     runs = GapRuns.of(gaps) if gaps is not None else None
-    values = [
+    measured = [
         nth(np.sort(strain(latency_s, rejected, slo)), slo) if slo.good_s else _value_s(slo, rising, runs)
         for slo in slos
     ]
     nothing = inf if len(rejected) and rejected.all() else nan  # rejected requests have no gaps at all
-    return tuple(nothing if isnan(value) else value for value in values)
+    return tuple(nothing if isnan(value) else value for value in measured)
 
 
 def strain(latency_s: dict[str, Floats], rejected: NDArray[np.bool_], slo: Slo) -> Floats:

@@ -306,6 +306,20 @@ def test_a_budget_excludes_and_says_so() -> None:
     assert not none.runs
 
 
+def test_options_are_listed_by_price_whatever_they_win() -> None:
+    """Winners stand among the others; of given fleets the order is that of dollars for the rate held."""
+    machine = Scenario(model="llama-3.1-8b", gpu="h100-sxm", cost="roofline")
+    kinds = {"gpus": ["h200-sxm", "h100-sxm"], "tensor_parallels": [4, 1], "windows": False}
+    trace = poisson(100, tokens=20)
+    found = plan(trace, machine, ["e2el_p99=2s"], rate=4.0, **kinds)  # type: ignore[arg-type]
+    prices = [option.usd_per_h for option in found.options]
+    assert all(option.holds for option in found.options) and prices == sorted(prices) and len(set(prices)) == 4
+    assert found.cheapest is found.options[0] and found.fastest is found.options[2], "as dear ones hold it too"
+    found = plan(trace, machine, ["e2el_p99=2s"], replicas=1, **kinds)  # type: ignore[arg-type]
+    each = [option.usd_per_h / option.rate for option in found.options if option.rate]
+    assert each == sorted(each) and len(each) == 4 and found.cheapest is found.options[0]
+
+
 def test_a_given_fleet_and_a_rate_is_one_question() -> None:
     trace = poisson(1500)
     held = capacity(trace, ONE_AT_A_TIME, PROMISES, replicas=2).rate
