@@ -15,7 +15,7 @@ def notes_of(reach: Reach, answers: Sequence[Option]) -> tuple[str, ...]:
     """Of each kind one: at the rate asked for, or else at the highest that an answer holds. One line each."""
     runs = [run for option in answers if not option.open and (run := option.run) is not None]
     runs += [option.capacity_run for option in answers if option.capacity_run is not None]
-    notes = [next(filter(None, (note(reach, run) for run in runs)), "") for note in (_short, _unsteady)]
+    notes = [next(filter(None, (note(reach, run) for run in runs)), "") for note in (_short, _unsteady, _saturated)]
     return tuple(note for note in notes if note)
 
 
@@ -33,9 +33,14 @@ def _unsteady(reach: Reach, run: Run) -> str:
     part = reach.part(run.rate, answer_of(run))
     if part >= REACHED:
         return ""
-    sent, most = run.values["request_rate"], reach.rate(answer_of(run))
+    sent, most, starts_s = run.values["request_rate"], reach.rate(answer_of(run)), reach.window_s(run.rate)
     return (
-        f"At {run.rate:.4g}/s the sessions start within {reach.window_s(run.rate):.3g} s and {100 * part:.0f} % of those "
+        f"At {run.rate:.4g}/s the sessions start within {starts_s:.3g} s and {100 * part:.0f} % of those "
         f"that the rate means are ever under way ({sent:.3g} requests/s are sent, first to last): the load is not "
         f"steady, and lighter than that rate for long; the trace can show {most:.3g}/s: give more sessions."
     )
+
+
+def _saturated(_: Reach, run: Run) -> str:
+    said = str(run.values["stability"])
+    return f"At {run.rate:.4g}/s the fleet is {said}." if said.startswith("saturated") else ""
