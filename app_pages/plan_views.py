@@ -41,7 +41,7 @@ OPTION_COLUMNS = {
 def show(demand: Demand, used: Demand, found: Plan) -> None:
     """`used`: the demand that the plan was made for, perhaps on the first requests only."""
     for note in found.notes:
-        st.caption(f":material/info: {note}.")
+        st.warning(note, icon=":material/timer:")
     answers(found)
     view = st.segmented_control(
         "Look at", VIEWS, default="Fleets", required=True, key="plan_view", bind="query-params",
@@ -71,6 +71,11 @@ def answers(found: Plan) -> None:
             st.markdown(f"**{option.name}**")
             if option.broken is not None:
                 st.caption(f"Breaks {plan_frames.next_break(option)}")
+            if option.capacity_broken is not None and not found.fleet:
+                above = option.capacity_broken
+                st.caption(f"Holds up to {option.capacity_rate:.4g} per s; at {above.rate:.4g}: {above.why_not}")
+            if option.untold:
+                st.caption(f"Highest rate: {option.untold}")
 
 
 def _margins(option: Option) -> str:

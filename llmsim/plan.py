@@ -20,7 +20,7 @@ Steps follow each other; within one, options do not depend on each other: the pl
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,10 @@ from llmsim.plan_capacity import (
     curve_rows,
     told_as,
 )
-from llmsim.plan_contest import Candidate, Contest
+from llmsim.plan_contest import Candidate, Contest, Sure
 from llmsim.plan_notes import notes_of
-from llmsim.plan_option import Found, Trial
+from llmsim.plan_option import Found
+from llmsim.plan_reach import Reach, Told, told_by
 from llmsim.plan_runs import Capacity, Measured, Run, Window, slos_of
 from llmsim.plan_sure import Doubter, check_confidence, draws_for
 from llmsim.plan_types import Option, Plan
@@ -94,7 +95,8 @@ def plan(
         find_engine(engine)  # a name that nobody has is a slip; what it names may still not start
     fleet = replicas is not None and rate is None
     demand = None if fleet else (rate or own_rate(trace))
-    limits = Limits(replicas, budget_usd_per_h, max_gpus, prices)
+    reach = Reach.of(trace)
+    limits = Limits(replicas, budget_usd_per_h, max_gpus, prices, max(reach.rate(), demand or 0.0))
     kinds = product(
         gpus or (scenario.gpu,), tensor_parallels or (scenario.tensor_parallel,), engines or (scenario.engine,)
     )
@@ -111,13 +113,13 @@ def plan(
             while Doubter(bench, search.contest, confidence).look():
                 search.verify()
         search.headroom()
-    options = {id(one): _option(one, search.contest) for one in candidates}
+    options = {id(one): _option(one, search.contest, reach) for one in candidates}
     fewest, cheapest, fastest = (None if one is None else options[id(one)] for one in search.contest.winners())
     return Plan(
         slos=promises,
         rate=demand,
         fleet=fleet,
-        trace=_facts(trace),
+        trace=_facts(trace, reach),
         options=tuple(sorted(options.values(), key=lambda option: _order(option, fleet))),
         fewest=fewest,
         cheapest=cheapest,
@@ -125,7 +127,7 @@ def plan(
         runs=tuple(run for one in candidates for run in (*one.trial.runs.values(), *one.drawn)),
         prices={one.price.gpu: str(one.price) for one in candidates},
         confidence=confidence,
-        notes=notes_of(trace, demand, search.contest),
+        notes=notes_of(reach, [one for one in (fewest, cheapest, fastest) if one is not None]),
     )
 
 
@@ -147,14 +149,17 @@ def _window(trace: Trace, demand: float | None, replicas: int) -> Window | None:
     return busiest_window(trace, max(requests, int(WINDOW_S * (demand or 0.0))))
 
 
-def _facts(trace: Trace) -> dict[str, Any]:
+def _facts(trace: Trace, reach: Reach) -> dict[str, Any]:
     waits = bool((trace.arrival_s != trace.arrival_s).any())  # nan: a turn that waits for its parent
+    stamped = "nominal requests/s" if reach.has_sessions else "requests/s"  # only the starts of sessions are rescaled
     return {
         "name": trace.name,
         "sha256": trace.sha256,
         "requests": len(trace),
         "rate": own_rate(trace),
-        "unit": "sessions/s" if waits else "requests/s",
+        "unit": "sessions/s" if waits else stamped,
+        "sessions": reach.durations_s.size or None,
+        "longest_rate": reach.rate() if reach.has_sessions else None,
     }
 
 
@@ -202,16 +207,16 @@ class _Search:
         demand = self.contest.demand
         if demand is None:
             for one in self.contest.ones:
-                one.capacity_rate = None if one.held is None else one.held.rate
+                one.capacity = one.whole
             return
         self.told.expected = self.told.done + SIMULATIONS[1] * len(winners)
         searches = []
         for one in winners.values():
             assert one.held is not None
-            fleet = Trial(one.held.scenario, one.trial.runs)
+            fleet = replace(one.trial, scenario=one.held.scenario)
             searches.append(fleet.whole_rates(demand, demand, HEADROOM_TOLERANCE))
         for one, found in zip(winners.values(), self.bench.drive(searches), strict=True):
-            one.capacity_rate = None if found.held is None else found.held.rate
+            one.capacity = found
 
     def _rough(self, one: Candidate) -> Generator[Ask, Run, Found]:
         demand, window = self.contest.demand, self.contest.window
@@ -234,11 +239,13 @@ class _Search:
 # ---- what is said of each option ------------------------------------------------------------------------------------
 
 
-def _option(one: Candidate, contest: Contest) -> Option:
+def _option(one: Candidate, contest: Contest, reach: Reach) -> Option:
     found = one.whole or one.rough
     if found is None:
         usd = one.trial.scenario.replicas * one.replica_usd
         return Option(one.trial.scenario, usd, one.status, one.cannot, None, None, False)
+    sure = one.sure or Sure(None, "")
+    capacity = Told() if one.capacity is None else told_by(one.capacity, reach, chosen=bool(sure.doubts))
     run = found.held or found.broken
     assert run is not None
     status, reason = "holds", ""
@@ -254,9 +261,12 @@ def _option(one: Candidate, contest: Contest) -> Option:
         run=run,
         broken=found.broken if found.held is not None else None,
         verified=one.whole is not None,
-        capacity_rate=one.capacity_rate,
-        probability=None if one.sure is None else one.sure.probability,
-        doubts="" if one.sure is None else one.sure.doubts,
+        capacity_run=capacity.held,
+        capacity_broken=capacity.broken,
+        untold=capacity.untold,
+        open=contest.demand is None and bool(capacity.untold),
+        probability=sure.probability,
+        doubts=sure.doubts,
     )
 
 

@@ -26,7 +26,7 @@ from llmsim.cost import CostModel
 from llmsim.plan_runs import KEPT, Measured, Run, Window
 from llmsim.scenario import Scenario
 from llmsim.simulate import cost_of, simulate
-from llmsim.slo import Slo, good_share, goodput_targets_ms, values_s
+from llmsim.slo import Slo, check_measurable, good_share, goodput_targets_ms, values_s
 from llmsim.trace import Trace, at_rate, limited, mean_rate_per_s, time_scaled, window
 from llmsim.uncertainty_draws import Draw
 
@@ -149,6 +149,7 @@ class Bench:
     def __init__(self, trace: Trace, slos: tuple[Slo, ...], jobs: int, told: Callable[[Run], None]) -> None:
         if jobs < 1:
             raise ValueError(f"jobs={jobs}: give 1 or more processes")
+        check_measurable(slos, trace)
         self.simulator, self._told = Simulator(trace, slos), told
         self._pool = ProcessPoolExecutor(jobs, initializer=_begin, initargs=(trace, slos)) if jobs > 1 else None
 

@@ -19,6 +19,7 @@ class Limits:
     budget_usd_per_h: float | None
     max_gpus: int
     prices: Path | None
+    reach: float  # the highest rate to look at
 
 
 def candidate(trace: Trace, scenario: Scenario, kind: tuple[str, int, str], limits: Limits) -> Candidate:
@@ -31,8 +32,8 @@ def candidate(trace: Trace, scenario: Scenario, kind: tuple[str, int, str], limi
         Fleet(trace, own)
     except ValueError as refused:
         named = _named(own, tensor_parallel, engine)
-        return Candidate(Trial(named), price, 0, " ".join(str(refused).split()), "cannot start")
-    one = Candidate(Trial(own), price, least)
+        return Candidate(Trial(named, limits.reach), price, 0, " ".join(str(refused).split()), "cannot start")
+    one = Candidate(Trial(own, limits.reach), price, least)
     most = limits.max_gpus // tensor_parallel
     if most < least:
         gpus = least * tensor_parallel

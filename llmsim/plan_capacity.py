@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from math import exp, log
+from math import exp, inf, log
 from typing import Any
 
 from llmsim.plan_bench import Ask, Bench, busiest_window, own_rate
 from llmsim.plan_option import Found, Trial
+from llmsim.plan_reach import Reach, told_by
 from llmsim.plan_runs import Capacity, Run, slos_of, with_replicas
 from llmsim.plan_search import rounded
 from llmsim.scenario import Scenario
@@ -41,13 +42,19 @@ def capacity(
     if not 0.0 < tolerance < 1.0:
         raise ValueError(f"tolerance={tolerance:g}: give a fraction of the rate, e.g. {TOLERANCE}")
     fleet = scenario if replicas is None else with_replicas(scenario, replicas)
-    promises, trial = slos_of(slos), Trial(fleet)
+    own_rate(trace)  # has a shape to rescale
+    promises, reach = slos_of(slos), Reach.of(trace)
+    trial = Trial(fleet, reach.rate())
     check_open(fleet)
     Fleet(trace, fleet)  # what no engine would start with is said before anything is simulated
     with Bench(trace, promises, 1, _counting(progress)) as bench:
         (found,) = bench.drive([whole_capacity(trial, trace, tolerance, windows=windows)])
-    held, broken = (None if run is None else run.rate for run in (found.held, found.broken))
-    return Capacity(held, broken, tuple(trial.runs.values()))
+    runs = tuple(trial.runs.values())
+    if found.held is None:
+        return Capacity(None, None if found.broken is None else found.broken.rate, runs)
+    said = told_by(found, reach)
+    held, broken = (None if run is None else run.rate for run in (said.held, said.broken))
+    return Capacity(held, broken, runs, said.untold)
 
 
 def whole_capacity(trial: Trial, trace: Trace, tolerance: float, *, windows: bool) -> Generator[Ask, Run, Found]:
@@ -85,7 +92,9 @@ def curve(
     if wrong:
         raise ValueError(f"rates: {wrong[0]:g} is no rate: give requests/s above 0")
     with Bench(trace, promises, jobs, _counting(progress)) as bench:
-        return tuple(bench.drive([Trial(scenario).ask(scenario.replicas, rate, None) for rate in sorted(set(rates))]))
+        return tuple(
+            bench.drive([Trial(scenario, inf).ask(scenario.replicas, rate, None) for rate in sorted(set(rates))])
+        )
 
 
 def knee_rates(highest: float) -> list[float]:

@@ -45,7 +45,7 @@ class Candidate:
     status: str = ""  # of that
     rough: Found | None = None  # on the window
     whole: Found | None = None
-    capacity_rate: float | None = None
+    capacity: Found | None = None  # the highest rate of this very fleet, and the nearest that breaks it
     sure: Sure | None = None
     drawn: list[Run] = field(default_factory=list)  # simulations on machines that the real one may be
 

@@ -120,7 +120,7 @@ def next_break(option: Option) -> str:
 def _option(plan: Plan, option: Option) -> dict[str, Any]:
     tightest = min(option.margins.items(), key=lambda item: item[1], default=(None, None))
     answers = [name for name, one in plan.answers.items() if one == option]
-    breaks = option.reason if option.broken is None else option.broken.why_not
+    breaks = option.untold if option.broken is None else option.broken.why_not
     return {
         "option": option.name,
         "answers": ", ".join(answers),

@@ -2,32 +2,45 @@
 
 from __future__ import annotations
 
-from llmsim.plan_bench import own_rate
-from llmsim.plan_contest import Contest
-from llmsim.rescale import longest_s, starts_span_s
-from llmsim.trace import Trace
+from collections.abc import Sequence
 
-FEW_LIVES, FEW_SESSIONS = 20, 3  # a trace should last so many mean answers, and so many of its longest sessions
+from llmsim.plan_reach import REACHED, Reach, answer_of
+from llmsim.plan_runs import Run
+from llmsim.plan_types import Option
+
+FEW_LIVES = 20  # a trace should last so many mean answers
 
 
-def notes_of(trace: Trace, demand: float | None, contest: Contest) -> tuple[str, ...]:
-    """At the demand, or at the lowest rate that a winner holds. One line each."""
-    held = [one.held for one in contest.winners() if one is not None and one.held is not None]
-    rate = demand or min((run.rate for run in held), default=None)
-    if rate is None:
-        return ()
-    notes = []
-    lasts_s = starts_span_s(trace) * own_rate(trace) / rate
-    slowest_s = max((run.values["mean_e2el_ms"] / 1e3 for run in held), default=0.0)
-    if lasts_s < FEW_LIVES * slowest_s:
-        notes.append(
-            f"At {rate:.4g}/s the trace lasts {lasts_s:.3g} s, {lasts_s / slowest_s:.2g} times a mean answer: batches "
-            "hardly fill and queues hardly form; give a longer trace"
-        )
-    session_s = longest_s(trace)
-    if session_s > lasts_s / FEW_SESSIONS:
-        notes.append(
-            f"At {rate:.4g}/s sessions start within {lasts_s:.3g} s and last up to {session_s:.3g} s: the load is not "
-            "steady; give a longer trace"
-        )
-    return tuple(notes)
+def notes_of(reach: Reach, answers: Sequence[Option]) -> tuple[str, ...]:
+    """Of each kind one: at the rate asked for, or else at the highest that an answer holds. One line each."""
+    runs = [run for option in answers if not option.open and (run := option.run) is not None]
+    runs += [option.capacity_run for option in answers if option.capacity_run is not None]
+    notes = [next(filter(None, (note(reach, run) for run in runs)), "") for note in (_short, _unsteady, _saturated)]
+    return tuple(note for note in notes if note)
+
+
+def _short(reach: Reach, run: Run) -> str:
+    lasts_s, answer_s = reach.window_s(run.rate), answer_of(run)
+    if lasts_s >= FEW_LIVES * answer_s:
+        return ""
+    return (
+        f"At {run.rate:.4g}/s the trace lasts {lasts_s:.3g} s, {lasts_s / answer_s:.2g} times a mean answer: batches "
+        "hardly fill and queues hardly form; give a longer trace"
+    )
+
+
+def _unsteady(reach: Reach, run: Run) -> str:
+    part = reach.part(run.rate, answer_of(run))
+    if part >= REACHED:
+        return ""
+    sent, most, starts_s = run.values["request_rate"], reach.rate(answer_of(run)), reach.window_s(run.rate)
+    return (
+        f"At {run.rate:.4g}/s the sessions start within {starts_s:.3g} s and {100 * part:.0f} % of those "
+        f"that the rate means are ever under way ({sent:.3g} requests/s are sent, first to last): the load is not "
+        f"steady, and lighter than that rate for long; the trace can show {most:.3g}/s: give more sessions"
+    )
+
+
+def _saturated(_: Reach, run: Run) -> str:
+    said = str(run.values["stability"])
+    return f"At {run.rate:.4g}/s the fleet is {said}" if said.startswith("saturated") else ""

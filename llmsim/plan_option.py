@@ -20,7 +20,7 @@ W = TypeVar("W")  # what a search wants to try
 A = TypeVar("A")  # what it is told of that
 F = TypeVar("F")  # what it finds
 OVERLOAD = 1000.0  # times the trace's own rate: as good as all at once
-SPAN = 4096.0  # how far from the guess a rate is looked for
+SPAN = 4096.0  # how far below the guess a rate is looked for; above it, as far as the trace can tell
 WINDOW_TOLERANCE, WINDOW_GUESS = 0.08, 0.6  # of the throughput under overload, an SLO leaves about so much
 
 
@@ -45,9 +45,11 @@ def answered(search: Generator[W, A, F], answer: Callable[[W], Generator[Ask, Ru
 
 @dataclass
 class Trial:
-    """One option under search; `runs` keeps every simulation, so that none is asked for twice."""
+    """One option under search; `runs` keeps every simulation, so that none is asked for twice. `reach`: the highest
+    rate that the trace can show (`llmsim.plan_reach`)."""
 
     scenario: Scenario
+    reach: float
     runs: dict[tuple[int, float, Window | None], Run] = field(default_factory=dict)
 
     def ask(self, replicas: int, rate: float, window: Window | None) -> Generator[Ask, Run, Run]:
@@ -89,7 +91,7 @@ class Trial:
     # ---- which rate --------------------------------------------------------------------------------------------------
 
     def rates(self, own_rate: float, window: Window | None) -> Generator[Ask, Run, Found]:
-        """The highest rate that the fleet holds, roughly, from nothing."""
+        """The highest rate that the fleet holds, roughly, from nothing. Nothing broken: none that the trace shows."""
         flood = yield from self.ask(self.scenario.replicas, rounded(OVERLOAD * own_rate), window)
         offered, served = flood.values["request_rate"], flood.values["request_throughput"]
         share = served / offered if offered and served else 1.0 / OVERLOAD  # offered: of the window, not of the trace
@@ -111,6 +113,7 @@ class Trial:
         def excess(rate: float) -> Generator[Ask, Run, float]:
             return (yield from self.ask(replicas, rate, window)).excess
 
-        search = highest_rate(guess, tolerance=tolerance, least=guess / SPAN, most=guess * SPAN)
+        guess = min(guess, self.reach)
+        search = highest_rate(guess, tolerance=tolerance, least=guess / SPAN, most=self.reach)
         held, broken = yield from answered(search, excess)
         return Found(self.runs.get((replicas, held or 0.0, window)), self.runs.get((replicas, broken or 0.0, window)))

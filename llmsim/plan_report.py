@@ -74,7 +74,7 @@ def report(plan: Plan, points: Sequence[Run] = (), repeat: Repeat | None = None)
     if plan.holds:
         yield from _answers(plan)
     else:
-        yield from wrapped("Nothing meets the SLOs" + (" within the limits." if _limited(plan) else "."))
+        yield from wrapped(_nothing(plan) + (" within the limits." if _limited(plan) else "."))
     yield ""
     yield from _options(plan)
     if points:
@@ -91,6 +91,13 @@ def _verdict(run: Run) -> str:
     if run.draws is not None:
         return "drawn "
     return "holds " if run.holds else "breaks"
+
+
+def _nothing(plan: Plan) -> str:
+    kept = [option for option in plan.options if option.run is not None and not option.run.breaks]
+    if any(option.run is not None and not option.run.stable for option in kept):
+        return f"Nothing holds this load: {kept[0].name} keeps every SLO of this trace, but falls behind"
+    return "Nothing meets the SLOs"
 
 
 def _limited(plan: Plan) -> bool:
@@ -116,18 +123,21 @@ def _answers(plan: Plan) -> Iterator[str]:
         if option is not None:
             by_option.setdefault(id(option), (option, []))[1].append(names[key])
     heads = [f"{slo.metric.upper()} {slo.statistic}" for slo in plan.slos]
-    rows = [("answer", "fleet", "GPUs", "$/h", *heads, "holds up to", "good/s/GPU", "good/$", "$/1M out")]
+    sent = ["sent req/s"] if plan.trace["sessions"] else []
+    rows = [("answer", "fleet", "GPUs", "$/h", *heads, *sent, "holds up to", "good/s/GPU", "good/$", "$/1M out")]
     for option, titles in by_option.values():
         assert option.run is not None
         rows.append((
             ", ".join(titles), option.name, str(option.gpus), f"{option.usd_per_h:.2f}",
             *(_with_margin(one) + _mark(one, option.run) for one in option.run.measured),
-            _number(option.capacity_rate, ".4g") + "/s", _number(option.goodput_per_gpu, ".3g"),
+            *[_number(option.value("request_rate"), ".3g") for _ in sent],
+            _number(option.capacity_rate, ".4g") + "/s" if option.capacity_rate else "untold",
+            _number(option.goodput_per_gpu, ".3g"),
             _number(option.goodput_per_usd, ",.0f"), _number(option.usd_per_million_output_tokens, ".3f"),
         ))  # fmt: skip
     yield from aligned(rows, left={0, 1})
     for option, _ in by_option.values():
-        yield from wrapped(f"{option.name}: {_surely(option)}{_next_break(plan, option)}")
+        yield from wrapped(f"{option.name}: {_surely(option)}{_next_break(plan, option)}{_above(plan, option)}")
 
 
 def _surely(option: Option) -> str:
@@ -140,10 +150,21 @@ def _next_break(plan: Plan, option: Option) -> str:
     """What breaks first, with less or with more."""
     broken = option.broken
     if broken is None:
-        return "one replica is enough" if option.replicas == 1 and not plan.fleet else "nothing breaks it on this trace"
+        if plan.fleet:
+            return option.untold or "holds"
+        return "one replica is enough" if option.replicas == 1 else "is given, and holds"
     if plan.fleet:
         return f"breaks at {broken.rate:.4g}/s: {broken.why_not}"
     return f"breaks with {broken.scenario.replicas} replica{'s' * (broken.scenario.replicas > 1)}: {broken.why_not}"
+
+
+def _above(plan: Plan, option: Option) -> str:
+    """What limits the fleet that holds a demand, above that demand."""
+    if plan.fleet:
+        return ""
+    if option.capacity_broken is not None:
+        return f"; above that rate at {option.capacity_broken.rate:.4g}/s: {option.capacity_broken.why_not}"
+    return f"; {option.untold}" if option.untold else ""
 
 
 def _with_margin(one: Measured) -> str:
@@ -179,7 +200,8 @@ def _options(plan: Plan) -> Iterator[str]:
         if option.status not in ("holds", "dropped"):
             others.append(f"{option.name if option.run else option.kind}: {option.status}: {option.reason}")
             continue
-        figure = f"{option.rate:.4g}/s" if plan.fleet else f"{_number(option.value('mean_e2el_ms'), ',.0f')} ms"
+        held = "untold" if option.rate is None else f"{option.rate:.4g}/s"
+        figure = held if plan.fleet else f"{_number(option.value('mean_e2el_ms'), ',.0f')} ms"
         rows.append((
             "~" if not option.verified else "", option.name, str(option.gpus), f"{option.usd_per_h:.2f}", figure,
             _number(option.tokens_per_s_per_gpu, ",.0f"), _number(option.tokens_per_s_per_user, ".1f"),
@@ -229,7 +251,7 @@ def _foot(plan: Plan) -> Iterator[str]:
     lines += plan.notes
     lines += [f"Price: {price}" for price in plan.prices.values()]
     labels = dict.fromkeys(
-        f"{option.gpu} TP{option.tensor_parallel}: {option.value('cost_model')}"
+        f"{option.gpu} TP{option.tensor_parallel}: {option.run.values['cost_model']}"
         for option in plan.options
         if option.run is not None
     )

@@ -116,7 +116,9 @@ class Run:
         """What breaks, in words; empty if it holds."""
         words = [str(one) for one in self.breaks]
         queue = str(self.values["stability"]).partition(", so ")[0]
-        return "; ".join(words + ([] if self.stable else [queue]))
+        if self.stable or words:
+            return "; ".join(words + ([] if self.stable else [queue]))
+        return f"{', '.join(map(str, self.measured))} kept, but the load is {queue}"
 
     def to_dict(self) -> dict[str, Any]:
         window = None if self.window is None else {"start_s": self.window.start_s, "requests": self.window.requests}
@@ -142,12 +144,14 @@ class Run:
 class Capacity:
     """The highest rate at which every SLO holds, between `rate` and `broken_rate`.
 
-    `rate` is None if nothing holds, however low; `broken_rate` None if everything does. `points`: every simulation.
+    `rate` is None if nothing holds, however low, or, with the reason in `untold`, if the trace cannot tell: nothing
+    breaks it, or only rates that the trace does not show (`llmsim.plan_reach`). `points`: every simulation.
     """
 
     rate: float | None
     broken_rate: float | None
     points: tuple[Run, ...]
+    untold: str = ""
 
     def at(self, rate: float | None) -> Run | None:
         """The simulation at that rate, the one of the whole trace if there are two."""

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from math import ceil, exp, floor, isfinite, log, log10, sqrt
+from math import ceil, exp, floor, inf, isfinite, log, log1p, log10, sqrt
 
 DIGITS = 4  # of a rate: enough to repeat it from a printed table
 SLOPE = 2.0  # of log latency over log rate, until two points have shown it
+LEAST_STEP = 0.01  # of the logarithm of a rate; doubled with every step outwards, so that few cross any range
+OUTWARD, INWARD = 400, 64  # steps at most: 64^340 is beyond any float, and 32 halvings of its logarithm leave 1e-7
 
 
 def rounded(rate: float) -> float:
@@ -26,6 +28,25 @@ class Point:
     excess: float  # log of (worst value / limit): at most 0 if it holds, inf if it cannot be said by how much not
 
 
+@dataclass
+class Bracket:
+    """The closest two points that were tried: one that holds, and one that does not at a higher rate."""
+
+    held: Point | None = None
+    broken: Point | None = None
+
+    def add(self, point: Point) -> None:
+        if point.excess <= 0.0:
+            self.held = point
+        else:
+            self.broken = point
+
+    @property
+    def rates(self) -> tuple[float | None, float | None]:
+        held, broken = (None if end is None else end.rate for end in (self.held, self.broken))
+        return held, broken
+
+
 def highest_rate(
     guess: float, *, tolerance: float, least: float, most: float
 ) -> Generator[float, float, tuple[float | None, float | None]]:
@@ -33,47 +54,59 @@ def highest_rate(
 
     Is sent the excess at each rate it yields. Looks around `guess`, as far as the excess suggests and further each
     time, then goes for the crossing of the line through the two ends (excess over log rate), and halves where that is
-    slow. (None, r): not even `least` holds. (r, None): even `most` does.
+    slow. (None, r): not even `least` holds. (r, None): even `most` does. Both ends are rounded like any rate.
+
+    It ends whatever it is sent, even nan: there are at most `OUTWARD` + `INWARD` simulations. Outwards the k-th step is
+    at least 1 % times 2^k, so `OUTWARD` of them cross any range of floats and the clamp to [least, most] ends the
+    search. Inwards each second step halves the bracket's logarithm, until it is as wide as the tolerance or no rate of
+    `DIGITS` digits lies within; the loops are counted all the same.
     """
-    held: Point | None = None
-    broken: Point | None = None
-    before: Point | None = None  # of the same side, for the slope
-    cap = 2.0
-    least, most = rounded(least), rounded(most)  # the ends themselves are among the rates that are tried
-    rate = rounded(min(max(guess, least), most))
-    while held is None or broken is None:
+    least, most = rounded(least), rounded(most)
+    bracket = Bracket()
+    rate = min(max(rounded(guess), least), most)
+    before: Point | None = None
+    for step in range(OUTWARD):
         here = Point(rate, (yield rate))
-        if here.excess <= 0.0:
-            if rate >= most:
-                return rate, None
-            before, held = held, here
-            rate = min(rate * _step(here, before, tolerance, cap), most)
-        else:
-            if rate <= least:
-                return None, rate
-            before, broken = broken, here
-            rate = max(rate / _step(here, before, tolerance, cap), least)
-        cap = min(cap * cap, 64.0)
-        rate = rounded(rate)
+        bracket.add(here)
+        upwards = here.excess <= 0.0
+        if (bracket.held and bracket.broken) or rate == (most if upwards else least):
+            break
+        factor = _step(here, before, tolerance, step)
+        before = here
+        rate = min(max(rounded(rate * factor if upwards else rate / factor), least), most)
+    if bracket.held is None or bracket.broken is None:
+        return bracket.rates
+    yield from _narrowed(bracket, tolerance)
+    return bracket.rates
+
+
+def _narrowed(bracket: Bracket, tolerance: float) -> Generator[float, float, None]:
     halve = False
-    while broken.rate > held.rate * (1.0 + tolerance):
-        width = log(broken.rate / held.rate)
+    for _ in range(INWARD):
+        held, broken = bracket.held, bracket.broken
+        assert held is not None and broken is not None
+        if broken.rate <= held.rate * (1.0 + tolerance):
+            return
         rate = rounded(_between(held, broken, tolerance, halve))
         if not held.rate < rate < broken.rate:
-            break
-        here = Point(rate, (yield rate))
-        held, broken = (here, broken) if here.excess <= 0.0 else (held, here)
-        halve = log(broken.rate / held.rate) > 0.5 * width
-    return held.rate, broken.rate
+            return
+        bracket.add(Point(rate, (yield rate)))
+        low, high = bracket.held or held, bracket.broken or broken
+        halve = log(high.rate / low.rate) > 0.5 * log(broken.rate / held.rate)
 
 
-def _step(here: Point, before: Point | None, tolerance: float, cap: float) -> float:
-    """By which factor to move on: to where the excess should vanish, a little beyond, at most `cap`."""
+def _step(here: Point, before: Point | None, tolerance: float, count: int) -> float:
+    """By which factor to move on: to where the excess should vanish, a little beyond; at least `LEAST_STEP`, doubled
+    (as a logarithm) each time, and at most 2, squared each time up to 64, unless the least is more than that."""
     slope = SLOPE
     if before is not None and isfinite(here.excess) and isfinite(before.excess):
         found = (here.excess - before.excess) / log(here.rate / before.rate)
         slope = found if found > 0.0 else SLOPE
-    return max(1.0 + tolerance, min(exp(min(abs(here.excess) / slope, 10.0)) * (1.0 + tolerance / 2.0), cap))
+    wanted = abs(here.excess) / slope if here.excess == here.excess else inf
+    factor = exp(min(wanted, 10.0)) * (1.0 + tolerance / 2.0)
+    least = exp(min(max(LEAST_STEP, log1p(tolerance)) * 2.0**count, log(64.0)))
+    most: float = 2.0 ** min(2**count, 6)
+    return max(least, min(factor, most))
 
 
 def _between(held: Point, broken: Point, tolerance: float, halve: bool) -> float:

@@ -32,7 +32,10 @@ class Option:
     run: Run | None
     broken: Run | None
     verified: bool
-    capacity_rate: float | None = None  # the highest rate this fleet holds, if that was looked for
+    capacity_run: Run | None = None  # at the highest rate this fleet holds, if that was looked for and can be told
+    capacity_broken: Run | None = None  # the simulation just above it, which does not hold
+    untold: str = ""  # why the trace does not tell the highest rate
+    open: bool = False  # that was the question, so that there is no rate to give numbers of
     probability: float | None = None  # that every SLO is met (llmsim.uncertainty), if it was asked for
     doubts: str = ""  # which smaller fleet, or higher rate, holds as calibrated and with too low a probability
 
@@ -70,7 +73,12 @@ class Option:
 
     @property
     def rate(self) -> float | None:
-        return None if self.run is None else self.run.rate
+        return None if self.run is None or self.open else self.run.rate
+
+    @property
+    def capacity_rate(self) -> float | None:
+        """The highest rate that this fleet holds; None: not looked for, or `untold`."""
+        return None if self.capacity_run is None else self.capacity_run.rate
 
     @property
     def margins(self) -> dict[str, float]:
@@ -84,7 +92,7 @@ class Option:
         return () if run is None else run.breaks
 
     def value(self, name: str) -> Any:
-        return None if self.run is None else self.run.values[name]
+        return None if self.run is None or self.open else self.run.values[name]
 
     def _number(self, name: str) -> float | None:
         found: float | None = self.value(name)
@@ -125,8 +133,12 @@ class Option:
             "gpu": self.gpu, "tensor_parallel": self.tensor_parallel, "engine": self.engine,
             "replicas": self.replicas, "gpus": self.gpus, "usd_per_h": self.usd_per_h, "rate": self.rate,
             "status": self.status, "holds": self.holds, "verified": self.verified, "reason": self.reason,
+            "offered_rate": self.value("request_rate"),
             "breaks_next": None if self.broken is None else self.broken.why_not,
-            "capacity_rate": self.capacity_rate, "probability": self.probability, "doubts": self.doubts,
+            "capacity_rate": self.capacity_rate, "capacity_untold": self.untold,
+            "capacity_breaks_at": None if self.capacity_broken is None else self.capacity_broken.rate,
+            "capacity_breaks": None if self.capacity_broken is None else self.capacity_broken.why_not,
+            "probability": self.probability, "doubts": self.doubts,
             "goodput": self.goodput,
             "goodput_per_gpu": self.goodput_per_gpu, "goodput_per_usd": self.goodput_per_usd,
             "usd_per_million_output_tokens": self.usd_per_million_output_tokens, **slos, **numbers,

@@ -16,6 +16,8 @@ DENSE_SECONDS = 10_000_000  # above 115 days only the seconds with tokens are he
 CHUNK = 1 << 20  # tokens' instants held at a time: 8 MB an array
 FEWEST_FOR_STABILITY = 100  # requests
 UNSERVED = 0.02  # part of the arrivals
+CAUGHT_UP = 0.02  # part of the starts in the second half
+TRICKLE = 0.15  # part of the arrivals by which they run ahead of an even pace
 
 
 def tokens_per_second(requests: Columns, iterations: Columns, gaps: Columns) -> Floats:
@@ -88,10 +90,17 @@ def peak_concurrency(requests: Columns) -> int:
 def stability(requests: Columns, concurrency: int | None) -> tuple[bool | None, str]:
     """Whether the load was more than the system can serve, and that in words. None: cannot be told.
 
+    Judged over the plateau of arrivals: of sessions the last turns trickle in, and a load that has ended says nothing.
+
     Unstable: the queue (sent, not yet scheduled) kept growing, or, with room in the batch, the requests under way did
-    (sent, not yet finished). The latter is judged only if early requests took less than an eighth of the arrivals'
-    span, for until the first ones finish their number grows under any load. Both are compared as they would be if
-    arrivals kept one pace: of a trace whose load rises, the batch rises with it, and nothing runs away.
+    (sent, not yet finished). The latter is judged only if early requests took less than an eighth of the plateau, for
+    until the first ones finish their number grows under any load. What counts as growing: `_growth`.
+
+    Not told: the queue did not grow by more than chance would have it, but the system hardly ever caught up in the
+    second half either: after fewer than `CAUGHT_UP` of its scheduled requests nobody was left waiting at that replica.
+    A load just above the capacity looks like that, and so does one just below in a short trace.
+
+    How often that errs, against queues whose utilisation is known: docs/metrics.md, and tests/test_stability.py.
 
     The highest stable rate is that of all completions: a system that falls behind works at its capacity until it has
     caught up, so only its filling and its last few answers are missing. Of chats on an H200 that hold up to 21.8
@@ -100,44 +109,84 @@ def stability(requests: Columns, concurrency: int | None) -> tuple[bool | None, 
     """
     if concurrency is not None:
         return None, f"closed loop of {concurrency}: the load follows the system, the queue cannot run away"
-    order = np.argsort(requests["arrival_s"], kind="stable")
+    taken = np.isfinite(requests["finish_s"])  # the others were rejected at once
+    order = np.flatnonzero(taken)[np.argsort(requests["arrival_s"][taken], kind="stable")]
     sent_s, scheduled_s, finish_s = (requests[name][order] for name in ("arrival_s", "scheduled_s", "finish_s"))
-    taken = np.isfinite(finish_s)  # the others were rejected at once
-    sent_s, scheduled_s, finish_s = sent_s[taken], scheduled_s[taken], finish_s[taken]
-    span_s = float(np.ptp(sent_s)) if sent_s.size else 0.0
-    if sent_s.size < FEWEST_FOR_STABILITY or span_s == 0.0:
-        return None, f"{sent_s.size} requests over {span_s:.3g} s are too few to tell whether the queue grows"
+    count = plateau(sent_s)
+    span_s = float(sent_s[count - 1] - sent_s[0]) if count else 0.0
+    if count < FEWEST_FOR_STABILITY or span_s == 0.0:
+        return None, f"{count} requests over {span_s:.3g} s are too few to tell whether the queue grows"
     measures = [("queue", scheduled_s, 1.0)]
-    early = sent_s.size // 4
-    if np.median((finish_s - sent_s)[:early]) < span_s / 8:
+    if np.median((finish_s - sent_s)[: count // 4]) < span_s / 8:
         measures.append(("number of requests under way", finish_s, 1.5))  # a batch strays for longer than a queue
-    rate = (sent_s.size - 1) / span_s
+    rate = (count - 1) / span_s
     for name, left_s, strays in measures:
-        growth, last = _growth(sent_s, left_s, strays)
+        growth, first, last = _growth(sent_s[:count], left_s, strays)
         if growth > 0.0:
-            served = sent_s.size / float(finish_s.max() - sent_s.min())
+            served = sent_s.size / float(finish_s.max() - sent_s[0])
             return False, (
-                f"unstable: the {name} grew all along, by {growth * rate:.2g} of {rate:.3g} requests/s, to {last} at "
-                f"the last arrival, so latencies depend on the trace's length; highest stable rate about {served:.3g} "
-                "requests/s, what was completed from the first send to the last answer (llmsim plan finds it)"
+                f"unstable: the {name} grew all along, by {growth * rate:.2g} of {rate:.3g} requests/s, from "
+                f"{first:.0f} in the second quarter of the arrivals to {last:.0f} in the last, so latencies depend on the trace's "
+                f"length; highest stable rate about {served:.3g} requests/s, what was completed from the first send to "
+                "the last answer (llmsim plan finds it)"
             )
-    waiting = _growth(sent_s, scheduled_s, 1.0)[1]
+    replica = requests["replica"][order] if "replica" in requests else np.zeros(order.size)
+    caught = _caught_up(sent_s, scheduled_s, replica)[count // 2 : count]
+    waiting = count - int((scheduled_s <= sent_s[count - 1]).sum())
+    if caught.mean() < CAUGHT_UP:
+        return None, (
+            f"saturated: in the second half of the arrivals {100 * (1.0 - caught.mean()):.3g} % of all starts left "
+            f"others waiting ({waiting} at the last arrival), so whether the queue goes on growing cannot be told; "
+            "give a longer trace"
+        )
     return True, f"stable: the queue did not keep growing ({waiting} waiting at the last arrival)"
 
 
-def _growth(sent_s: Floats, left_s: Floats, strays: float) -> tuple[float, int]:
-    """(part of the arrivals by which the number sent and not yet left kept growing, or 0; that number in the end).
+def plateau(sent_s: Floats) -> int:
+    """How many of these rising arrivals come before they trickle.
 
-    The number is averaged over each quarter of the arrivals, times how long that quarter took beside the mean one (by
-    Little's law: the number if all came at the mean pace). It kept growing if it rises from the second to the third to
-    the last quarter, by more than 2 % of what arrived between, and by more than `strays` times the square root of that,
-    which is how far Poisson arrivals stray on their own.
+    The count runs ahead of its straight line by most where a trickle begins. It is cut there if that lead is beyond
+    what chance does to even a bursty trace (`TRICKLE`, and four standard errors of Poisson arrivals): otherwise all.
+    """
+    count, span_s = sent_s.size, float(np.ptp(sent_s)) if sent_s.size else 0.0
+    if not span_s:
+        return count
+    lead = np.arange(1, count + 1) / count - (sent_s - sent_s[0]) / span_s
+    knee = int(lead.argmax())
+    return knee + 1 if lead[knee] > max(TRICKLE, 4.0 * count**-0.5) else count
+
+
+def _caught_up(sent_s: Floats, scheduled_s: Floats, replica: NDArray[Any]) -> NDArray[np.bool_]:
+    """Of each request: whether nobody was left waiting at its replica when it had been scheduled."""
+    caught = np.zeros(sent_s.size, dtype=bool)
+    for name in np.unique(replica):
+        own = np.flatnonzero(replica == name)
+        at_s = scheduled_s[own]
+        sent = np.searchsorted(sent_s[own], at_s, side="right")
+        caught[own] = sent <= np.searchsorted(np.sort(at_s), at_s, side="right")
+    return caught
+
+
+def _growth(sent_s: Floats, left_s: Floats, strays: float) -> tuple[float, float, float]:
+    """(part of the arrivals by which the number sent and not yet left kept growing, or 0; that number in the second and
+    in the last quarter).
+
+    The number is averaged over each quarter of the arrivals. It kept growing if it rises from the second to the third
+    to the last quarter, by more than 2 % of what arrived between, and by more than `strays` times how far the arrivals
+    between stray on their own: the square root of their number, times the variation of their gaps if that is more than
+    a Poisson process has. All of that must also be so of the number that there would be if arrivals kept one pace (by
+    Little's law: times how long the quarter took beside the mean one): of a trace whose load rises, the batch rises
+    with it, and nothing runs away.
     """
     inside = np.arange(1, sent_s.size + 1) - np.searchsorted(np.sort(left_s), sent_s, side="right")
     takes_s = np.diff(sent_s[np.linspace(0, sent_s.size - 1, 5).astype(np.int64)])
-    pace = takes_s / takes_s.mean()
-    quarters = [float(part.mean()) * own for part, own in zip(np.array_split(inside, 4), pace.tolist(), strict=True)]
+    raw = np.array([part.mean() for part in np.array_split(inside, 4)])
     between = sent_s.size / 2  # arrivals between the middles of the second and the last quarter
-    growth = (quarters[3] - quarters[1]) / between
-    kept_growing = quarters[1] < quarters[2] < quarters[3] and growth > max(UNSERVED, strays * between**-0.5)
-    return (growth if kept_growing else 0.0), int(inside[-1])
+    gaps_s = np.diff(sent_s)
+    variation = max(1.0, float(gaps_s.std() / gaps_s.mean()))
+    least = max(UNSERVED, strays * variation * between**-0.5)
+    growths = []
+    for number in (raw, raw * takes_s / takes_s.mean()):
+        growth = float(number[3] - number[1]) / between
+        growths.append(growth if number[1] < number[2] < number[3] and growth > least else 0.0)
+    return min(growths), float(raw[1]), float(raw[3])

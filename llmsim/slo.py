@@ -32,6 +32,7 @@ from llmsim.metrics import TARGETS, latencies_s
 
 if TYPE_CHECKING:
     from llmsim.metrics import Result
+    from llmsim.trace import Trace
 
 METRICS = ("ttft", "tpot", "itl", "e2el")
 GOODPUT = "goodput"
@@ -173,6 +174,20 @@ def parse_slos(slos: Iterable[Slo | str]) -> tuple[Slo, ...]:
     return tuple(found)
 
 
+def check_measurable(slos: Iterable[Slo], trace: Trace) -> None:
+    """Raises ValueError for a promise about the time between tokens if no request has a second one: whatever a fleet
+    did, it would count as kept."""
+    if (trace.output_tokens > 1).any():
+        return
+    for slo in slos:
+        about = {name for name, _ in slo.good_s} or {slo.metric}
+        if about <= {"tpot", "itl"}:
+            raise ValueError(
+                f"slo {slo}: no request of {trace.name} has a second token, so nothing could break this: leave it out, "
+                "or promise ttft or e2el"
+            )
+
+
 def goodput_targets_ms(slos: Sequence[Slo]) -> dict[str, float]:
     """Per-request targets for goodput: those of the promises about it; of others the limits, whatever the statistic.
     The tightest of each latency."""
@@ -198,10 +213,12 @@ def of_requests_s(requests: Any, slos: Sequence[Slo], *, gaps: Any = None) -> tu
         values = np.where(rejected, inf, latency_s[name])
         rising[name] = np.sort(values[~np.isnan(values)])
     runs = GapRuns.of(gaps) if gaps is not None else None
-    return tuple(
+    measured = [
         nth(np.sort(strain(latency_s, rejected, slo)), slo) if slo.good_s else _value_s(slo, rising, runs)
         for slo in slos
-    )
+    ]
+    nothing = inf if len(rejected) and rejected.all() else nan  # rejected requests have no gaps at all
+    return tuple(nothing if isnan(value) else value for value in measured)
 
 
 def strain(latency_s: dict[str, Floats], rejected: NDArray[np.bool_], slo: Slo) -> Floats:

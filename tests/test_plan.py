@@ -17,6 +17,8 @@ from needs import require
 from llmsim import cli
 from llmsim.plan import Slo, capacity, curve, curve_rows, plan
 from llmsim.plan_bench import busiest_window
+from llmsim.plan_reach import Reach
+from llmsim.plan_report import report
 from llmsim.plan_search import fewest, highest_rate, rounded
 from llmsim.plan_types import Plan
 from llmsim.scenario import Scenario
@@ -84,6 +86,18 @@ def test_a_rate_that_nothing_limits_and_one_that_nothing_holds() -> None:
     odd = {"tolerance": 0.01, "least": 0.123417, "most": 56.78912}  # neither end has four digits
     assert driven(highest_rate(1.0, **odd), lambda _: -1.0)[0] == (56.79, None)
     assert driven(highest_rate(1.0, **odd), lambda _: 0.5)[0] == (None, 0.1234)
+
+
+@pytest.mark.parametrize("guess", [1e-300, 3.21, 1e9])
+def test_a_search_ends_whatever_it_is_sent(guess: float) -> None:
+    """Held, broken, nan or noise: from any guess in a range of 40 decades, with a tolerance finer than the digits, a
+    bounded number of rates, no one twice while it looks around."""
+    rng = np.random.default_rng(7)
+    for answer in (lambda _: -1e-12, lambda _: 1e-12, lambda _: inf, lambda _: -inf, lambda _: float("nan"),
+                   lambda _: rng.choice([-inf, -1e-9, -2.0, 1e-9, 3.0, inf, float("nan")])):  # fmt: skip
+        for tolerance in (1e-9, 0.01, 0.5):
+            _, asked = driven(highest_rate(guess, tolerance=tolerance, least=1.23456e-20, most=9.87654e20), answer)
+            assert len(asked) <= 100
 
 
 @pytest.mark.parametrize("needed", [1, 2, 3, 7, 40, 100])
@@ -174,6 +188,40 @@ def test_a_promise_no_rate_keeps() -> None:
     found = capacity(poisson(100), ONE_AT_A_TIME, ["e2el_mean=39ms"])
     assert found.rate is None and found.broken is not None
     assert found.broken.breaks[0].value_s == pytest.approx(SERVICE_S, rel=0.02)
+
+
+def test_what_nothing_breaks_has_no_capacity() -> None:
+    """50 requests, one at a time: even all at once the last waits for 2 s. Below that limit there is a rate."""
+    trace = evenly(50, TOKENS)
+    found = capacity(trace, ONE_AT_A_TIME, ["e2el_p99=3s"])
+    assert found.rate is None and found.broken_rate is None and found.held is None
+    assert "not even all 50 requests within 1 ms" in found.untold
+    told = capacity(trace, ONE_AT_A_TIME, ["e2el_p99=1s"])
+    assert told.rate is not None and told.untold == ""
+    for wanted in ({"replicas": 1}, {"rate": 5.0}):
+        open_ended = plan(trace, ONE_AT_A_TIME, ["e2el_p99=3s"], **wanted)  # type: ignore[arg-type]
+        option = open_ended.cheapest
+        assert option is not None and option.capacity_rate is None and option.row()["capacity_rate"] is None
+        assert "too short to tell" in option.row()["capacity_untold"]
+        assert (option.rate, option.goodput is None) == ((None, True) if open_ended.fleet else (5.0, False))
+        assert "untold" in "\n".join(report(open_ended)) and "e+" not in "\n".join(report(open_ended))
+
+
+def test_what_refuses_every_request_holds_nothing(tmp_path: Path) -> None:
+    """At any rate, also under a promise about gaps, of which there are none."""
+    denies = tmp_path / "deny.py"
+    denies.write_text("class Deny:\n    def admit(self, request, replica, now_s):\n        return False\n")
+    none = replace(ONE_AT_A_TIME, admission=f"{denies}:Deny")
+    for slo in ("ttft_p99=1s", "itl_p99=1s"):
+        found = capacity(poisson(200), none, [slo])
+        assert found.rate is None and found.untold == "" and len(found.points) < 20
+        assert found.broken is not None and "never (rejected requests)" in found.broken.why_not
+
+
+@pytest.mark.parametrize("slo", ["tpot_p99=50ms", "itl_mean=1s", "goodput_p99=tpot:50ms"])
+def test_a_promise_about_tokens_that_nobody_gets(slo: str) -> None:
+    with pytest.raises(ValueError, match="no request of poisson has a second token, so nothing could break this"):
+        capacity(poisson(200, tokens=1), ONE_AT_A_TIME, ["ttft_p99=1s", slo])
 
 
 def test_the_knee_rises_and_says_where_it_breaks() -> None:
@@ -491,6 +539,47 @@ def test_waiting_turns_keep_their_waits_at_any_rate() -> None:
     assert points[1].values["duration"] == pytest.approx(points[0].values["duration"] / 10, rel=0.05)
     found = plan(trace, ONE_AT_A_TIME, ["ttft_p99=1s"], rate=1.0)
     assert found.trace["unit"] == "sessions/s" and found.holds
+
+
+def sessions(count: int, delay_s: float) -> Trace:
+    """Of two turns each, the second `delay_s` after the first one's answer; a session a second."""
+    at = np.arange(2 * count)
+    first = at % 2 == 0
+    return Trace(
+        "pairs", np.where(first, at / 2.0, np.nan), np.full(at.size, 50), np.full(at.size, TOKENS),
+        parent=np.where(first, -1, at - 1), delay_s=np.where(first, 0.0, delay_s),
+    )  # fmt: skip
+
+
+def test_a_trace_tells_no_rate_that_its_sessions_do_not_reach() -> None:
+    """Sessions of 20 s that start over 49 s: at k times the pace within 49 / k s, of which 18 s would be enough to see
+    nine tenths of the sessions that are meant to be under way: 49 / 18 = 2.7 times, less for the answers' 0.08 s."""
+    trace = sessions(50, 20.0)
+    reach = Reach.of(trace)
+    assert reach.rate() == pytest.approx(49.0 / 18.0, rel=1e-6)
+    assert reach.rate(0.04) == pytest.approx(49.0 / (0.9 * 20.08), rel=1e-6)
+    assert reach.part(10.0) == pytest.approx(4.9 / 20.0) and reach.part(1.0) == 1.0
+    found = capacity(trace, ONE_AT_A_TIME, ["e2el_p99=1s"])
+    assert found.rate is None and "nothing breaks it up to 2.71/s, and pairs tells no more" in found.untold
+    assert sorted(run.rate for run in found.points)[-2] <= 2.73, "beside the flood"
+    option = plan(trace, ONE_AT_A_TIME, ["e2el_p99=1s"], rate=2.0).cheapest
+    assert option is not None and option.capacity_rate is None and "give more sessions" in option.untold
+    beyond = plan(trace, ONE_AT_A_TIME, ["e2el_p99=1s"], rate=10.0)
+    assert beyond.cheapest is not None and beyond.cheapest.capacity_rate is None
+    assert any("24 % of those that the rate means" in note and "not steady" in note for note in beyond.notes)
+    assert beyond.cheapest.row()["offered_rate"] == pytest.approx(99 / (49 / 10 + 20), rel=0.05)
+    assert plan(sessions(400, 2.0), ONE_AT_A_TIME, ["e2el_p99=250ms"], replicas=1).cheapest.capacity_rate > 8.0  # type: ignore[union-attr, operator]
+
+
+def test_stamped_sessions_are_no_rate_of_requests() -> None:
+    waits = sessions(50, 20.0)
+    stamped = replace(waits, arrival_s=np.sort(np.where(np.isnan(waits.arrival_s), 0.0, waits.arrival_s)))
+    named = replace(
+        stamped, arrival_s=np.arange(100.0), parent=None, delay_s=None, session=[str(i % 50) for i in range(100)]
+    )
+    assert Reach.of(named).durations_s.tolist() == [50.0] * 50
+    found = plan(named, ONE_AT_A_TIME, ["e2el_p99=1s"], rate=2.0)
+    assert found.trace["unit"] == "nominal requests/s" and "sent req/s" in "\n".join(report(found))
 
 
 def test_a_trace_too_short_for_its_rate_is_said() -> None:
