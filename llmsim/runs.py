@@ -34,6 +34,7 @@ import numpy as np
 
 import llmsim
 from llmsim.metrics import WALL_KEYS, Columns, Result, breakdown_s, goodput_of, json_safe, latencies_s
+from llmsim.runs_check import read_checked, read_manifest
 from llmsim.timeline import write_timeline
 
 TABLES = ("requests", "iterations")
@@ -94,17 +95,12 @@ def complete_folder(folder: Path) -> Iterator[Path]:
 
 
 def read_run(folder: Path) -> Run:
+    """Raises FileNotFoundError for what is no run folder, ValueError for a file that is not what its run wrote."""
     folder = Path(folder)
-    if not (folder / "manifest.json").is_file():
-        raise FileNotFoundError(f"{folder}: not a run folder (no manifest.json); give the folder that --out wrote")
-    documents = {}
-    for name in ("summary", "manifest"):
-        try:
-            documents[name] = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{folder / name}.json: cannot be read ({error}); repeat the run") from None
-    tables = {name: _read_parquet(folder / f"{name}.parquet") for name in TABLES}
-    return Run(folder, documents["summary"], documents["manifest"], tables["requests"], tables["iterations"])
+    manifest = read_manifest(folder)
+    summary = json.loads(read_checked(folder, "summary.json", manifest))
+    tables = {name: _read_parquet(read_checked(folder, f"{name}.parquet", manifest)) for name in TABLES}
+    return Run(folder, summary, manifest, tables["requests"], tables["iterations"])
 
 
 def with_goodput(run: Run, targets: dict[str, float]) -> Run:
@@ -183,10 +179,7 @@ def _pyarrow() -> tuple[Any, Any]:
     return import_module("pyarrow"), import_module("pyarrow.parquet")
 
 
-def _read_parquet(path: Path) -> Columns:
+def _read_parquet(content: bytes) -> Columns:
     pa, pq = _pyarrow()
-    try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise ValueError(f"{path}: cannot be read ({str(error).splitlines()[0]}); repeat the run") from None
+    table = pq.read_table(pa.BufferReader(content))
     return {name: table.column(name).to_numpy() for name in table.column_names}
