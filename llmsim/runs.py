@@ -34,7 +34,7 @@ import numpy as np
 
 import llmsim
 from llmsim.metrics import WALL_KEYS, Columns, Result, breakdown_s, goodput_of, json_safe, latencies_s
-from llmsim.runs_check import read_checked, read_manifest
+from llmsim.runs_check import checked, read_manifest
 from llmsim.timeline import write_timeline
 
 TABLES = ("requests", "iterations")
@@ -98,8 +98,8 @@ def read_run(folder: Path) -> Run:
     """Raises FileNotFoundError for what is no run folder, ValueError for a file that is not what its run wrote."""
     folder = Path(folder)
     manifest = read_manifest(folder)
-    summary = json.loads(read_checked(folder, "summary.json", manifest))
-    tables = {name: _read_parquet(read_checked(folder, f"{name}.parquet", manifest)) for name in TABLES}
+    summary = json.loads(checked(folder, "summary.json", manifest).read_text(encoding="utf-8"))
+    tables = {name: _read_parquet(checked(folder, f"{name}.parquet", manifest)) for name in TABLES}
     return Run(folder, summary, manifest, tables["requests"], tables["iterations"])
 
 
@@ -179,7 +179,7 @@ def _pyarrow() -> tuple[Any, Any]:
     return import_module("pyarrow"), import_module("pyarrow.parquet")
 
 
-def _read_parquet(content: bytes) -> Columns:
-    pa, pq = _pyarrow()
-    table = pq.read_table(pa.BufferReader(content))
+def _read_parquet(path: Path) -> Columns:
+    _, pq = _pyarrow()
+    table = pq.read_table(path)
     return {name: table.column(name).to_numpy() for name in table.column_names}

@@ -61,17 +61,18 @@ def _check_kinds(path: Path, found: dict[str, Any], kinds: dict[str, tuple[type,
             raise ValueError(f"{path}: {where}{name} is {found[name]!r}, which no run writes: {INSTEAD}")
 
 
-def read_checked(folder: Path, name: str, manifest: dict[str, Any]) -> bytes:
-    """The bytes of one of FILES. ValueError if it cannot be read, or is not what the manifest says the run wrote."""
+def checked(folder: Path, name: str, manifest: dict[str, Any]) -> Path:
+    """Where one of FILES is. ValueError if it cannot be read, or is not what the manifest says the run wrote."""
     path = Path(folder) / name
     try:
-        content = path.read_bytes()
+        with open(path, "rb") as file:
+            now = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}): {INSTEAD}") from None
-    now, then = hashlib.sha256(content).hexdigest(), manifest["files"][name]["sha256"]
+    then = manifest["files"][name]["sha256"]
     if now != then:
         raise ValueError(
             f"{path}: not the file that this run wrote (SHA-256 {now[:12]}…, in manifest.json {then[:12]}…), so damaged"
             f" or of another run: {INSTEAD}"
         )
-    return content
+    return path

@@ -396,7 +396,7 @@ def test_rows_and_runs(trace: str, capsys: pytest.CaptureFixture[str]) -> None:
     for one, other in zip(by_runs["sides"], by_trace["sides"], strict=True):
         assert one["numbers"] == pytest.approx(other["numbers"])
         assert one["differences"] == other["differences"]
-    rows = _read_parquet(Path("both/requests.parquet").read_bytes())
+    rows = _read_parquet(Path("both/requests.parquet"))
     assert len(rows["id"]) == 40
     assert rows["ttft_s[vllm]"] == pytest.approx(np.full(40, 0.01))
     assert rows["ttft_s[max_num_batched_tokens=32,max_num_seqs=16]"] == pytest.approx(np.full(40, 0.02))
