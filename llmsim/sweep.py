@@ -192,6 +192,8 @@ def shard_of(shard: tuple[int, int] | str | None) -> tuple[int, int] | None:
     if shard is None:
         return None
     at, count = shard if not isinstance(shard, str) else _numbers(shard)
+    if count < 1:
+        raise ValueError(f"shard {at}/{count}: there are no {count} shards: write i/n, the first of four is 1/4")
     if not 1 <= at <= count:
         raise ValueError(f"shard {at}/{count}: give 1/{max(count, 1)} to {max(count, 1)}/{max(count, 1)}")
     return at, count
