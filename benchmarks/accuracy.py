@@ -97,7 +97,8 @@ def table(loads: Sequence[Load]) -> str:
 def cells(load: Load, metric: str) -> str:
     statistics = load.errors[metric]
     sign = "" if load.name.startswith("decode_grid") else "+"
-    return " / ".join(f"{100 * statistics[name]:{sign}z.1f}" for name in STATISTICS if name in statistics)
+    errors = [100 * statistics[name] for name in STATISTICS if name in statistics]
+    return " / ".join("-" if error != error else f"{error:{sign}z.1f}" for error in errors)
 
 
 def update(file: Path, text: str, markers: tuple[str, str] = (START, END)) -> None:

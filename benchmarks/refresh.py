@@ -17,7 +17,7 @@ import tempfile
 
 import click
 
-from benchmarks import coverage, evidence, pages, touch_up
+from benchmarks import capacity, coverage, evidence, pages, touch_up
 from benchmarks.accuracy import FOLDERS, METRICS, ROOT, Load, cells, judged, recordings, table, update
 
 WHOLE_LINES = 5  # of output; fewer are an excerpt
@@ -109,6 +109,7 @@ def main() -> None:
     update(ACCURACY, touch_up.table(touch_up.judge_all()), (touch_up.START, touch_up.END))
     update(ACCURACY, coverage.table(coverage.judge_all()), (coverage.START, coverage.END))
     update(ACCURACY, coverage.spread_table(), coverage.SPREAD)
+    update(ACCURACY, capacity.report(recordings()), capacity.MARKS)
     UNCERTAINTY.write_text(intervals_block(UNCERTAINTY.read_text(encoding="utf-8")), encoding="utf-8")
     update(README, table([load for load in loads if (FOLDERS[0] / load.folder).is_dir()]))
     README.write_text(phases_block(replay_block(README.read_text(encoding="utf-8"))), encoding="utf-8")

@@ -1,20 +1,25 @@
 """What `llmsim sweep` costs beside its runs: how throughput grows with processes, what Ray adds, memory over many runs.
 
-    python -m benchmarks.sweep [--rounds 3] [--runs 12] [--many 10000] [--update]
+    python -m benchmarks.sweep [--rounds 3] [--runs 14] [--many 10000] [--update]
 
 Runs of about a second: a synthetic trace of so many requests that one takes that long. One process, as many as there
 are cores, and as many under Ray take turns, `--rounds` times, so that what else the machine does falls on all of them.
 
-    runs/s    runs / wall seconds, between two moments at which all workers are at work; the best round
+    runs/s    runs / wall seconds, between two moments at which all workers are at work; the median of the rounds in
+              which the machine was quiet, and of all of them if it never was
+    by the clock    runs/s over the workers times runs/s of one process. Only where every way had a quiet round: other
+              programs take from many processes more than from one
+    others    what other programs took of the cores meanwhile (busy time of the cores in /proc/stat, less that of the
+              sweep's processes); the lowest of the rounds. A round is quiet if that was at most 3 %
     at work   share of the workers' time in which they computed, or could have and waited for a core: the rest they were
               kept waiting by the sweep (from the kernel's account of each worker, /proc/PID/schedstat); median of the
               rounds
     CPU s     of a run, in the process that does it: the same work takes longer beside another one, which shares caches
               and memory with it; and of everything else that belongs to the sweep (its own process, Ray's daemons), for
               each run. Medians of the rounds
-    scaling   at work x CPU s of one process alone / (CPU s of a run + CPU s of the rest): runs/s of n processes over n
-              times those of one, on n cores that are shared with nobody. The quotient of the measured runs/s says the
-              same where that is so.
+    by CPU seconds    at work x CPU s of one process alone / (CPU s of a run + CPU s of the rest): runs/s of n processes
+              over n times those of one, on n cores that are shared with nobody. It needs no quiet machine, and where
+              there is one `by the clock` has to say the same.
 
 `--update` writes the tables into docs/sweep.md.
 """
@@ -48,6 +53,7 @@ from llmsim.trace import Trace
 
 PAGE, MARKS = ROOT / "docs" / "sweep.md", ("<!-- sweep -->", "<!-- /sweep -->")
 MACHINE = {"model": "llama-3.1-8b", "gpu": "h100-sxm"}
+QUIET = 0.03  # of the cores' time
 WARM = 2  # runs of each worker that are not counted: it reads the profile, the trace, its modules
 Executor = Callable[[Iterator[Any]], Iterator[Done]]
 Way = tuple[Executor, int, Callable[[], list[int]]]
@@ -55,12 +61,18 @@ Way = tuple[Executor, int, Callable[[], list[int]]]
 
 @dataclass(frozen=True)
 class Taken:
-    """Of one way: runs a second, share of the workers' time at work, CPU seconds of a run, and of the rest for each."""
+    """Of one way: runs a second, share of the workers' time at work, CPU seconds of a run, and of the rest for each,
+    and what others took of the cores' time."""
 
     runs_per_s: float
     at_work: float
     cpu_s: float
     rest_cpu_s: float
+    others: float
+
+    @property
+    def quiet(self) -> bool:
+        return self.others <= QUIET
 
     @property
     def per_core(self) -> float:
@@ -84,7 +96,7 @@ def timed(executor: Executor, spec: Spec, workers: int, pids: Callable[[], list[
     files = digests(spec)
     first, last = WARM * workers, spec.runs - workers
     took_s: list[float] = []
-    began = ended = (0.0, 0.0, 0.0)
+    began = ended = (0.0, 0.0, 0.0, 0.0)
     works = (work_of(spec, run, files) for run in range(spec.runs))
     for done, (_, row, took) in enumerate(executor(works), 1):
         assert row.error is None, row.error
@@ -94,16 +106,29 @@ def timed(executor: Executor, spec: Spec, workers: int, pids: Callable[[], list[
             took_s.append(took.cpu_s)
         if done == last:
             ended = time.monotonic(), *spent_s(pids())
-    span_s, work_s, rest_s = (end - begin for begin, end in zip(began, ended, strict=True))
+    span_s, work_s, rest_s, others_s = (end - begin for begin, end in zip(began, ended, strict=True))
     share = min(1.0, work_s / (span_s * workers))
-    return Taken(len(took_s) / span_s, share, median(took_s), rest_s / len(took_s))
+    others = max(0.0, others_s / (span_s * len(os.sched_getaffinity(0))))
+    return Taken(len(took_s) / span_s, share, median(took_s), rest_s / len(took_s), others)
 
 
-def spent_s(workers: list[int]) -> tuple[float, float]:
-    """Seconds that workers were on a core or waited for one; CPU seconds of the other processes of the sweep."""
-    at_work_ns = (sum(map(int, Path(f"/proc/{pid}/schedstat").read_text().split()[:2])) for pid in workers)
-    others = {os.getpid(), *below(os.getpid())} - set(workers)
-    return sum(at_work_ns) / 1e9, sum(map(cpu_s, others))
+def spent_s(workers: list[int]) -> tuple[float, float, float]:
+    """Seconds that workers were on a core or waited for one; CPU seconds of the other processes of the sweep, and of
+    everything else on its cores."""
+    on_core_ns, waited_ns = 0, 0
+    for pid in workers:
+        fields = Path(f"/proc/{pid}/schedstat").read_text().split()
+        on_core_ns, waited_ns = on_core_ns + int(fields[0]), waited_ns + int(fields[1])
+    rest_s = sum(map(cpu_s, {os.getpid(), *below(os.getpid())} - set(workers)))
+    return (on_core_ns + waited_ns) / 1e9, rest_s, busy_s() - on_core_ns / 1e9 - rest_s
+
+
+def busy_s() -> float:
+    """Seconds that the cores we may use have worked for anybody: user, nice, system, irq, softirq, stolen."""
+    own = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+    rows = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
+    ticks = (int(row[at]) for row in rows if row[0] in own for at in (1, 2, 3, 6, 7, 8))
+    return sum(ticks) / os.sysconf("SC_CLK_TCK")
 
 
 def cpu_s(pid: int) -> float:
@@ -115,7 +140,8 @@ def cpu_s(pid: int) -> float:
 
 
 def in_turns(ways: dict[str, Way], spec: Spec, rounds: int) -> dict[str, Taken]:
-    """The best round's runs/s of each, and medians of the rest."""
+    """What the rounds of each come to: medians, of runs/s those of quiet rounds if there are any; the least disturbed
+    round's share of others."""
     found: dict[str, list[Taken]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, (executor, workers, pids) in ways.items():
@@ -123,10 +149,11 @@ def in_turns(ways: dict[str, Way], spec: Spec, rounds: int) -> dict[str, Taken]:
             click.echo(f"{name}: {found[name][-1]}, load {os.getloadavg()[0]:.1f}", err=True)
     return {
         name: Taken(
-            max(one.runs_per_s for one in taken),
+            median([one.runs_per_s for one in taken if one.quiet] or [one.runs_per_s for one in taken]),
             median(one.at_work for one in taken),
             median(one.cpu_s for one in taken),
             median(one.rest_cpu_s for one in taken),
+            min(one.others for one in taken),
         )
         for name, taken in found.items()
     }
@@ -145,18 +172,32 @@ def scaling(rounds: int, runs: int, seconds: float) -> list[str]:
         write_trace(trace, path)
         spec = read_spec({"trace": str(path), "scenario": MACHINE, "seeds": runs})
         found = in_turns(ways, spec, rounds)
+    return table(found, {name: workers for name, (_, workers, _) in ways.items()}, len(trace), rounds)
+
+
+def table(found: dict[str, Taken], workers: dict[str, int], requests: int, rounds: int) -> list[str]:
+    """The table and what it means. Scaling by the clock only where every way had the machine to itself for a round."""
     alone, local, ray = found.values()
-    lines = ["| | runs/s | at work | CPU s of a run | of the rest | scaling |", "|---|---|---|---|---|---|"]
+    quiet = all(one.quiet for one in found.values())
+    heads = ("runs/s", "others", "by the clock", "at work", "CPU s of a run", "of the rest", "by CPU seconds")
+    lines = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for name, one in found.items():
-        cells = f"{one.runs_per_s:.2f} | {one.at_work:.1%} | {one.cpu_s:.3f} | {one.rest_cpu_s:.3f}"
-        lines.append(f"| {name} | {cells} | {one.per_core / alone.per_core:.0%} |")
+        clock = f"{one.runs_per_s / workers[name] / alone.runs_per_s:.0%}" if quiet else "-"
+        cells = f"{one.runs_per_s:.2f} | {one.others:.1%} | {clock} | {one.at_work:.1%} | {one.cpu_s:.3f}"
+        lines.append(f"| {name} | {cells} | {one.rest_cpu_s:.3f} | {one.per_core / alone.per_core:.0%} |")
+    cores = max(workers.values())
+    state = "quiet" if quiet else (
+        "not quiet: runs/s say what was left of it, and how they scale by the clock is left out; try again when nothing"
+        " else runs"
+    )  # fmt: skip
     return [
         *lines, "",
-        f"Runs of {len(trace):,} requests, {rounds} rounds in turns, {cores} cores shared with other programs (load"
-        f" {os.getloadavg()[0]:.1f} at the end, so runs/s say little), Python {platform.python_version()}. *At work*:"
-        " share of the workers' time in which the sweep did not keep them waiting. *The rest*: the sweep's other"
-        " processes, for each run. *Scaling*: at work, times CPU seconds alone over those beside each other and of the"
-        f" rest. A run takes {local.per_core / ray.per_core - 1:+.1%} more under Ray than in plain processes.",
+        f"Runs of {requests:,} requests, {rounds} rounds in turns, {cores} cores, Python {platform.python_version()}."
+        f" *Others*: the share of the cores that other programs took in the quietest round; the machine was {state}."
+        " *At work*: share of the workers' time in which the sweep did not keep them waiting. *The rest*: the sweep's"
+        " other processes, for each run. *By CPU seconds*: at work, times CPU seconds alone over those beside each"
+        f" other and of the rest. A run takes {local.per_core / ray.per_core - 1:+.1%} more under Ray than in plain"
+        " processes.",
     ]  # fmt: skip
 
 

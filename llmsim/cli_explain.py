@@ -114,9 +114,26 @@ def _read(folder: Path, trace_file: str | None, flags: dict[str, Any]) -> tuple[
 def _replayed(path: str, trace_file: str | None, flags: dict[str, Any]) -> tuple[Trace, Scenario]:
     if trace_file is not None:
         raise ValueError(f"--trace {trace_file}: says where the trace of a RUN is, and {path} is no run folder")
+    _check_no_run(Path(path), flags["model"] is not None or flags["scenario_file"] is not None)
     _check_closed_loop(flags)
     scenario = scenario_from(flags)
     return _load(path, scenario.resolved(), flags), scenario
+
+
+RUN_FILES = ("summary.json", "requests.parquet", "iterations.parquet")
+
+
+def _check_no_run(path: Path, has_model: bool) -> None:
+    """What was meant as a run and is none is not taken for a trace without a model. A folder of trace files is one."""
+    instead = "give a RUN folder that 'llmsim replay' wrote, or a TRACE with --model and --gpu"
+    left = [name for name in RUN_FILES if path.is_dir() and (path / name).is_file()]
+    if left:
+        has = " and ".join([", ".join(left[:-1]), left[-1]] if len(left) > 1 else left)
+        raise FileNotFoundError(f"{path}: has {has} and no manifest.json, so what it ran is not known: {instead}")
+    if path.is_dir() and not has_model:
+        raise FileNotFoundError(f"{path}: not a run folder (no manifest.json): {instead}")
+    if str(path) != "-" and not path.exists() and not has_model:
+        raise FileNotFoundError(f"{path}: no such file or folder: {instead}")
 
 
 def _which(

@@ -13,6 +13,7 @@ import click
 from llmsim.cli_options import DRAWS, HumanInt, apply
 
 if TYPE_CHECKING:
+    from llmsim.prices import Price
     from llmsim.scenario import Scenario
     from llmsim.trace import Trace
 
@@ -74,7 +75,11 @@ def cores() -> int:
 
 
 def summary_part(
-    trace: Trace, scenario: Scenario, goodput: dict[str, float] | None, own: dict[str, Any]
+    trace: Trace,
+    scenario: Scenario,
+    goodput: dict[str, float] | None,
+    own: dict[str, Any],
+    price: Price | None = None,
 ) -> dict[str, Any]:
     """{"intervals": …} for the summary, as `Prediction.to_dict` gives it; nothing if it was not asked for."""
     if "draws" not in own:
@@ -92,6 +97,7 @@ def summary_part(
             level=own["level"],
             jobs=own["jobs"],
             progress=told,
+            price=price,
             sources=SEED_ALONE if own["seeds"] is not None else None,
         )
     finally:

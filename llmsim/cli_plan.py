@@ -75,7 +75,8 @@ def _sizes(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -
 @click.command(cls=SectionedCommand, context_settings=CONTEXT, epilog="Exit status 3: nothing meets the SLOs.")
 @click.argument("trace_path", metavar="TRACE")
 @click.option("--slo", "slos", multiple=True, required=True, metavar="METRIC_STATISTIC=LIMIT",
-              help="ttft_p99=500ms; ttft, tpot, itl, e2el; mean, median, p1 to p99.99. Repeatable.")  # fmt: skip
+              help="ttft_p99=500ms; ttft, tpot, itl, e2el; mean, median, p1 to p99.99. Of whole requests: "
+              "goodput_p99=ttft:500ms,tpot:50ms. Repeatable.")  # fmt: skip
 @click.option("--rate", type=float, help="Requests/s to be held. [the trace's own, or the highest with --replicas]")
 @click.option("--gpu", "gpus", multiple=True, callback=_several, metavar="NAME,…", help="One or several.")
 @click.option("--tensor-parallel-size", "--tensor-parallel", "--tp", "-tp", "tensor_parallels", multiple=True,

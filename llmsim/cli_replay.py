@@ -49,6 +49,7 @@ PROGRESS_AFTER_S = 2.0
 @click.option(
     "--goodput", multiple=True, metavar="METRIC:MS…", help="For ttft, tpot, e2el, e.g. --goodput ttft:500 tpot:50."
 )
+@click.option("--prices", type=click.Path(path_type=Path), metavar="FILE", help="Dollars per GPU and hour. [llmsim's]")
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Run folder. [runs/TIME_HASH]")
 @click.option("--no-out", is_flag=True, help="Write no run folder.")
 @json_option
@@ -62,6 +63,7 @@ def replay(
     /,
     trace_path: str,
     goodput: tuple[str, ...],
+    prices: Path | None,
     out: Path | None,
     no_out: bool,
     as_json: bool,
@@ -76,27 +78,29 @@ def replay(
     llmsim replay chat.csv --model llama-3.1-8b --gpu h100-sxm --goodput ttft:500 tpot:50
     """
     from llmsim.metrics import parse_goodput
+    from llmsim.prices import find_price
 
     _check_outputs(out, no_out, timeline=timeline, save_detailed=save_detailed)
     _check_closed_loop(flags)
     asked = cli_intervals.taken(flags)
     targets = parse_goodput(goodput) or None
     scenario = scenario_from(flags).resolved()
+    price = None if prices is None else find_price(scenario.gpu, prices)
     trace = _load(trace_path, scenario, flags)
     result = _simulate(trace, scenario)
     _check_ends(result)
     _check_rejected(result)
-    summary = result.summary(targets)
+    summary = result.summary(targets, price)
     if strict:
         _check_extrapolation(summary)
-    summary |= cli_intervals.summary_part(trace, scenario, targets, asked)
+    summary |= cli_intervals.summary_part(trace, scenario, targets, asked, price)
     folder = None
     if not no_out:
         from llmsim.runs import write_run
         from llmsim.runs_origin import origin
 
         wrote: dict[str, Any] = {"timeline": timeline, "detailed": save_detailed}
-        source = origin(trace, trace_path, trace_arguments(flags), scenario, goodput=targets, **wrote)
+        source = origin(trace, trace_path, trace_arguments(flags), scenario, goodput=targets, price=price, **wrote)
         extra = {"command": ["llmsim", *arguments], **source, "notes": list(trace.notes)}
         with _run_folder(out, scenario, trace) as folder:
             notes = write_run(

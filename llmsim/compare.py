@@ -269,7 +269,8 @@ class _Drawn:
         for place, slo in enumerate(self.fleets[at][0].slos):
             values = np.array(self.whole[at][f"#{place}"])
             value_s, share = float(values.mean()), None
-            if slo.metric in LATENCIES and not np.isnan(values).any() and self.answered(at) >= FEWEST:
+            judged = (slo.metric in LATENCIES or slo.good_s) and self.answered(at) >= FEWEST
+            if judged and not np.isnan(values).any():
                 drawn = self.drawn[at][f"#{place}"].mean(axis=1)
                 spread = float(values.std(ddof=1)) / len(values) ** 0.5 if len(values) > 1 else 0.0
                 if np.isfinite(spread) and spread:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from llmsim.compare_bootstrap import Counts, Floats, percentile
 from llmsim.metrics import TARGETS, Columns, latencies_s
-from llmsim.slo import Slo
+from llmsim.slo import Slo, enough, strain
 
 LATENCIES = TARGETS  # ttft, tpot, e2el
 PERCENTS = (50, 90, 99)
@@ -40,7 +40,14 @@ class Prepared:
         self.side, self.slos = side, slos
         requests = {name: column[order] for name, column in side.requests.items()}
         self.done = np.isfinite(requests["finish_s"])
-        self.latency_ms = {name: 1e3 * values for name, values in latencies_s(requests).items()}
+        latency_s = latencies_s(requests)
+        self.latency_ms = {name: 1e3 * values for name, values in latency_s.items()}
+        self.strains: dict[Slo, tuple[NDArray[np.intp], Floats]] = {}
+        for slo in slos:
+            if slo.good_s:
+                worst = strain(latency_s, ~self.done, slo)
+                rising = np.argsort(worst, kind="stable")
+                self.strains[slo] = rising, worst[rising]
         self.sorted: dict[str, tuple[NDArray[np.intp], Floats]] = {}
         for name, values in self.latency_ms.items():
             rising = np.argsort(values, kind="stable")[: int(np.isfinite(values).sum())]  # nan comes last
@@ -78,6 +85,11 @@ class Prepared:
         return [self._promised_s(slo, weights) for slo in self.slos]
 
     def _promised_s(self, slo: Slo, weights: Counts) -> float:
+        if slo in self.strains:
+            rising, values = self.strains[slo]
+            upto = np.cumsum(weights[rising])
+            total = int(upto[-1]) if len(upto) else 0
+            return float(values[np.searchsorted(upto, enough(total, slo))]) if total else nan
         if slo.metric not in self.sorted:
             return itl_s(slo, self.side)
         rising, values = self.sorted[slo.metric]

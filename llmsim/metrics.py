@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from llmsim.cost import CostModel
+    from llmsim.prices import Price
     from llmsim.scenario import Scenario
 
 PERCENTS = (50, 90, 95, 99)
@@ -112,8 +113,9 @@ class Result:
             return 0.0
         return float(np.nanmax(self.requests["finish_s"]) - self.requests["arrival_s"].min())
 
-    def summary(self, goodput: dict[str, float] | None = None) -> dict[str, Any]:
-        """vLLM's keys, then llmsim's own. `goodput`: targets in milliseconds, e.g. {"ttft": 500, "tpot": 50}."""
+    def summary(self, goodput: dict[str, float] | None = None, price: Price | None = None) -> dict[str, Any]:
+        """vLLM's keys, then llmsim's own. `goodput`: targets in milliseconds, e.g. {"ttft": 500, "tpot": 50}; `price`:
+        of a GPU and hour, by default the one that llmsim knows."""
         finished = self.finished
         done = self.requests  # a copy of a million rows only where some have to leave
         if not finished.all():
@@ -136,7 +138,7 @@ class Result:
         summary["tokens_per_s_per_user"] = 1000.0 / median_tpot_ms if median_tpot_ms else None
         summary |= utilisation(
             self.iterations, self.scenario, self.cost, self.kv_blocks, duration_s,
-            output_tokens=summary["total_output_tokens"], input_tokens=summary["total_input_tokens"],
+            output_tokens=summary["total_output_tokens"], input_tokens=summary["total_input_tokens"], price=price,
         )  # fmt: skip
         summary["kv_tiers"] = [self._tier(row) for row in self.stats.get("kv_tiers", ())]
         summary["caveats"] = [line for line in [risk(self.scenario.kv_compression)] if line is not None]

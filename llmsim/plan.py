@@ -118,7 +118,7 @@ def plan(
         rate=demand,
         fleet=fleet,
         trace=_facts(trace),
-        options=tuple(sorted(options.values(), key=_order)),
+        options=tuple(sorted(options.values(), key=lambda option: _order(option, fleet))),
         fewest=fewest,
         cheapest=cheapest,
         fastest=fastest,
@@ -276,8 +276,8 @@ def _dropped_words(one: Candidate, run: Run, contest: Contest) -> str:
     return f"cannot win: needs about {run.scenario.replicas}, as {window} show"
 
 
-def _order(option: Option) -> tuple[int, float, float]:
-    """What holds before what does not; the cheapest, per hour or per request, first."""
+def _order(option: Option, fleet: bool) -> tuple[int, float, float]:
+    """What holds before what does not; the cheapest first: per hour, of given fleets for the rate they hold."""
     place = ("holds", "dropped", "breaks", "over budget", "cannot start").index(option.status)
-    per = option.usd_per_h / option.capacity_rate if option.capacity_rate and option.run else option.usd_per_h
+    per = option.usd_per_h / option.rate if fleet and option.rate else option.usd_per_h
     return place, per, option.value("mean_e2el_ms") or 0.0

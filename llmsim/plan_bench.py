@@ -26,7 +26,7 @@ from llmsim.cost import CostModel
 from llmsim.plan_runs import KEPT, Measured, Run, Window
 from llmsim.scenario import Scenario
 from llmsim.simulate import cost_of, simulate
-from llmsim.slo import Slo, goodput_targets_ms, values_s
+from llmsim.slo import Slo, good_share, goodput_targets_ms, values_s
 from llmsim.trace import Trace, at_rate, limited, mean_rate_per_s, time_scaled, window
 from llmsim.uncertainty_draws import Draw
 
@@ -82,7 +82,7 @@ class Simulator:
             ask.window,
             len(trace),
             {name: summary[name] for name in KEPT},
-            tuple(Measured(slo, value) for slo, value in found),
+            tuple(Measured(slo, value, good_share(result.requests, slo)) for slo, value in found),
             None if ask.draw is None else ask.draw.number,
             None if ask.draw is None else ask.draw.of,
         )

@@ -6,15 +6,19 @@ no fleet of this kind can exceed; `whole_*` then starts from there and asks the 
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
 from math import ceil
+from typing import TypeVar
 
 from llmsim.plan_bench import Ask
 from llmsim.plan_runs import Run, Window
 from llmsim.plan_search import fewest, highest_rate, rounded
 from llmsim.scenario import Scenario
 
+W = TypeVar("W")  # what a search wants to try
+A = TypeVar("A")  # what it is told of that
+F = TypeVar("F")  # what it finds
 OVERLOAD = 1000.0  # times the trace's own rate: as good as all at once
 SPAN = 4096.0  # how far from the guess a rate is looked for
 WINDOW_TOLERANCE, WINDOW_GUESS = 0.08, 0.6  # of the throughput under overload, an SLO leaves about so much
@@ -26,6 +30,17 @@ class Found:
 
     held: Run | None
     broken: Run | None
+
+
+def answered(search: Generator[W, A, F], answer: Callable[[W], Generator[Ask, Run, A]]) -> Generator[Ask, Run, F]:
+    """What a search finds, each thing it wants to try answered by simulations."""
+    try:
+        wanted = next(search)
+        while True:
+            wanted = search.send((yield from answer(wanted)))
+    except StopIteration as end:
+        found: F = end.value
+        return found
 
 
 @dataclass
@@ -65,14 +80,10 @@ class Trial:
     def _fewest(
         self, guess: int, rate: float, window: Window | None, most: int, broken: int
     ) -> Generator[Ask, Run, Found]:
-        search = fewest(guess, most=most, broken=broken)
-        try:
-            count = next(search)
-            while True:
-                run = yield from self.ask(count, rate, window)
-                count = search.send(run.holds)
-        except StopIteration as end:
-            held, broken = end.value
+        def holds(count: int) -> Generator[Ask, Run, bool]:
+            return (yield from self.ask(count, rate, window)).holds
+
+        held, broken = yield from answered(fewest(guess, most=most, broken=broken), holds)
         return Found(self.runs.get((held or 0, rate, window)), self.runs.get((broken, rate, window)))
 
     # ---- which rate --------------------------------------------------------------------------------------------------
@@ -96,12 +107,10 @@ class Trial:
 
     def _highest(self, guess: float, window: Window | None, tolerance: float) -> Generator[Ask, Run, Found]:
         replicas = self.scenario.replicas
+
+        def excess(rate: float) -> Generator[Ask, Run, float]:
+            return (yield from self.ask(replicas, rate, window)).excess
+
         search = highest_rate(guess, tolerance=tolerance, least=guess / SPAN, most=guess * SPAN)
-        try:
-            rate = next(search)
-            while True:
-                run = yield from self.ask(replicas, rate, window)
-                rate = search.send(run.excess)
-        except StopIteration as end:
-            held, broken = end.value
+        held, broken = yield from answered(search, excess)
         return Found(self.runs.get((replicas, held or 0.0, window)), self.runs.get((replicas, broken or 0.0, window)))

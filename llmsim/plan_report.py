@@ -150,7 +150,7 @@ def _next_break(plan: Plan, option: Option) -> str:
 def _with_margin(one: Measured) -> str:
     if one.value_s != one.value_s:
         return "-"
-    return f"{1e3 * one.value_s:,.4g} ms ({100 * one.margin:+.0f} %)"
+    return f"{one.figure} ({100 * one.margin:+.0f} %)"
 
 
 def _mark(one: Measured, run: Run) -> str:

@@ -36,6 +36,7 @@ class Measured:
 
     slo: Slo
     value_s: float  # inf: too many requests were rejected; nan: no request has this latency
+    share: float | None = None  # of the requests that are good, where the promise is about that
 
     @property
     def met(self) -> bool:
@@ -46,7 +47,16 @@ class Measured:
         """The part of the limit that is left; negative: the part by which it is exceeded."""
         return self.slo.margin(self.value_s)
 
+    @property
+    def figure(self) -> str:
+        """The value alone: of goodput the share of requests, for that is what was promised."""
+        if self.share is not None:
+            return f"{100 * self.share:.4g} %"
+        return f"{1e3 * self.value_s:,.4g} ms"
+
     def __str__(self) -> str:
+        if self.share is not None:
+            return f"{self.figure} of requests good" + (f", {self.slo.percent:g} % promised" if not self.met else "")
         if isinf(self.value_s):
             return f"{self.slo.metric.upper()} {self.slo.statistic} never (rejected requests)"
         value = f"{1e3 * self.value_s:,.4g} ms" if self.value_s < 10.0 else f"{self.value_s:,.3g} s"
@@ -54,7 +64,9 @@ class Measured:
         return f"{self.slo.metric.upper()} {self.slo.statistic} {value}{over}"
 
     def to_dict(self) -> dict[str, Any]:
-        return {"slo": str(self.slo), "value_s": self.value_s, "margin": self.margin, "met": self.met}
+        return {"slo": str(self.slo), "value_s": self.value_s, "margin": self.margin, "met": self.met} | (
+            {} if self.share is None else {"share": self.share}
+        )
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ def highest_rate(
     broken: Point | None = None
     before: Point | None = None  # of the same side, for the slope
     cap = 2.0
+    least, most = rounded(least), rounded(most)  # the ends themselves are among the rates that are tried
     rate = rounded(min(max(guess, least), most))
     while held is None or broken is None:
         here = Point(rate, (yield rate))

@@ -122,8 +122,7 @@ def _system(summary: dict[str, Any]) -> Iterator[str]:
     yield _line("Replicas / GPUs / GPU hours:", fleet)
     yield _held(summary, "Output tok/s/GPU:", "tokens_per_s_per_gpu")
     yield _held(summary, "Output tok/s/user (median):", "tokens_per_s_per_user", 1)
-    price = f"@ ${summary['price_per_gpu_hour']:.2f}/GPU hour"
-    yield _held(summary, f"$/1M output tokens ({price}):", "cost_per_1m_output_tokens")
+    yield _held(summary, "$/1M output tokens:", "cost_per_1m_output_tokens")
 
 
 def _how_sure(found: dict[str, Any]) -> Iterator[str]:
@@ -146,6 +145,8 @@ def _chance(share: float, draws: int) -> str:
 
 def trust(summary: dict[str, Any]) -> Iterator[str]:
     """What the numbers rest on, and how far they can be trusted."""
+    if "price" in summary:  # runs of llmsim before it was kept have none
+        yield from wrap(f"Price: {summary['price']}", 2 * WIDTH)
     yield f"Cost model: {summary['calibration']['label']}"
     share = summary["extrapolated"]
     if share is not None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from llmsim.prices import Price
 from llmsim.runs import facts_of_files, versions, write_run
 from llmsim.runs_check import read_manifest
 from llmsim.runs_origin import digest, options_from, origin
@@ -138,8 +139,10 @@ def _repeat(
     else:
         loaded = load_trace(path, **options, context_tokens=scenario.max_model_len, seed=scenario.seed)
     result = simulate(loaded, scenario, progress)
-    summary = result.summary(goodput)
-    extra = origin(loaded, path, options, scenario, goodput=goodput, synthesis=made, **written)
+    paid = manifest.get("price")
+    price = None if paid is None else Price(**paid)
+    summary = result.summary(goodput, price)
+    extra = origin(loaded, path, options, scenario, goodput=goodput, price=price, synthesis=made, **written)
     write_run(result, again, summary=summary, manifest_extra=extra, **written)
     calibration: dict[str, Any] = summary["calibration"]
     return calibration

@@ -2,6 +2,7 @@
 
 trace     name, sha256, requests; path as given (null: standard input), folder it was given in, options of load_trace
 goodput   the targets (ms) that the summary has
+price     of a GPU and hour, if it was not llmsim's own: the fields of `llmsim.prices.Price`
 written   what was asked for beside the usual files: timeline, detailed
 inputs    SHA-256 of every other file that the scenario names: policies, a model's config.json, a profile
 """
@@ -11,12 +12,14 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmsim.scenario import Scenario
 
 if TYPE_CHECKING:
+    from llmsim.prices import Price
     from llmsim.trace import Trace
 
 PLUGINS = tuple(name.removesuffix("_args") for name in Scenario.__dataclass_fields__ if name.endswith("_args"))
@@ -29,6 +32,7 @@ def origin(
     scenario: Scenario,
     *,
     goodput: Mapping[str, float] | None = None,
+    price: Price | None = None,
     timeline: bool = False,
     detailed: bool = False,
     synthesis: Mapping[str, Any] | None = None,
@@ -49,6 +53,7 @@ def origin(
     return {
         "trace": facts if synthesis is None else facts | {"synthesis": dict(synthesis)},
         "goodput": None if goodput is None else dict(goodput),
+        "price": None if price is None else asdict(price),
         "written": {"timeline": timeline, "detailed": detailed},
         "inputs": {file: digest(file) for file in scenario_files(scenario.to_dict())},
     }

@@ -42,7 +42,8 @@ METRICS: dict[str, str] = {
     "tokens_per_s_per_user": "float64", "kv_cache_usage_mean": "float64", "kv_cache_usage_max": "float64",
     "kv_token_share": "float64", "batch_size_mean": "float64", "iterations": "int64", "gpu_busy_frac": "float64",
     "mfu": "float64", "mbu": "float64", "bottleneck": "string", "tokens_per_s_per_gpu": "float64",
-    "price_per_gpu_hour": "float64", "cost_per_1m_output_tokens": "float64", "cost_per_1m_total_tokens": "float64",
+    "price_per_gpu_hour": "float64", "price": "string", "cost_per_1m_output_tokens": "float64",
+    "cost_per_1m_total_tokens": "float64",
     "replicas": "int64", "gpus": "int64", "gpu_hours": "float64", "extrapolated": "float64", "calibration_id": "string",
 }  # fmt: skip
 CONSTANT = ("backend", "endpoint_type", "tokenizer_id", "burstiness")  # vLLM's keys that say nothing here

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from llmsim.cost import CostModel
+    from llmsim.prices import Price
     from llmsim.trace import Trace
 
 __all__ = [
@@ -173,12 +174,14 @@ def predict(
     progress: Callable[[int, int], None] | None = None,
     sources: Sources | None = None,
     cost: CostModel | None = None,
+    price: Price | None = None,
 ) -> Prediction:
     """Replay the trace `draws` times on machines that the scenario's may turn out to be.
 
     `goodput`: targets in milliseconds, as for `Result.summary`. `jobs`: processes. `progress(done, draws)` after each
     draw. `sources` replaces what the recordings say; `SEED_ALONE` varies nothing but the seed. `cost` replaces
-    scenario.cost. Draws and results are the same for the same scenario.seed, whatever `jobs`.
+    scenario.cost, `price` what llmsim knows a GPU to cost. Draws and results are the same for the same scenario.seed,
+    whatever `jobs`.
     """
     check_level(level, draws)
     if jobs < 1:
@@ -187,7 +190,7 @@ def predict(
     inner = cost or cost_of(scenario)
     spread = sources_of(scenario, inner) if sources is None else sources
     drawn = draws_of(scenario, spread, draws)
-    task = Task(trace, scenario, inner, goodput or None, tuple(slos))
+    task = Task(trace, scenario, inner, goodput or None, tuple(slos), price)
     rows: list[Row] = []
     for row in task.all(drawn) if jobs == 1 else in_processes(task, drawn, min(jobs, draws)):
         rows.append(row)

@@ -12,6 +12,7 @@ from llmsim.slo import Slo, values_s
 
 if TYPE_CHECKING:
     from llmsim.cost import CostModel
+    from llmsim.prices import Price
     from llmsim.scenario import Scenario
     from llmsim.trace import Trace
     from llmsim.uncertainty_draws import Draw
@@ -44,13 +45,14 @@ class Task:
     cost: CostModel
     goodput: dict[str, float] | None
     slos: tuple[Slo, ...]
+    price: Price | None = None
 
     def all(self, drawn: Sequence[Draw]) -> Iterator[Row]:
         return map(self.one, drawn)
 
     def one(self, draw: Draw) -> Row:
         result = simulate(self.trace, replace(self.scenario, seed=draw.seed), cost=draw.of(self.cost))
-        summary = result.summary(self.goodput)
+        summary = result.summary(self.goodput, self.price)
         values = {key: summary[key] for key in HEADLINE}
         late = zip(self.slos, values_s(result, self.slos), strict=True)
         return Row(values, summary["samples"], {slo.name: value_s for slo, value_s in late})

@@ -15,7 +15,8 @@
                         memory bandwidth (bytes / peak)
     extrapolated        share of busy time in iterations outside the range the cost model was measured on; None for a
                         cost model that was not measured
-    cost_per_1m_*       US dollars at the GPU's price per hour in `llmsim/prices.toml`
+    price               of a GPU and hour, with its source: the one given, else that of `llmsim/prices.toml`
+    cost_per_1m_*       US dollars at that price
 
 FLOPs and bytes are those of `llmsim.cost.roofline`: the work the model asks for, not what kernels add to it.
 """
@@ -30,6 +31,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from llmsim.cost import CostModel
     from llmsim.hardware import Gpu
+    from llmsim.prices import Price
     from llmsim.scenario import Scenario
 
 ROWS_AT_ONCE = 1 << 18
@@ -46,15 +48,16 @@ def utilisation(
     *,
     output_tokens: int,
     input_tokens: int,
+    price: Price | None = None,
 ) -> dict[str, Any]:
     from llmsim.hardware import find_gpu
     from llmsim.prices import find_price
 
-    gpu, usd_per_gpu_hour = find_gpu(scenario.gpu), find_price(scenario.gpu).usd_per_gpu_hour
+    gpu, price = find_gpu(scenario.gpu), price or find_price(scenario.gpu)
     busy_s, active_s = busy_seconds(iterations), active_seconds(iterations)
     gpus = scenario.replicas * scenario.tensor_parallel
     gpu_hours = gpus * duration_s / 3600.0
-    dollars = gpu_hours * usd_per_gpu_hour
+    dollars = gpu_hours * price.usd_per_gpu_hour
     replica_s = scenario.replicas * duration_s
     return {
         "kv_cache_usage_perc": _kv_usage(iterations, active_s, kv_blocks, replica_s),
@@ -64,7 +67,8 @@ def utilisation(
         "gpu_busy_frac": _ratio(busy_s.sum(), scenario.replicas * duration_s),
         **_work(iterations, scenario, gpu, busy_s, active_s),
         "tokens_per_s_per_gpu": _ratio(output_tokens, gpus * duration_s),
-        "price_per_gpu_hour": usd_per_gpu_hour,
+        "price_per_gpu_hour": price.usd_per_gpu_hour,
+        "price": str(price),
         "cost_per_1m_output_tokens": _ratio(1e6 * dollars, output_tokens),
         "cost_per_1m_total_tokens": _ratio(1e6 * dollars, output_tokens + input_tokens),
         "replicas": scenario.replicas,

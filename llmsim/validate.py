@@ -1,7 +1,8 @@
 """Predicted against measured: replay what a real engine was sent and compare what its client saw.
 
 Open loops are sent when the recording sent them; closed loops keep the recorded order and concurrency. The engine's
-settings, its number of KV blocks included, are those of the recording. Then, for requests that finished:
+settings, its number of KV blocks included, are those of the recording. Then, for requests that finished (itl: only if
+all did, for simulated gaps between tokens are pooled over all requests):
 
     ttft_ms, tpot_ms, itl_ms, e2el_ms     mean, p50, p90, p99, defined as in `llmsim.metrics`
     output_throughput                     output tokens / (last completion - first send), tokens/s
@@ -117,8 +118,9 @@ def _predicted_metrics(result: Result, recorded: RecordedScenario) -> dict[str, 
         )
     kept = {name: column[recorded.finished] for name, column in result.requests.items()}
     latency_s, gaps = latencies_s(kept), GapRuns.of(result.gaps)
+    comparable = recorded.finished.all() and gaps.total  # simulated gaps do not say whose they are
     statistics = {f"{name}_ms": _statistics(values_s[np.isfinite(values_s)]) for name, values_s in latency_s.items()}
-    itl_s = [gaps.mean_s(), *gaps.percentiles_s(PERCENTS)] if gaps.total else [float("nan")] * (1 + len(PERCENTS))
+    itl_s = [gaps.mean_s(), *gaps.percentiles_s(PERCENTS)] if comparable else [float("nan")] * (1 + len(PERCENTS))
     statistics["itl_ms"] = _named([1e3 * value_s for value_s in itl_s])
     duration_s = float(kept["finish_s"].max() - result.requests["arrival_s"].min())
     return statistics | {"output_throughput": {"mean": float(kept["output_tokens"].sum()) / duration_s}}

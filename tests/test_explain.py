@@ -114,6 +114,23 @@ def test_a_path_is_whole_and_looking_changes_nothing(policy: dict[str, Any]) -> 
         check_whole(result, lives)
 
 
+SPECULATIONS = [
+    {"method": "eagle", "num_speculative_tokens": 3, "acceptance": 0.7},
+    {"method": "ngram", "num_speculative_tokens": 4, "acceptance": 0.4},
+    {"method": "draft_model", "model": "llama-3.2-1b", "num_speculative_tokens": 2, "acceptance": 0.9},
+]
+
+
+@pytest.mark.parametrize("config", SPECULATIONS, ids=lambda config: config["method"])
+def test_a_path_of_an_engine_that_speculates_is_whole_too(config: dict[str, Any]) -> None:
+    """Several tokens an iteration, drafts that cost time of their own: it adds up, and looking changes nothing."""
+    for seed in range(4):
+        trace, scenario, _ = drawn(Random(f"{config} {seed}"), {"speculative_config": config})
+        result, lives = explained(trace, scenario)
+        check_same(simulate(trace, scenario), result)
+        check_whole(result, lives)
+
+
 # ---- causes that were planted ---------------------------------------------------------------------------------------
 
 
@@ -334,6 +351,37 @@ def test_what_cannot_be_explained_is_one_line(
     assert cli.main(["explain", str(csv), *FLAGS, "--no-knobs", *words]) == cli.WRONG_INPUT
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and says in error
+
+
+def test_a_run_that_speculates_is_explained(csv: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    words = ["--speculative-config", '{"method": "eagle", "num_speculative_tokens": 3, "acceptance": 0.7}']
+    assert cli.main(["replay", str(csv), *FLAGS[:4], "--max-num-seqs", "1", *words, "--out", str(run)]) == cli.OK
+    capsys.readouterr()
+    assert cli.main(["explain", str(run), "--request", "29", "--json"]) == cli.OK
+    document = json.loads(capsys.readouterr().out)
+    (one,) = document["requests"]
+    assert one["spans"][-1]["end_s"] == one["finish_s"] and document["knobs"]
+
+
+def test_a_folder_that_is_no_run_is_not_taken_for_a_trace(
+    csv: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(path: Path, *words: str) -> str:
+        assert cli.main(["explain", str(path), *words]) == cli.WRONG_INPUT
+        error = capsys.readouterr().err.strip()
+        assert "\n" not in error and "give a RUN folder that 'llmsim replay' wrote, or a TRACE" in error
+        return error
+
+    assert refused(tmp_path).startswith(f"error: {tmp_path}: not a run folder (no manifest.json)")
+    assert refused(tmp_path / "gone").startswith(f"error: {tmp_path / 'gone'}: no such file or folder")
+    run = tmp_path / "run"
+    assert cli.main(["replay", str(csv), *FLAGS, "--out", str(run)]) == cli.OK
+    (run / "manifest.json").unlink()
+    capsys.readouterr()
+    for words in ([], FLAGS):  # also with a model: a run's own tables are no trace
+        said = refused(run, *words)
+        assert "has summary.json, requests.parquet and iterations.parquet and no manifest.json" in said
 
 
 def test_a_run_whose_trace_or_numbers_changed_is_refused(

@@ -80,6 +80,9 @@ def test_the_highest_rate_is_bracketed(turn: float, slope: float, wall: float) -
 def test_a_rate_that_nothing_limits_and_one_that_nothing_holds() -> None:
     assert driven(highest_rate(1.0, tolerance=0.01, least=0.1, most=50.0), lambda _: -1.0)[0] == (50.0, None)
     assert driven(highest_rate(1.0, tolerance=0.01, least=0.1, most=50.0), lambda _: inf)[0] == (None, 0.1)
+    odd = {"tolerance": 0.01, "least": 0.123417, "most": 56.78912}  # neither end has four digits
+    assert driven(highest_rate(1.0, **odd), lambda _: -1.0)[0] == (56.79, None)
+    assert driven(highest_rate(1.0, **odd), lambda _: 0.5)[0] == (None, 0.1234)
 
 
 @pytest.mark.parametrize("needed", [1, 2, 3, 7, 40, 100])
@@ -127,6 +130,24 @@ def test_capacity_equals_lindleys(slo: str, replicas: int) -> None:
     grid = found.rate * 1.002 ** np.arange(-15, 16)
     assert [kept(rate) for rate in grid] == sorted((kept(rate) for rate in grid), reverse=True), "one crossing"
     assert max(rate for rate in grid if kept(rate)) <= found.rate * 1.011
+
+
+def test_capacity_under_a_share_of_good_requests_is_lindleys() -> None:
+    """19 of 20 requests have their first token within 90 ms and their answer within 110 ms: by the plain queue the
+    former is the harder, and the rate found is the last at which so many do."""
+    trace, promise = poisson(1500), "goodput_p95=ttft:90ms,e2el:110ms"
+    found = capacity(trace, ONE_AT_A_TIME, [promise])
+    assert found.rate is not None and found.broken_rate is not None and found.held is not None
+
+    def good(rate: float) -> float:
+        e2el_s = sojourns_s(trace, rate)
+        return float(np.mean((e2el_s - (SERVICE_S - STEP_S) <= 0.09) & (e2el_s <= 0.11)))
+
+    assert good(found.broken_rate) < 0.95 <= good(found.rate)
+    (measured,) = found.held.measured
+    assert measured.share == pytest.approx(good(found.rate)) == found.held.values["slo_attainment"]
+    assert str(measured) == f"{100 * good(found.rate):.4g} % of requests good"
+    assert found.broken is not None and found.broken.why_not.endswith("% of requests good, 95 % promised")
 
 
 def test_capacity_of_m_d_1() -> None:
@@ -235,6 +256,20 @@ def test_a_budget_excludes_and_says_so() -> None:
     none = planned(poisson(1500), rate=60.0, budget_usd_per_h=1.0)
     assert none.options[0].status == "over budget" and "the budget is $1.00" in none.options[0].reason
     assert not none.runs
+
+
+def test_options_are_listed_by_price_whatever_they_win() -> None:
+    """Winners stand among the others; of given fleets the order is that of dollars for the rate held."""
+    machine = Scenario(model="llama-3.1-8b", gpu="h100-sxm", cost="roofline")
+    kinds = {"gpus": ["h200-sxm", "h100-sxm"], "tensor_parallels": [4, 1], "windows": False}
+    trace = poisson(100, tokens=20)
+    found = plan(trace, machine, ["e2el_p99=2s"], rate=4.0, **kinds)  # type: ignore[arg-type]
+    prices = [option.usd_per_h for option in found.options]
+    assert all(option.holds for option in found.options) and prices == sorted(prices) and len(set(prices)) == 4
+    assert found.cheapest is found.options[0] and found.fastest is found.options[2], "as dear ones hold it too"
+    found = plan(trace, machine, ["e2el_p99=2s"], replicas=1, **kinds)  # type: ignore[arg-type]
+    each = [option.usd_per_h / option.rate for option in found.options if option.rate]
+    assert each == sorted(each) and len(each) == 4 and found.cheapest is found.options[0]
 
 
 def test_a_given_fleet_and_a_rate_is_one_question() -> None:

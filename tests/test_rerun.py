@@ -28,6 +28,7 @@ MACHINE = ["--model", "llama-3.1-8b", "--gpu", "h100-sxm"]
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copy(ROOT / "traces" / "chat.csv", tmp_path / "chat.csv")
     shutil.copy(ROOT / "examples" / "short_prompts_first.py", tmp_path / "mine.py")
+    (tmp_path / "mine.toml").write_text("[h100]\nusd_per_gpu_hour = 2.5\nsource = 'my contract'\ndate = 2026-02-01\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -51,7 +52,7 @@ def told(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
         ["--rate", "9.5", "--start", "3", "--seed", "4", "--goodput", "ttft:61.5", "--save-detailed", "--timeline"],
         ["--scheduler", "mine.py:ShortPromptsFirst", "--scheduler-arg", "prefill_tokens=300", "--closed-loop"],
         ["--columns", "arrival=arrival_time_s", "--assign-classes", "a:0.5:ttft=1s;b:0.5", "--predict", "sigma=0.4"],
-        ["--rate", "inf", "--host-scale", "1.5"],
+        ["--rate", "inf", "--host-scale", "1.5", "--prices", "mine.toml"],
         ["--max-model-len", "900", "--over-context", "truncate", "--concurrency", "3"],
         [
             "--spread",
@@ -76,6 +77,32 @@ def test_a_run_repeats_to_the_byte(words: list[str], capsys: pytest.CaptureFixtu
     assert status == 0
     assert ("trace.json.gz" in line) == ("--timeline" in words)
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+def test_a_price_of_ones_own_is_paid_and_named_also_after_its_file_has_gone(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Twice the price, twice the cost, in the intervals too; the words are those of `llmsim plan`."""
+    words = ["--limit", "40", "--no-out", "--json", "--seeds", "19", "--jobs", "1"]
+    cheap, dear = (folder / "mine.toml", folder / "twice.toml")
+    dear.write_text(cheap.read_text().replace("2.5", "5.0"))
+    found = []
+    for prices in (cheap, dear):
+        capsys.readouterr()
+        assert cli.main(["replay", "chat.csv", *MACHINE, *words, "--prices", str(prices)]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    for key in ("cost_per_1m_output_tokens", "cost_per_1m_total_tokens"):
+        assert found[1][key] == pytest.approx(2 * found[0][key])
+        ends = [one["intervals"]["intervals"][key] for one in found]
+        assert ends[1] == pytest.approx([2 * end for end in ends[0]])
+    assert found[0]["price"] == "$2.50 per h100-sxm and hour (my contract, 2026-02-01)"
+    capsys.readouterr()
+    replayed("--prices", "mine.toml")
+    assert "Price: $2.50 per h100-sxm and hour (my contract, 2026-02-01)" in capsys.readouterr().out
+    cheap.unlink()
+    assert told(capsys, "run")[0] == 0
+    assert cli.main(["replay", "chat.csv", *MACHINE, "--prices", "gone.toml"]) == 2
+    assert "--prices gone.toml: no such file" in capsys.readouterr().err
 
 
 def test_from_another_folder_its_own_files_are_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

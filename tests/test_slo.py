@@ -10,7 +10,7 @@ import pytest
 
 from llmsim.scenario import Scenario
 from llmsim.simulate import simulate
-from llmsim.slo import Slo, goodput_targets_ms, of_requests_s, percentile, values_s
+from llmsim.slo import Slo, good_share, goodput_targets_ms, of_requests_s, percentile, values_s
 from llmsim.trace import Trace
 
 
@@ -90,3 +90,75 @@ def test_requests_of_one_token_have_no_tpot() -> None:
 def test_goodput_takes_the_tightest_limit_of_each_latency() -> None:
     slos = [Slo("ttft", "p99", 0.5), Slo("ttft", "p50", 0.1), Slo("tpot", "mean", 0.05), Slo("itl", "p99", 0.2)]
     assert goodput_targets_ms(slos) == {"ttft": 100.0, "tpot": 50.0}
+
+
+# ---- shares of good requests ----------------------------------------------------------------------------------------
+
+GOOD = "goodput_p99=ttft:500ms,tpot:50ms"
+
+
+@pytest.mark.parametrize("text", [GOOD, "goodput_p99=ttft:500,tpot:50", "Goodput_p99 = ttft:0.5s tpot:50000us"])
+def test_goodput_in_the_words_of_goodput(text: str) -> None:
+    slo = Slo.parse(text)
+    assert str(slo) == GOOD and Slo.parse(str(slo)) == slo
+    assert slo.words == "99 % of requests with TTFT <= 500 ms and TPOT <= 50 ms"
+    assert goodput_targets_ms([Slo("ttft", "p50", 0.1), slo]) == {"ttft": 500.0, "tpot": 50.0}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("goodput_p99=", "'' is no limit"),
+        ("goodput_p99=ttft", "'ttft' is no limit"),
+        ("goodput_p99=ttft:5min", "'ttft:5min' is no limit"),
+        ("goodput_p99=itl:5", "'itl' is not one of ttft, tpot, e2el"),
+        ("goodput_p99=ttft:5,ttft:6", "'ttft' is not one of"),
+        ("goodput_p99=ttft:0", "give more than 0"),
+        ("goodput_mean=ttft:5", "say of how many requests"),
+        ("goodput=0.99", "is no limit: write goodput_pN="),
+    ],
+)
+def test_what_is_wrong_with_goodput_is_said(text: str, said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        Slo.parse(text)
+
+
+def of_ten() -> dict[str, np.ndarray]:
+    """Ten requests: the first token of request i comes after i + 1 s, the second 1 s later; the last was rejected."""
+    arrival_s = np.arange(10.0)
+    finish_s = arrival_s + np.arange(10.0) + 2.0
+    finish_s[9] = nan
+    first_token_s = np.where(np.isnan(finish_s), nan, finish_s - 1.0)
+    return {
+        "arrival_s": arrival_s, "first_token_s": first_token_s, "finish_s": finish_s,
+        "output_tokens": np.full(10, 2),
+    }  # fmt: skip
+
+
+def test_a_promise_about_goodput_is_kept_just_where_the_share_is() -> None:
+    """TTFT within 6 s: six of ten are good, whatever the TPOT of 1 s allows; the tenth never is."""
+    slos = [Slo.parse(f"goodput_p{percent}=ttft:6s,tpot:1s") for percent in (50, 60, 61, 70, 90, 91)]
+    values = of_requests_s(of_ten(), slos)
+    assert values == pytest.approx([1.0, 1.0, 7 / 6, 7 / 6, 9 / 6, inf])
+    assert [slo.met(value) for slo, value in zip(slos, values, strict=True)] == [True, True, False, False, False, False]
+    assert good_share(of_ten(), slos[0]) == pytest.approx(0.6)
+    assert good_share(of_ten(), Slo.parse("goodput_p50=tpot:900ms")) == 0.0
+    assert good_share(of_ten(), Slo("ttft", "p50", 6.0)) is None
+
+
+def test_a_request_of_one_token_meets_any_tpot() -> None:
+    requests = of_ten() | {"output_tokens": np.ones(10)}
+    assert good_share(requests, Slo.parse("goodput_p50=tpot:1us")) == pytest.approx(0.9)
+
+
+def test_goodput_is_the_summarys_attainment() -> None:
+    rng = np.random.default_rng(2)
+    arrival_s = np.cumsum(rng.exponential(0.05, 400))
+    trace = Trace("made", arrival_s - arrival_s[0], rng.integers(1, 900, 400), rng.integers(1, 60, 400))
+    result = simulate(trace, Scenario(model="llama-3.1-8b", gpu="h100-sxm", cost="constant:0.02", max_num_seqs=8))
+    for limit in (300, 2000, 5000):
+        attained = result.summary({"ttft": limit, "e2el": 2 * limit})["slo_attainment"]
+        slos = [Slo.parse(f"goodput_p{percent}=ttft:{limit},e2el:{2 * limit}") for percent in range(1, 100)]
+        assert good_share(result.requests, slos[0]) == attained
+        kept = [slo.met(value) for slo, value in zip(slos, values_s(result, slos), strict=True)]
+        assert kept == [round(attained * 400) >= round(4 * percent) for percent in range(1, 100)]

@@ -111,6 +111,9 @@ def test_probability_of_a_promise_is_that_of_the_distribution_it_was_drawn_from(
     both = found.probability(tpot)
     assert both.each[str(tpot[1])] == pytest.approx(0.8, abs=4 * np.sqrt(0.8 * 0.2 / draws))
     assert both.all == both.each[str(tpot[0])], "one machine is below both limits, or the lower one breaks"
+    good = Slo("goodput", "p90", 1.0, (("tpot", tpot[0].limit_s),))  # all requests of a machine are alike
+    again = predict(apart(2), CONSTANT, draws=19, sources=Sources(machine=Source(deviation, 0.0)), slos=(tpot[0], good))
+    assert again.probability([good]).all == again.probability([tpot[0]]).all
     ttft = Slo("ttft", "mean", 0.9999 * STEP_S)  # exactly STEP_S in every draw
     assert found.probability([tpot[1], ttft]).all == 0.0
 

@@ -82,7 +82,21 @@ def test_metrics_compare_only_requests_that_finished(tmp_path: Path) -> None:
         Served(float(sent_s), [float(sent_s) + 1.0 + (row == 1) * 1e6])
         for row, sent_s in enumerate(recorded.trace.arrival_s.tolist())
     ]
-    assert compare([made_result(served)], partly)["ttft_ms"]["mean"]["predicted"] == pytest.approx(1000.0)
+    found = compare([made_result(served)], partly)
+    assert found["ttft_ms"]["mean"]["predicted"] == pytest.approx(1000.0)
+    assert found["itl_ms"]["p50"]["predicted"] is None and found["itl_ms"]["p50"]["error"] is None
+
+
+def test_gaps_are_compared_only_if_all_requests_finished(tmp_path: Path) -> None:
+    """They are pooled: those of an answer that the recording cut short would count on one side alone."""
+    folder = recorded_by_ourselves(tmp_path / "own", "constant:0.01")
+    (recorded,) = load_recording(folder)
+    (whole,) = validate(folder, cost="constant:0.01", seeds=1)["scenarios"]
+    assert whole["metrics"]["itl_ms"]["p50"]["error"] == pytest.approx(0.0, abs=1e-3)
+    partly = replace(recorded, finished=np.arange(len(recorded.trace)) != 1)
+    (found,) = validate([partly], cost="constant:0.01", seeds=1)["scenarios"]
+    assert found["metrics"]["itl_ms"]["p50"]["error"] is None
+    assert found["metrics"]["tpot_ms"]["p50"]["error"] is not None
 
 
 def test_requests_that_do_not_fit_the_simulated_engine_are_an_error(tmp_path: Path) -> None:
