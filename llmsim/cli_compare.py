@@ -186,6 +186,7 @@ def _replayed(
 ) -> tuple[list[list[Side]], dict[str, Any]]:
     """The sides, for each seed; what a trace is read with is drawn anew too."""
     from llmsim.compare import run_seeds, with_seeds
+    from llmsim.metrics import all_rejected
 
     if seeds > 1 and path == "-":
         raise ValueError(f"--seeds {seeds}: the trace is read once for each, which standard input is not: give a file")
@@ -205,10 +206,7 @@ def _replayed(
     every = run_seeds(repeats, targets, jobs=jobs, done=done)
     for side in (side for sides in every for side in sides):
         if not side.summary["completed"]:
-            raise ValueError(
-                f"{side.name}: all {len(trace)} requests are rejected: a replica's KV blocks hold too few tokens; "
-                "raise num_gpu_blocks_override or gpu_memory_utilization, or leave them out"
-            )
+            raise ValueError(f"{side.name}: {all_rejected(side.requests, side.scenario['admission'])}")
     return every, {"trace": {"name": trace.name, "sha256": trace.sha256, "requests": len(trace)}}
 
 

@@ -48,13 +48,16 @@ __all__ = ["LATENCIES", "PERCENTS", "Comparison", "Difference", "Promise", "Side
 STATISTICS = ("mean", "p50", "p90", "p99")
 RESAMPLES = 1000
 FEW_BLOCKS = 20
+FEWEST = 10  # requests that both sides answered: of fewer no interval is drawn
+SHOWN_MS = 0.005  # a difference below is printed as 0, and is neither lower nor higher
 SEED_STEP = 1000  # between two seeds: replica i of a fleet draws from seed + i
 WHOLE_RUN = ("request_throughput", "output_throughput")  # of the run, not of its requests: no interval
 
 
 @dataclass(frozen=True)
 class Difference:
-    """To the first side; `low` and `high` bound the 95 % interval, None for a number of the whole run.
+    """To the first side; `low` and `high` bound the 95 % interval, None for a number of the whole run and
+    of fewer than `FEWEST` requests.
 
     `relative`: the same three as fractions of the first side's number (of the same draw), None if that is ever 0.
     """
@@ -67,7 +70,8 @@ class Difference:
 
 @dataclass(frozen=True)
 class Promise:
-    """An SLO of one side: what it measured, seconds, and the share of the draws that keep it (None for itl)."""
+    """An SLO of one side: what it measured, seconds, and the share of the draws that keep it (None for itl, and of
+    fewer than `FEWEST` requests)."""
 
     slo: Slo
     value_s: float
@@ -232,6 +236,10 @@ class _Drawn:
         promised = [one.promised_s(mine) for one, mine in zip(fleet, weights, strict=True)]
         return by_key | {f"#{at}": list(values) for at, values in enumerate(zip(*promised, strict=True))}
 
+    def answered(self, at: int) -> int:
+        """Requests of one seed that this side and the first one answered, the fewest of all seeds."""
+        return min(int((a.done & b.done).sum()) for a, b in zip(self.fleets[0], self.fleets[at], strict=True))
+
     def numbers(self, at: int) -> dict[str, float | None]:
         return {key: _mean(values) for key, values in self.whole[at].items() if not key.startswith("#")}
 
@@ -240,6 +248,9 @@ class _Drawn:
         for key, values in self.whole[at].items():
             then, now = np.array(self.whole[0][key]), np.array(values)
             if key.startswith("#") or np.isnan(now - then).any():
+                continue
+            if self.answered(at) < FEWEST:
+                found[key] = Difference(float(now.mean()) - float(then.mean()), None, None)
                 continue
             drawn_then, drawn_now = self.drawn[0][key], self.drawn[at][key]
             known = ~np.isnan(drawn_now - drawn_then).any(axis=1)
@@ -258,7 +269,8 @@ class _Drawn:
         for place, slo in enumerate(self.fleets[at][0].slos):
             values = np.array(self.whole[at][f"#{place}"])
             value_s, share = float(values.mean()), None
-            if (slo.metric in LATENCIES or slo.good_s) and not np.isnan(values).any():
+            judged = (slo.metric in LATENCIES or slo.good_s) and self.answered(at) >= FEWEST
+            if judged and not np.isnan(values).any():
                 drawn = self.drawn[at][f"#{place}"].mean(axis=1)
                 spread = float(values.std(ddof=1)) / len(values) ** 0.5 if len(values) > 1 else 0.0
                 if np.isfinite(spread) and spread:
@@ -295,8 +307,7 @@ def _shares(first: Sequence[Prepared], other: Sequence[Prepared]) -> dict[str, t
         change = np.concatenate([b.latency_ms[name] - a.latency_ms[name] for a, b in zip(first, other, strict=True)])
         change = change[np.isfinite(change)]
         if change.size:
-            slack_ms = 1e-6  # a nanosecond: rounding of sums
-            found[name] = float((change < -slack_ms).mean()), float((change > slack_ms).mean())
+            found[name] = float((change < -SHOWN_MS).mean()), float((change > SHOWN_MS).mean())
     return found
 
 
@@ -315,7 +326,9 @@ def _block_length(fleet: Sequence[Prepared], first: Sequence[Prepared]) -> int:
 
 def _notes(sides: Sequence[Side], count: int, block: int) -> tuple[str, ...]:
     notes = []
-    if ceil(count / block) < FEW_BLOCKS:
+    if count < FEWEST:
+        notes.append(f"of {count} request{'s' * (count != 1)} there are no intervals: replay {FEWEST} or more")
+    elif ceil(count / block) < FEW_BLOCKS:
         notes.append(
             f"{count} requests are only {ceil(count / block)} blocks of {block} that depend on each other: the"
             " intervals are too narrow; replay a longer trace"

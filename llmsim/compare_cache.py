@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmsim.hardware import find_model
-from llmsim.metrics import Result
+from llmsim.metrics import Result, all_rejected
 from llmsim.scenario import Scenario
 from llmsim.simulate import simulate
 from llmsim.trace import Trace
@@ -75,10 +75,7 @@ def cache_uses(
 def check_answered(name: str, result: Result) -> None:
     """Raises ValueError for a side that rejected every request: it has no number to show."""
     if not result.finished.any():
-        raise ValueError(
-            f"{name}: all {len(result.finished)} requests are rejected: a replica's KV blocks hold too few tokens; "
-            "raise num_gpu_blocks_override or gpu_memory_utilization, or leave them out"
-        )
+        raise ValueError(f"{name}: {all_rejected(result.requests, result.scenario.admission)}")
 
 
 def cache_use(name: str, result: Result) -> CacheUse:

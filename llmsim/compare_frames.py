@@ -1,7 +1,7 @@
 """A comparison as frames, for pages, notebooks and charts: every number of it, and what can be said of each difference.
 
 verdict   "better" or "worse" than the first side if the 95 % interval of the difference leaves out 0, "unclear" if it
-          holds 0, "run" for numbers of the whole run, which have no interval
+          holds 0 or there is none of so few requests, "run" for numbers of the whole run, which have no interval
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ HEADLINES = (
 
 def verdict(key: str, change: Difference) -> str:
     if change.low is None or change.high is None:
-        return WHOLE
+        return WHOLE if key in WHOLE_RUN else UNCLEAR
     if change.low <= SLACK and change.high >= -SLACK:
         return UNCLEAR
     return BETTER if (change.value > 0.0) == (key in HIGHER_IS_BETTER) else WORSE

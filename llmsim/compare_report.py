@@ -33,7 +33,9 @@ def report(comparison: Comparison) -> str:
     first = comparison.sides[0]
     count = len(first.requests["id"])
     label = min(LABEL, max(14, *(len(side.name) + 4 for side in comparison.sides)))
-    lines = [f"{count} requests, the same for every side. Below each side: difference to {first.name} [95 % interval]"]
+    drawn = any(change.low is not None for found in comparison.differences.values() for change in found.values())
+    requests = f"{count} request{'s' * (count != 1)}, the same for every side"
+    lines = [f"{requests}. Below each side: difference to {first.name}{' [95 % interval]' * drawn}"]
     for name in LATENCIES:
         lines.append("")
         lines += _block(comparison, NAMES[name], [(f"{word}_{name}_ms", word, 1.0, 2) for word in STATISTICS], label)
@@ -47,7 +49,8 @@ def report(comparison: Comparison) -> str:
             lines += ["", *_block(comparison, "", part, label)]
     if comparison.promises:
         lines += ["", *_promises(comparison, label)]
-    lines += ["", *wrap(_meaning(comparison), WIDTH)]
+    if drawn:
+        lines += ["", *wrap(_meaning(comparison), WIDTH)]
     for note in comparison.notes:
         lines += wrap(f"Note: {note}.", WIDTH)
     for words, sides in _trust(comparison).items():
@@ -127,8 +130,8 @@ def _meaning(comparison: Comparison) -> str:
     )
     if seeds:
         text += (
-            f"Every number is the mean over {len(seeds)} seeds, {seeds[0]} to {seeds[-1]}, paired by seed, and the"
-            f" intervals allow for other seeds too (Student's t, {len(seeds) - 1} degrees of freedom). "
+            f"Every number is the mean over the {len(seeds)} seeds {', '.join(map(str, seeds))}, paired by seed, and"
+            f" the intervals allow for other seeds too (Student's t, {len(seeds) - 1} degrees of freedom). "
         )
     text += (
         "They say how far a difference would scatter over traffic like this, not over other loads. Throughput is of"

@@ -178,9 +178,15 @@ def _typed(name: str, word: str) -> Any:
     """The value as the field has it: text stays text, 32k is a number where a number is wanted."""
     field = Scenario.__dataclass_fields__.get(name)
     kind = "" if field is None else str(field.type).removesuffix(" | None")
-    if kind == "int" and word.lower() not in ("null", "none"):
-        return human_int(word)
-    if kind == "str" and word.lower() not in ("null", "none"):
+    if not word:
+        raise ValueError(f"--set {name}=: no value: write {name}=VALUE, or leave it out")
+    is_none = field is not None and word.lower() in ("null", "none") and "None" in str(field.type)
+    if kind == "int" and not is_none:
+        try:
+            return human_int(word)
+        except ValueError as error:
+            raise ValueError(f"--set {name}={word}: {error}") from None
+    if kind == "str" and not is_none:
         return word
     value = value_of(word.lower() if kind == "bool" else word)
     if kind.startswith("dict") and isinstance(value, str):

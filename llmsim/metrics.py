@@ -201,6 +201,21 @@ def fewest_samples(percent: int) -> int:
     return ceil(log(0.025) / log(percent / 100))
 
 
+def all_rejected(requests: Columns, admission: str) -> str:
+    """Why a run has no number: nobody was answered. Who turned them away, and what to change."""
+    total = len(requests["finish_s"])
+    away = int(np.sum(requests.get("turned_away", False)))
+    if away == total:
+        return (
+            f"all {total} requests are turned away by admission={admission}: give one that admits some, or leave it out"
+        )
+    also = f" ({away} of them turned away by admission={admission})" if away else ""
+    return (
+        f"all {total} requests are rejected{also}: a replica's KV blocks hold too few tokens: raise"
+        " num_gpu_blocks_override or gpu_memory_utilization, or leave them out"
+    )
+
+
 def json_safe(value: Any) -> Any:
     """Plain Python values; a number that is not finite becomes None."""
     if isinstance(value, dict):

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from datetime import date
 from functools import cache
 from importlib.resources import files
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from llmsim.hardware import find_gpu
+
+KEYS = ("usd_per_gpu_hour", "source", "date")
+MOST_USD = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -36,44 +38,74 @@ def find_price(gpu: str, path: Path | None = None) -> Price:
     """The price of a GPU in the file, or, if that has none, in llmsim's own table."""
     name = find_gpu(gpu).name
     if path is not None:
-        table, where = read_prices(path)
-        if name in table:
-            return _price(name, table[name], f"{where} [{name}]")
+        found = _prices(*read_prices(path))  # all of them: a mistake is told whichever GPU is asked for
+        if name in found:
+            return found[name]
     return _shipped(name)
 
 
 @cache
 def _shipped(name: str) -> Price:
-    table, where = read_prices()
-    if name not in table:
+    text, where = read_prices()
+    found = _prices(text, where)
+    if name not in found:
         raise ValueError(f"{where} has no price of {name}: add one, or give a file with --prices")
-    return _price(name, table[name], f"{where} [{name}]")
+    return found[name]
 
 
-def read_prices(path: Path | None = None) -> tuple[dict[str, Any], str]:
-    """(entries by GPU, not yet checked; where they stand)."""
+def read_prices(path: Path | None = None) -> tuple[str, str]:
+    """(text of the file, what it is called in messages)."""
     if path is None:
-        text, where = files("llmsim").joinpath("prices.toml").read_text(encoding="utf-8"), "prices.toml"
-    else:
-        if not path.is_file():
-            raise FileNotFoundError(f"--prices {path}: no such file. Give a .toml with a table for each GPU")
-        text, where = path.read_text(encoding="utf-8"), str(path)
+        return files("llmsim").joinpath("prices.toml").read_text(encoding="utf-8"), "prices.toml"
+    if not path.is_file():
+        raise FileNotFoundError(f"--prices {path}: no such file. Give a .toml with a table for each GPU")
+    try:
+        return path.read_text(encoding="utf-8"), str(path)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prices {path}: byte {error.start} is not UTF-8: give a .toml file of text") from None
+
+
+def _prices(text: str, where: str) -> dict[str, Price]:
+    """Every price of a file, checked, by the GPU's own name."""
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{where}: not TOML ({error})") from None
-    return {find_gpu(name).name: entry for name, entry in table.items()}, where
+    found: dict[str, Price] = {}
+    heads: dict[str, str] = {}
+    for head, entry in table.items():
+        try:
+            gpu = find_gpu(head).name
+        except ValueError as error:
+            raise ValueError(f"{where} [{head}]: {error}") from None
+        if gpu in found:
+            raise ValueError(f"{where}: [{heads[gpu]}] and [{head}] are both {gpu}: keep one of them")
+        found[gpu], heads[gpu] = _price(gpu, entry, f"{where} [{head}]"), head
+    return found
 
 
 def _price(gpu: str, entry: Any, where: str) -> Price:
     if not isinstance(entry, dict):
         raise ValueError(f"{where}: {entry!r} is not a table: write [{gpu}] with usd_per_gpu_hour, source and date")
+    unknown = [key for key in entry if key not in KEYS]
+    if unknown:
+        raise ValueError(f"{where}: unknown key {unknown[0]!r}: write {', '.join(KEYS)}")
     dollars = entry.get("usd_per_gpu_hour")
-    if isinstance(dollars, bool) or not isinstance(dollars, int | float) or not isfinite(dollars) or dollars < 0:
-        raise ValueError(f"{where}: usd_per_gpu_hour={dollars!r} is not a price: give dollars, 0 or more")
+    if isinstance(dollars, bool) or not isinstance(dollars, int | float) or not 0 <= dollars <= MOST_USD:
+        raise ValueError(f"{where}: usd_per_gpu_hour={dollars!r} is not a price: give dollars, 0 to {MOST_USD:,}")
     source, when = entry.get("source"), entry.get("date", "")
     if not isinstance(source, str) or not source.strip():
         raise ValueError(f"{where}: source={source!r}: say where the price is from")
-    if not isinstance(when, date | str):
+    if not _is_day(when):
         raise ValueError(f"{where}: date={when!r} is not a date: write 2026-09-20")
     return Price(gpu, float(dollars), source, str(when))
+
+
+def _is_day(when: Any) -> bool:
+    """A date of TOML's, or one as text; "" where the source names none."""
+    if isinstance(when, str) and when:
+        try:
+            date.fromisoformat(when)
+        except ValueError:
+            return False
+    return isinstance(when, date | str)

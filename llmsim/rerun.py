@@ -18,6 +18,7 @@ from typing import Any
 
 from llmsim.prices import Price
 from llmsim.runs import facts_of_files, versions, write_run
+from llmsim.runs_check import read_manifest
 from llmsim.runs_origin import digest, options_from, origin
 from llmsim.scenario import Scenario
 from llmsim.simulate import simulate
@@ -82,19 +83,6 @@ def rerun(
         if lacking:
             return Rerun(shown, False, reasons=(lacking,))
         return replace(_compared(folder, manifest, str(trace or known["path"]), progress), folder=shown)
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(f"{folder}: not a run folder (no manifest.json): give one that replay wrote") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: cannot be read ({error}): the run has to be made again") from None
-    if not isinstance(manifest, dict) or "scenario" not in manifest or "files" not in manifest:
-        raise ValueError(f"{path}: not the manifest of a replay: give a folder that llmsim replay wrote")
-    return manifest
 
 
 def _lacking(manifest: dict[str, Any], trace: str | Path | None) -> str | None:
@@ -192,6 +180,8 @@ def _first_difference(before: Path, after: Path) -> Iterator[str]:
     try:
         then, now = (json.loads(path.read_text(encoding="utf-8")) for path in (before, after))
     except (OSError, ValueError):
+        return
+    if not (isinstance(then, dict) and isinstance(now, dict)):
         return
     for key in {**then, **now}:
         if key != "calibration" and then.get(key) != now.get(key):

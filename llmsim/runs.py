@@ -34,6 +34,7 @@ import numpy as np
 
 import llmsim
 from llmsim.metrics import WALL_KEYS, Columns, Result, breakdown_s, goodput_of, json_safe, latencies_s
+from llmsim.runs_check import checked, read_manifest
 from llmsim.timeline import write_timeline
 
 TABLES = ("requests", "iterations")
@@ -99,19 +100,17 @@ def read_run(folder: Path, *, tables: Collection[str] = TABLES, without: Collect
     """A table that is not among `tables` has no columns, and no table has those named by `without`: of a run of a
     million requests reading both tables takes a second, the requests without what is `DERIVED` a tenth of it.
 
-    Raises FileNotFoundError for what is no run folder, ValueError for a damaged one.
+    Raises FileNotFoundError for what is no run folder, ValueError for a file that is not what its run wrote.
     """
     folder = Path(folder)
-    if not (folder / "manifest.json").is_file():
-        raise FileNotFoundError(f"{folder}: not a run folder (no manifest.json); give the folder that --out wrote")
-    documents = {}
-    for name in ("summary", "manifest"):
-        try:
-            documents[name] = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{folder / name}.json: cannot be read ({error}); repeat the run") from None
-    read = {name: _read_parquet(folder / f"{name}.parquet", without) if name in tables else {} for name in TABLES}
-    return Run(folder, documents["summary"], documents["manifest"], read["requests"], read["iterations"])
+    manifest = read_manifest(folder)
+    summary = json.loads(checked(folder, "summary.json", manifest).read_text(encoding="utf-8"))
+    held = {name: folder / f"{name}.parquet" for name in TABLES}
+    read = {
+        name: _read_parquet(checked(folder, path.name, manifest), without) if name in tables else {}
+        for name, path in held.items()
+    }
+    return Run(folder, summary, manifest, read["requests"], read["iterations"])
 
 
 def with_goodput(run: Run, targets: dict[str, float]) -> Run:
@@ -191,10 +190,7 @@ def _pyarrow() -> tuple[Any, Any]:
 
 
 def _read_parquet(path: Path, without: Collection[str] = ()) -> Columns:
-    pa, pq = _pyarrow()
-    try:
-        with pq.ParquetFile(path) as file:
-            table = file.read([name for name in file.schema_arrow.names if name not in without])
-    except (OSError, pa.ArrowInvalid) as error:
-        raise ValueError(f"{path}: cannot be read ({str(error).splitlines()[0]}); repeat the run") from None
+    _, pq = _pyarrow()
+    with pq.ParquetFile(path) as file:
+        table = file.read([name for name in file.schema_arrow.names if name not in without])
     return {name: table.column(name).to_numpy() for name in table.column_names}

@@ -26,8 +26,9 @@ from llmsim.runs import versions
 from llmsim.sweep_columns import columns_of
 from llmsim.sweep_files import digests, used_files
 from llmsim.sweep_local import Done, in_process, in_processes
+from llmsim.sweep_parts import Part, part_files, parts_of, read_about, read_part, runs_per_part
 from llmsim.sweep_spec import Spec
-from llmsim.sweep_store import Part, Store, part_files, parts_of, runs_per_part
+from llmsim.sweep_store import Store
 from llmsim.sweep_work import Work
 from llmsim.sweep_yaml import read_spec
 
@@ -50,8 +51,8 @@ class SweepResult:
 
     def frame(self) -> pd.DataFrame:
         """A row per run, by number; the columns of llmsim.sweep_columns, JSON left as text."""
-        pa, pq = import_module("pyarrow"), import_module("pyarrow.parquet")
-        tables = [pq.read_table(path) for path in part_files(self.folder)]
+        pa = import_module("pyarrow")
+        tables = [read_part(path, part) for part, path in part_files(self.folder, self.runs)]
         if not tables:
             raise ValueError(f"{self.folder}: no part of the sweep is complete: run it, or add --resume to go on")
         return pa.concat_tables(tables).to_pandas()  # type: ignore[no-any-return]
@@ -65,13 +66,14 @@ class SweepResult:
         return self._document(run, "summary")
 
     def _document(self, run: int, name: str) -> dict[str, Any]:
-        pq = import_module("pyarrow.parquet")
-        for path in part_files(self.folder):
-            table = pq.read_table(path, columns=["error", name], filters=[("run", "=", run)]).to_pylist()
-            if table and table[0][name] is None:
-                raise ValueError(f"{self.folder}: run {run} failed: {table[0]['error']}")
-            if table:
-                return json.loads(table[0][name])  # type: ignore[no-any-return]
+        for part, path in part_files(self.folder, self.runs):
+            if part.first <= run < part.last:
+                row = read_part(path, part, ["error", name]).slice(run - part.first, 1).to_pylist()[0]
+                if row[name] is None:
+                    raise ValueError(f"{self.folder}: run {run} failed: {row['error']}")
+                return json.loads(row[name])  # type: ignore[no-any-return]
+        if 0 <= run < self.runs:
+            raise ValueError(f"{self.folder}: run {run} is not done: 'llmsim sweep' with --resume does it")
         raise ValueError(f"{self.folder}: has no run {run}: give 0 to {self.runs - 1}")
 
 
@@ -142,8 +144,17 @@ class _Todo:
     def __init__(self, spec: Spec, store: Store, parts: list[Part], files: dict[str, str]) -> None:
         self.spec, self.store, self.files = spec, store, files
         self.total = sum(len(part) for part in parts)
-        self.parts = [part for part in parts if not store.is_complete(part)]
+        self.parts = [part for part in parts if not self._is_done(part)]
         self.found = self.total - sum(len(part) for part in self.parts)  # runs that need not be done
+
+    def _is_done(self, part: Part) -> bool:
+        """ValueError if the part's file, which is whole, is of other runs: copied from another sweep's folder."""
+        ids = self.store.ids(part)
+        for run, there in zip(range(part.first, part.last), ids or (), strict=ids is not None):
+            if there != work_of(self.spec, run, self.files).id:
+                path = self.store.folder / f"{part.name}.parquet"
+                raise ValueError(f"{path}: its run {run} is of another sweep: take the file away")
+        return ids is not None
 
     def __iter__(self) -> Iterator[Work]:
         for part in self.parts:
@@ -181,6 +192,8 @@ def shard_of(shard: tuple[int, int] | str | None) -> tuple[int, int] | None:
     if shard is None:
         return None
     at, count = shard if not isinstance(shard, str) else _numbers(shard)
+    if count < 1:
+        raise ValueError(f"shard {at}/{count}: there are no {count} shards: write i/n, the first of four is 1/4")
     if not 1 <= at <= count:
         raise ValueError(f"shard {at}/{count}: give 1/{max(count, 1)} to {max(count, 1)}/{max(count, 1)}")
     return at, count
@@ -194,18 +207,15 @@ def _numbers(text: str) -> tuple[int, int]:
 
 
 def read_sweep(folder: str | Path) -> SweepResult:
-    """The folder of a sweep as it stands, also one under way: what its complete parts hold."""
+    """The folder of a sweep as it stands, also one under way: what its complete parts hold.
+
+    Raises FileNotFoundError for another folder, ValueError naming a file that is damaged or no part of the sweep.
+    """
     folder = Path(folder)
-    try:
-        about = json.loads((folder / "_sweep.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{folder}: not the folder of a sweep (no _sweep.json)") from None
-    except ValueError as error:
-        raise ValueError(f"{folder / '_sweep.json'}: cannot be read ({error})") from None
-    pq = import_module("pyarrow.parquet")
+    about = read_about(folder)
     done = failed = 0
-    for path in part_files(folder):
-        errors = pq.read_table(path, columns=["error"])["error"]
+    for part, path in part_files(folder, about["runs"]):
+        errors = read_part(path, part, ["error"])["error"]
         done += len(errors)
         failed += len(errors) - errors.null_count
     return SweepResult(folder, tuple(about["columns"]), about["runs"], done, failed)

@@ -97,8 +97,14 @@ def table_of(rows: Sequence[Row], columns: Sequence[tuple[str, str]]) -> Any:
         found = metrics | given | fixed
         for name, kind in columns:
             values[name].append(_as(found.get(name), kind))
+    return pa.table({name: pa.array(values[name], type=kind) for name, kind in types_of(columns)})
+
+
+def types_of(columns: Sequence[tuple[str, str]]) -> list[tuple[str, Any]]:
+    """(name, pyarrow's type) of every column."""
+    pa = import_module("pyarrow")
     types = {"int64": pa.int64(), "float64": pa.float64(), "bool": pa.bool_(), "string": pa.string()}
-    return pa.table({name: pa.array(values[name], type=types[kind]) for name, kind in columns})
+    return [(name, types[kind]) for name, kind in columns]
 
 
 def _as(value: Any, kind: str) -> Any:

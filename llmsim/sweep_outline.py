@@ -9,8 +9,9 @@ from typing import Any
 
 from llmsim.scenario import Scenario
 from llmsim.sweep_files import digests
+from llmsim.sweep_parts import parts_of
 from llmsim.sweep_spec import Spec, options_of, scenario_of
-from llmsim.sweep_store import finished_runs, parts_of
+from llmsim.sweep_store import finished_runs
 from llmsim.sweep_work import Traces, in_one_line, run_one
 
 TIMED_RUNS = 3  # spread over the sweep

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from importlib import import_module
 from typing import Any
 
 from llmsim.sweep import SweepResult
 from llmsim.sweep_outline import Estimate, Outlined
-from llmsim.sweep_store import part_files
+from llmsim.sweep_parts import part_files, read_part
 from llmsim.text import aligned, number
 
 MOST_ROWS = 40  # of results; the listing of --dry-run is complete
@@ -28,12 +27,11 @@ def report(found: SweepResult, most: int = MOST_ROWS) -> str:
     """The first rows: the axes and a few headlines (latencies in ms), or the error."""
     shown: list[dict[str, Any]] = []
     total = 0
-    pq = import_module("pyarrow.parquet")
     wanted = ["run", *found.columns, "error", *(name for name, *_ in HEADLINES)]
-    for path in part_files(found.folder):
-        total += pq.read_metadata(path).num_rows
+    for part, path in part_files(found.folder, found.runs):
+        total += len(part)
         if len(shown) < most:
-            shown += pq.read_table(path, columns=wanted).to_pylist()
+            shown += read_part(path, part, wanted).to_pylist()
     shown = shown[:most]
     columns = [one for one in HEADLINES if any(row[one[0]] is not None for row in shown)]
     rows = [["run", *found.columns, *(heading for _, heading, _, _ in columns)]]

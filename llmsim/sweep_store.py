@@ -18,50 +18,17 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import IO, Any
 
-from llmsim.sweep_columns import table_of
+from llmsim.sweep_columns import table_of, types_of
+from llmsim.sweep_parts import ABOUT, Part, encode_part, part_files, read_about, read_part, runs_per_part
 from llmsim.sweep_work import Row
 
-PARTS = 64  # at most so many: what one sweep can be split into
+SPECIFICATION = "_sweep.yaml"
 SYNC_EVERY_S = 1.0
-
-
-def runs_per_part(runs: int) -> int:
-    return -(-runs // PARTS)
-
-
-@dataclass(frozen=True)
-class Part:
-    """Runs first to last (excluded) of a sweep."""
-
-    index: int
-    first: int
-    last: int
-
-    @property
-    def name(self) -> str:
-        return f"part-{self.index:05d}"
-
-    def __len__(self) -> int:
-        return self.last - self.first
-
-
-def parts_of(runs: int, shard: tuple[int, int] | None = None) -> list[Part]:
-    """All parts, or those of shard i of n (counted from 1): every n-th."""
-    size = runs_per_part(runs)
-    parts = [Part(at, first, min(first + size, runs)) for at, first in enumerate(range(0, runs, size))]
-    if shard is None:
-        return parts
-    at, count = shard
-    if count > len(parts):
-        raise ValueError(f"shard {at}/{count}: {runs} runs make {len(parts)} parts: give at most {len(parts)} shards")
-    return parts[at - 1 :: count]
 
 
 class Store:
@@ -75,17 +42,20 @@ class Store:
     def begin(self, spec_text: str, parts: Sequence[Part], *, resume: bool) -> None:
         """Make the folder, or check that the one there is this sweep's and, unless it is to go on, holds no `parts`."""
         folder = self.folder
-        about = folder / "_sweep.json"
+        about = folder / ABOUT
         if about.is_file():
-            self._check_same(about)
+            self._check_same()
+            list(part_files(folder, self.described["runs"]))  # a file that is no part would be taken for results
             if not resume and any(path.exists() for part in parts for path in (self._file(part), self._journal(part))):
                 raise ValueError(f"out={folder}: holds results of this sweep: add --resume to go on, or another --out")
+            if not (folder / SPECIFICATION).is_file():
+                _write_whole(folder / SPECIFICATION, spec_text.encode())
             return
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(f"out={folder}: exists and is not the folder of a sweep: give another --out")
         folder.mkdir(parents=True, exist_ok=True)
         _write_whole(about, (json.dumps(self.described, indent=1) + "\n").encode())  # first: another shard may look
-        _write_whole(folder / "_sweep.yaml", spec_text.encode())
+        _write_whole(folder / SPECIFICATION, spec_text.encode())
 
     def _file(self, part: Part) -> Path:
         return self.folder / f"{part.name}.parquet"
@@ -93,11 +63,8 @@ class Store:
     def _journal(self, part: Part) -> Path:
         return self.folder / f"_{part.name}.jsonl"
 
-    def _check_same(self, about: Path) -> None:
-        try:
-            before = json.loads(about.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{about}: cannot be read ({error}): give another --out") from None
+    def _check_same(self) -> None:
+        before = read_about(self.folder)
         for name, now in self.described.items():
             then = before.get(name)
             if then != now:
@@ -106,9 +73,7 @@ class Store:
     # ---------------------------------------------------------------------------------------------------- parts
 
     def missing(self, part: Part) -> list[int]:
-        """Runs of a part that are still to be done; opens its journal if there are any."""
-        if self.is_complete(part):
-            return []
+        """Runs of a part without a file that are still to be done; opens its journal if there are any."""
         journal = _Journal(self._journal(part), part)
         self._open[part.index] = journal
         missing = [run for run in range(part.first, part.last) if run not in journal.rows]
@@ -116,20 +81,19 @@ class Store:
             self._finish(journal)
         return missing
 
-    def is_complete(self, part: Part) -> bool:
-        """Whether its file is there and whole; one that is not is taken away."""
+    def ids(self, part: Part) -> list[str] | None:
+        """Of its runs, if its file is there and whole; one that is not is taken away, to be made again."""
         path = self._file(part)
         if not path.exists():
-            return False
-        pq: Any = import_module("pyarrow.parquet")
-        arrow_error = import_module("pyarrow").ArrowException
+            return None
         try:
-            if pq.read_table(path, columns=["run"])["run"].to_pylist() == list(range(part.first, part.last)):
-                return True
-        except (OSError, KeyError, arrow_error):
-            pass
-        path.unlink()
-        return False
+            table = read_part(path, part)
+        except ValueError:
+            path.unlink()
+            return None
+        if list(zip(table.column_names, table.schema.types, strict=True)) != types_of(self.columns):
+            raise ValueError(f"{path}: its columns are not those of this sweep: another sweep's? Take the file away")
+        return list(table["id"].to_pylist())
 
     def keep(self, row: Row) -> None:
         """The row is on disk when this returns."""
@@ -140,13 +104,7 @@ class Store:
 
     def _finish(self, journal: _Journal) -> None:
         rows = [journal.rows[run] for run in sorted(journal.rows)]
-        buffer = import_module("pyarrow").BufferOutputStream()
-        pq: Any = import_module("pyarrow.parquet")
-        # No dictionaries, and statistics of the number alone: of a hundred columns they would be most of a small part.
-        pq.write_table(
-            table_of(rows, self.columns), buffer, compression="zstd", use_dictionary=False, write_statistics=["run"]
-        )
-        _write_whole(self._file(journal.part), buffer.getvalue().to_pybytes())
+        _write_whole(self._file(journal.part), encode_part(table_of(rows, self.columns)))
         journal.remove()
         del self._open[journal.part.index]
 
@@ -237,15 +195,14 @@ def _write_whole(path: Path, content: bytes) -> None:
 
 
 def finished_runs(folder: Path, part: Part) -> set[int]:
-    """Runs of a part whose results are there; changes nothing."""
-    if (folder / f"{part.name}.parquet").is_file():
-        return set(range(part.first, part.last))
+    """Runs of a part whose results are there and whole; changes nothing."""
+    path = folder / f"{part.name}.parquet"
+    if path.is_file():
+        with suppress(ValueError):
+            read_part(path, part)
+            return set(range(part.first, part.last))
     try:
         lines = (folder / f"_{part.name}.jsonl").read_bytes().splitlines(keepends=True)
     except OSError:
         return set()
     return {row.run for line in lines if (row := _row(line)) is not None}
-
-
-def part_files(folder: Path) -> Iterator[Path]:
-    yield from sorted(Path(folder).glob("part-*.parquet"))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from time import perf_counter, process_time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from llmsim.metrics import WALL_KEYS
+from llmsim.metrics import WALL_KEYS, all_rejected
 from llmsim.plugins import PolicyError
 from llmsim.runs import versions
 from llmsim.runs_origin import recorded
@@ -126,10 +126,7 @@ def _summary(work: Work, traces: Traces, manifest: dict[str, Any]) -> dict[str, 
     manifest["trace"] = facts | {"notes": list(trace.notes)}
     result = simulate(trace, scenario)
     if not result.finished.any():
-        raise ValueError(
-            f"all {len(trace)} requests are rejected: raise num_gpu_blocks_override or gpu_memory_utilization, or leave"
-            " them out"
-        )
+        raise ValueError(all_rejected(result.requests, scenario.admission))
     summary = result.summary(work.goodput)
     manifest["calibration"] = summary["calibration"]
     return {name: value for name, value in summary.items() if name not in WALL_KEYS}

@@ -27,7 +27,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from difflib import get_close_matches
-from math import isfinite
+from math import isfinite, isnan
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,8 @@ class _Reader(Nodes):
 
         if isinstance(node, yaml.ScalarNode):
             path, given = str(node.value), {}
+            if not isinstance(self.value(node), str):
+                raise self.fail(node, f"scenario: {path} is neither a table of fields nor a file of them")
             try:
                 given = read_scenario(path)
             except (ValueError, OSError) as error:
@@ -125,8 +127,10 @@ class _Reader(Nodes):
         if name == "trace":
             raise self.fail(node, f"{what}: trace has a place of its own: write trace: PATH, or a list of them in grid")
         value = self.value(node)
-        if isinstance(value, float) and not isfinite(value) and name != "rate":
-            raise self.fail(node, f"{what}: {name}: {value} is not finite: give a number")
+        if isinstance(value, float) and not isfinite(value) and not (name == "rate" and value > 0.0):
+            raise self.fail(
+                node, f"{what}: {name}: {value} is not {'a number' if isnan(value) else 'finite'}: give one"
+            )
         if "." in name:
             return value
         return self._typed(name, value, node, what)
@@ -277,7 +281,7 @@ class _Reader(Nodes):
         value = self.value(node)
         if isinstance(value, int) and not isinstance(value, bool):
             if not 1 <= value <= MOST_RUNS:
-                raise self.fail(node, f"seeds: {value}: give how many, 1 or more, or a list of them")
+                raise self.fail(node, f"seeds: {value}: give how many, 1 to {MOST_RUNS}, or a list of them")
             value = list(range(value))
         if not isinstance(value, list) or not value:
             raise self.fail(node, f"seeds: {value!r}: give how many, or a list such as [0, 1, 2]")

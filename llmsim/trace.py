@@ -161,9 +161,15 @@ def load_trace(
         trace = window(trace, start_s or 0.0, duration_s)
     if limit is not None:
         trace = limited(trace, limit)
+    rescaling = rate is not None and not regenerated and rows.format != "servegen"
+    if rescaling and time_scale is not None:
+        raise ValueError(
+            f"rate={rate:g} with time_scale={time_scale:g}: the rate alone decides how fast requests arrive: leave one"
+            " of them out"
+        )
     if time_scale is not None:
         trace = time_scaled(trace, time_scale)
-    if rate is not None and not regenerated and rows.format != "servegen":
+    if rate is not None and rescaling:
         trace = at_rate(trace, rate)
     trace = spread_ties(trace, seed=seed) if spread == "uniform" else _report_ties(trace)
     return _labelled(trace, assign_classes, predict, seed)
@@ -319,7 +325,8 @@ def at_rate(trace: Trace, rate: float) -> Trace:
         if len(trace) == 1:
             return trace
         raise ValueError(f"{trace.name}: all requests arrive at once: there is no shape to rescale to rate={rate:g}")
-    return time_scaled(trace, now / rate).with_notes(f"rescaled from {now:.4g} to {rate:g} requests/s")
+    what = "sessions" if np.isnan(trace.arrival_s).any() else "requests"
+    return time_scaled(trace, now / rate).with_notes(f"rescaled from {now:.4g} to {rate:g} {what}/s")
 
 
 def spread_ties(trace: Trace, *, seed: int = 0, tick_s: float | None = None) -> Trace:

@@ -22,7 +22,7 @@ from llmsim.compare import (
 )
 from llmsim.compare_bootstrap import block_length, draw_weights, interval, percentile, seed_draws
 from llmsim.compare_report import changes, curves, document, report
-from llmsim.compare_sides import changed
+from llmsim.compare_sides import changed, sides_of
 from llmsim.scenario import Scenario
 from llmsim.slo import Slo, of_requests_s
 from llmsim.trace import Trace
@@ -238,7 +238,7 @@ def test_seeds_are_paired_and_averaged(sides: list[Side]) -> None:
     assert change.low == pytest.approx(20 - 127, abs=60) and change.high == pytest.approx(20 + 127, abs=60)
     first = outcome.numbers["vllm"]["mean_ttft_ms"]
     assert outcome.numbers["shifted"]["mean_ttft_ms"] == pytest.approx((first or 0.0) + 20.0)
-    assert "mean over 2 seeds, 0 to 1000" in " ".join(report(outcome).split())
+    assert "mean over the 2 seeds 0, 1000, paired" in " ".join(report(outcome).split())
     with pytest.raises(ValueError, match="not of the same sides"):
         compare(sides, repeats=repeats)
 
@@ -544,3 +544,44 @@ def test_pictures(trace: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = Path("x.svg").read_text()
     for part in ("share of requests", "TTFT (ms)", "TPOT: difference to vllm", "40 requests, the same for every side"):
         assert part in text
+
+
+@pytest.mark.parametrize(("requests", "drawn"), [(1, False), (9, False), (10, True)])
+def test_of_few_requests_nothing_is_certain(requests: int, drawn: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = "".join(f"{at},100,10\n" for at in range(requests))
+    Path("few.csv").write_text("arrival_time_s,prompt_tokens,output_tokens\n" + rows)
+    text = printed(capsys, "compare", "few.csv", *MACHINE, "--set", "max_num_seqs=4", "--slo", "ttft_p99=1s")
+    assert (" [95 % interval]" in text) == drawn
+    assert ("there are no intervals: replay 10 or more" in text) != drawn
+    assert (", 100%" in text) == drawn  # the share of draws that keep the promise
+    assert f"{requests} request{'s' * (requests != 1)}, the same for every side" in text
+    assert "1 requests" not in text
+
+
+@pytest.mark.parametrize(("change_s", "higher"), [(4e-6, 0.0), (6e-6, 1.0)])
+def test_a_difference_that_is_printed_as_zero_is_neither_lower_nor_higher(
+    sides: list[Side], change_s: float, higher: float
+) -> None:
+    """0.005 ms, half of the last digit, is where a difference begins."""
+    assert compare([sides[0], shifted(sides[0], change_s)]).shares["shifted"]["ttft"] == (0.0, higher)
+
+
+def test_who_turned_everybody_away_is_named(trace: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("deny.py").write_text("class Deny:\n    def admit(self, request, replica, now_s):\n        return False\n")
+    assert cli.main(["compare", trace, *MACHINE, "--set", "admission=deny.py:Deny"]) == 2
+    told = capsys.readouterr().err
+    assert "requests are turned away by admission=deny.py:Deny: give one that admits some" in told
+    assert "KV blocks" not in told
+
+
+def test_none_is_a_value_where_it_is_a_name() -> None:
+    fields = {"model": "llama-3.1-8b", "gpu": "h100-sxm", "admission": "queue-depth"}
+    made = sides_of(fields, (), ["admission=none", "quantization=none,kv_tiers=none"])
+    assert made["admission=none"].admission == "none"
+    assert made["quantization=none,kv_tiers=none"].quantization is None
+    for text, said in (
+        ("max_num_seqs=", "--set max_num_seqs=: no value"),
+        ("max_num_seqs=x", "--set max_num_seqs=x: 'x'"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            sides_of(fields, (), [text])

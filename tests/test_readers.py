@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -220,3 +222,27 @@ def test_generic_columns_units_and_mapping(tmp_path: Path) -> None:
     assert (
         prefixed.block_ids[0][:2] == prefixed.block_ids[1][:2] and prefixed.block_ids[0][2] != prefixed.block_ids[1][2]
     )
+
+
+def test_a_short_csv_leaves_no_starting_threads_behind(tmp_path: Path) -> None:
+    """A thread that still starts when the process ends aborts it: exit status 134 after a good error."""
+    (tmp_path / "odd.csv").write_text("when,in_len,out_len\n" + "1,2,3\n" * 2000)
+    code = (
+        "import os, sys\nimport pyarrow.csv\nfrom llmsim.trace import load_trace\n"
+        "before = len(os.listdir('/proc/self/task'))\n"
+        "try:\n    load_trace('odd.csv')\nexcept ValueError as error:\n    print(error)\n"
+        "print(len(os.listdir('/proc/self/task')) - before)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    said, threads = done.stdout.splitlines()
+    assert said.startswith("odd.csv: cannot tell the format: columns when, in_len, out_len")
+    assert int(threads) <= 1  # Arrow's reader, whose block was waited for
+
+
+def test_a_rate_and_a_time_scale_contradict_each_other(tmp_path: Path) -> None:
+    rows = "arrival_time_s,prompt_tokens,output_tokens\n0,1,1\n1,1,1\n"
+    with pytest.raises(ValueError, match=r"^rate=10 with time_scale=2: the rate alone decides .*: leave one of them"):
+        read(tmp_path, "t.csv", rows, rate=10.0, time_scale=2.0)

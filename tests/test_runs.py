@@ -12,6 +12,7 @@ import pytest
 from made_results import Served, made_result, random_served
 
 import llmsim.runs
+from llmsim import cli
 from llmsim.metrics import Result
 from llmsim.runs import read_run, write_run
 
@@ -86,12 +87,60 @@ def test_a_folder_with_something_in_it_is_not_overwritten(tmp_path: Path) -> Non
     assert (tmp_path / "run" / "summary.json").read_bytes() == before
 
 
-def test_a_folder_that_is_no_run_and_a_damaged_table_are_named(tmp_path: Path) -> None:
+def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"not a run folder \(no manifest.json\)"):
         read_run(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["summary.json", "requests.parquet", "iterations.parquet"])
+@pytest.mark.parametrize("damage", ["cut", "byte", "empty", "null", "object", "gone", "other"])
+def test_a_file_that_the_run_did_not_write_is_named(tmp_path: Path, name: str, damage: str) -> None:
     folder = written(tmp_path / "run")
-    table = folder / "requests.parquet"
-    table.write_bytes(table.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"requests.parquet: cannot be read") as error:
+    path = folder / name
+    content = path.read_bytes()
+    other = written(tmp_path / "other", made_result([*random_served(40, 3), Served(5.0, [])])) / name
+    if damage == "gone":
+        path.unlink()
+    else:
+        middle = len(content) // 2
+        path.write_bytes({
+            "cut": content[:100], "byte": content[:middle] + b"\x00" + content[middle + 1 :], "empty": b"",
+            "null": b"null", "object": b"{}", "other": other.read_bytes() + b" " * (name == "iterations.parquet"),
+        }[damage])  # fmt: skip
+    said = "cannot be read" if damage == "gone" else "not the file that this run wrote"
+    with pytest.raises(ValueError, match=rf"run/{name}: {said} .*bring the file back, or make the run again$") as error:
         read_run(folder)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"scenario": None}, r"scenario is None, which no run writes"),
+        ({"scenario": {"model": "x"}}, r"scenario: has no 'gpu'"),
+        ({"files": []}, r"files is \[\], which no run writes"),
+        ({"files": {"summary.json": {}}}, r"files: has no sha256 of summary.json"),
+        ({"versions": 1}, r"versions is 1, which no run writes"),
+        ({"trace": "chat.csv"}, r"trace is 'chat.csv', which no run writes"),
+        ({"trace": {"path": 1}}, r"trace: path is 1, which no run writes"),
+    ],
+)
+def test_a_damaged_manifest_is_named(tmp_path: Path, change: dict[str, object], said: str) -> None:
+    folder = written(tmp_path / "run")
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=rf"run/manifest\.json: {said}: bring the file back"):
+        read_run(folder)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "null", "{"])
+@pytest.mark.parametrize("command", ["report", "compare", "explain", "rerun"])
+def test_commands_refuse_what_is_no_manifest_in_one_line(
+    tmp_path: Path, text: str, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = written(tmp_path / "run")
+    (folder / "manifest.json").write_text(text)
+    end = {"report": ["-o", str(tmp_path / "x.html")], "compare": [str(written(tmp_path / "good"))]}.get(command, [])
+    assert cli.main([command, str(folder), *end]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: {folder}/manifest.json: ") and told.count("\n") == 1

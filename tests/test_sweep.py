@@ -24,8 +24,8 @@ from llmsim.sweep import SweepResult, read_sweep, work_of
 from llmsim.sweep_columns import CONSTANT, METRICS
 from llmsim.sweep_files import digests
 from llmsim.sweep_local import in_process, in_processes
+from llmsim.sweep_parts import parts_of
 from llmsim.sweep_report import duration
-from llmsim.sweep_store import parts_of
 from llmsim.sweep_work import Work
 from llmsim.sweep_yaml import read_spec
 
@@ -496,5 +496,5 @@ def test_a_result_says_what_it_lacks() -> None:
     assert isinstance(found, SweepResult)
     assert (found.runs, found.done) == (4, 2)
     assert found.frame()["seed"].tolist() == [1, 3]
-    with pytest.raises(ValueError, match="out: has no run 0"):
+    with pytest.raises(ValueError, match="out: run 0 is not done"):
         found.manifest(0)

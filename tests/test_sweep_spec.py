@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 from textwrap import dedent
+from typing import Any
 
 import pytest
 
@@ -126,7 +127,7 @@ HEAD = """
         ("linked:\n      - {gpu: [a, b]}", 4, "linked: fewer than two names: one alone belongs into grid"),
         ("scenarios:\n      - {max_num_seqs: 1}\n      - {max_num_seqs: 1}", 5,
          "scenarios: max_num_seqs=1 is given twice: give them names of their own"),
-        ("seeds: 0", 3, "seeds: 0: give how many, 1 or more, or a list of them"),
+        ("seeds: 0", 3, "seeds: 0: give how many, 1 to 10000000, or a list of them"),
         ("seeds: [1, 1]", 3, "seeds: 1 is given twice: keep one"),
         ("goodput: {tttf: 500}", 3, "goodput: 'tttf' is not one of ttft, tpot, e2el. Did you mean 'ttft'?"),
         ("goodput: {ttft: 500ms}", 3, "goodput: ttft: '500ms' is not milliseconds: write ttft: 500"),
@@ -158,3 +159,25 @@ def test_what_every_run_needs_is_asked_for(tmp_path: Path) -> None:
 def test_a_dict_has_no_lines() -> None:
     with pytest.raises(ValueError, match=r"^spec: grid: rate is not a list: write \[8, …\]$"):
         read_spec(BASE | {"grid": {"rate": 8}})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"grid": {"rate": [float("nan")]}}, "grid: rate: nan is not a number: give one"),
+        ({"grid": {"rate": [float("-inf")]}}, "grid: rate: -inf is not finite: give one"),
+        ({"seeds": 1_000_000_000}, "seeds: 1000000000: give how many, 1 to 10000000, or a list of them"),
+        ({"scenario": 7}, "scenario: 7 is neither a table of fields nor a file of them"),
+    ],
+)
+def test_values_that_cannot_be_meant(change: dict[str, Any], said: str) -> None:
+    given = {"trace": "x.csv", "scenario": {"model": "llama-3.1-8b", "gpu": "h100-sxm"}} | change
+    with pytest.raises(ValueError, match=said):
+        read_spec(given)
+
+
+def test_no_shards_are_no_shard() -> None:
+    from llmsim.sweep import shard_of
+
+    with pytest.raises(ValueError, match="shard 1/0: there are no 0 shards: write i/n, the first of four is 1/4"):
+        shard_of("1/0")

@@ -77,6 +77,9 @@ def read_csv(source: Source, data: bytes | None = None, first_line: int = 1) -> 
     quoted = b'"' in body
     parse_options = pacsv.ParseOptions(delimiter=delimiter, newlines_in_values=quoted, ignore_empty_lines=True)
     read_options = pacsv.ReadOptions(column_names=[str(i) for i in range(len(names))], skip_rows_after_names=1)
+    # One block is one piece of work. Arrow's threads would be starting still when a short file has been refused and the
+    # process ends, which aborts it now and then; the one that its serial reader has was waited for.
+    read_options.use_threads = len(body) > read_options.block_size
 
     def parsed(convert_options: Any) -> pa.Table:
         return pacsv.read_csv(
