@@ -110,6 +110,7 @@ with shared.error_in_place():
     asked = demand_picker()
     if choice is not None and fields is not None:
         scenario = Scenario.from_dict(fields | {"gpu": kinds["gpus"][0]}, source="other settings")
+        shared.ask_for_files(scenario)
         demand = Demand(choice, scenario, tuple(slos), **kinds, **asked)
 if demand is None:
     st.stop()

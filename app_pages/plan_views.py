@@ -40,7 +40,7 @@ OPTION_COLUMNS = {
 def show(demand: Demand, used: Demand, found: Plan) -> None:
     """`used`: the demand that the plan was made for, perhaps on the first requests only."""
     for note in found.notes:
-        st.caption(f":material/info: {note}.")
+        st.caption(f":material/info: {shared.plain(note)}.")
     answers(found)
     view = st.segmented_control(
         "Look at", VIEWS, default="Fleets", required=True, key="plan_view", bind="query-params",
@@ -65,11 +65,13 @@ def answers(found: Plan) -> None:
             continue
         with place.container(border=True, height="stretch"):
             st.metric(
-                ANSWERS[name], f"{option.gpus} GPUs · ${option.usd_per_h:,.2f}/h", help=option.run and _margins(option)
+                ANSWERS[name],
+                f"{option.gpus} GPUs · ${option.usd_per_h:,.2f}/h",
+                help=option.run and shared.plain(_margins(option)),
             )
-            st.markdown(f"**{option.name}**")
+            st.markdown(f"**{shared.plain(option.name)}**")
             if option.broken is not None:
-                st.caption(f"Breaks {plan_frames.next_break(option)}")
+                st.caption(f"Breaks {shared.plain(plan_frames.next_break(option))}")
 
 
 def _margins(option: Option) -> str:
@@ -91,7 +93,7 @@ def fleets(demand: Demand, found: Plan) -> None:
     options = plan_frames.options_frame(found)
     st.markdown("**Options**, the best first, with what breaks in the next smaller fleet or at the next higher rate")
     _table(options, "plan_options", OPTION_COLUMNS)
-    st.caption("Prices: " + "; ".join(found.prices.values()))
+    st.caption(shared.plain("Prices: " + "; ".join(found.prices.values())))
     runs = found.runs_frame()
     with st.expander(f"All {len(runs)} simulations"):
         st.dataframe(runs, hide_index=True, key="plan_runs")
@@ -144,7 +146,7 @@ def knee(demand: Demand, used: Demand, option: Option) -> None:
         with place:
             shared.chart(drawing, key=f"plan_knee_{metric}")
     st.caption(
-        f"{points[0].requests:,} requests at each of {len(points)} rates on {option.name}. Shaded: the queue kept "
+        f"{points[0].requests:,} requests at each of {len(points)} rates on {shared.plain(option.name)}. Shaded: the queue kept "
         "growing, so latencies depend on the trace's length."
     )
     shared.footer("plan_knee", commands=_commands(demand, ("--curve",)), frames={"knee": frame}, drawings=drawings)

@@ -86,7 +86,9 @@ def differences(study: Study, base: Scenario, flags: Sequence[str]) -> None:
     names = found.names
     _said(found)
     table(found.sides, "pol_sides_table")
-    st.markdown(f"**Difference to {names[0]}**, request by request, with 95 % intervals; hollow: not told apart from 0")
+    st.markdown(
+        f"**Difference to {shared.plain(names[0])}**, request by request, with 95 % intervals; hollow: not told apart from 0"
+    )
     drawings: dict[str, Any] = {}
     for place, latency in zip(st.columns(3), LATENCIES, strict=True):
         with place:
@@ -108,7 +110,7 @@ def differences(study: Study, base: Scenario, flags: Sequence[str]) -> None:
 def _said(found: Compared) -> None:
     lines = [*found.assigned, *found.notes, *([found.calm] if found.calm else ())]
     if lines:
-        st.caption("  \n".join(f":material/info: {line}." for line in lines))
+        st.caption("  \n".join(f":material/info: {shared.plain(line)}." for line in lines))
 
 
 def _compare_lines(

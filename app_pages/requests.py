@@ -117,18 +117,19 @@ def explained_once(folder: Path, request: int, choice: TraceChoice | None, scena
 def life_of(chosen: Chosen, request: int) -> pd.DataFrame:
     """Why it waited, by a replay with an observer; until there is one, or if none can be: what the columns tell."""
     run = shared.read(chosen.folder, shared.REQUESTS)
-    plain = views.life(run, request)
+    columns = views.life(run, request)
+    shared.ask_for_files(run.manifest.get("scenario", {}))
     arguments = (chosen.folder, request, chosen.choice, chosen.scenario)
     if len(run.requests["id"]) > views_life.AT_ONCE:
         found = shared.long_job(
             "requests_explain", "Replay the run to explain this request", views_life.explained, *arguments
         )
-        return plain if found is None else found
+        return columns if found is None else found
     try:
         return explained_once(*arguments)
     except ValueError as error:
-        st.caption(f"What the run's columns tell; no more, since {error}")
-        return plain
+        st.caption(f"What the run's columns tell; no more, since {shared.plain(error)}")
+        return columns
 
 
 def show_life(chosen: Chosen, slowest: int) -> int:
@@ -143,7 +144,7 @@ def show_life(chosen: Chosen, slowest: int) -> int:
         frame = life_of(chosen, request)
         shared.chart(life_chart(frame), key="requests_life")
         stays = [
-            {"from (s)": f"{begin_s:,.3f}", "ms": f"{duration_ms:,.1f}", "what": reason}
+            {"from (s)": f"{begin_s:,.3f}", "ms": f"{duration_ms:,.1f}", "what": shared.plain(reason)}
             for begin_s, duration_ms, reason in frame[["begin_s", "duration_ms", "reason"]].to_numpy()
         ]
         st.table(stays[:MOST_STAYS], hide_index=True, alt=f"What request {frame['id'].iloc[0]} did, and why it waited")
@@ -154,7 +155,7 @@ def show_life(chosen: Chosen, slowest: int) -> int:
 
 def show_table(frame: pd.DataFrame) -> None:
     """The requests as rows; a click on one shows its life."""
-    st.caption("; ".join(frame.attrs["notes"]) or f"{len(frame):,} requests")
+    st.caption(shared.plain("; ".join(frame.attrs["notes"])) or f"{len(frame):,} requests")
     config = {
         name: st.column_config.NumberColumn(title, format=form) for name, (title, form) in COLUMNS.items()
     }  # fmt: skip

@@ -10,6 +10,7 @@
 Keys name URL parameters and must be unique over all pages, unless two pages mean the same thing by them.
 """
 
+from app_pages.shared_files import ask_for_files
 from app_pages.shared_output import (
     chart,
     command_line,
@@ -40,12 +41,14 @@ from app_pages.shared_runs import (
 )
 from app_pages.shared_scenario import scenario_picker
 from app_pages.shared_trace import trace_picker
+from app_pages.shared_words import plain
 from llmsim.choice import TraceChoice
 
 __all__ = [
     "REQUESTS",
     "TraceChoice",
     "answers",
+    "ask_for_files",
     "cached_frame",
     "chart",
     "command_line",
@@ -60,6 +63,7 @@ __all__ = [
     "kpi_table",
     "long_job",
     "page_header",
+    "plain",
     "quick_run",
     "quick_runs",
     "read",

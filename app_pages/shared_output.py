@@ -13,6 +13,8 @@ import altair
 import pandas as pd
 import streamlit as st
 
+from app_pages.shared_files import UnaskedError, ask
+from app_pages.shared_words import plain
 from llmsim.command_line import as_text
 from llmsim.metrics import json_safe
 from llmsim.plugins import PolicyError
@@ -28,8 +30,11 @@ def page_header(title: str, caption: str) -> None:
 
 
 def show_error(error: Exception) -> None:
-    """The library's own sentence, in place."""
-    st.error(" ".join(str(error).split()), icon=":material/error:")
+    """The library's own sentence, in place; what has to be asked first, as a question."""
+    if isinstance(error, UnaskedError):
+        ask(error.path)
+    else:
+        st.error(plain(error), icon=":material/error:")
 
 
 @contextmanager
@@ -170,7 +175,7 @@ def downloads(
     with st.popover("Download", icon=":material/download:", key=f"{key}_downloads"):
         for file, make in files.items():
             st.download_button(
-                file, make, file_name=file, key=f"{key}_{file}", on_click="ignore", icon=":material/download:"
+                plain(file), make, file_name=file, key=f"{key}_{file}", on_click="ignore", icon=":material/download:"
             )
 
 

@@ -14,7 +14,9 @@ from typing import Any
 import pandas as pd
 import streamlit as st
 
+from app_pages.shared_files import ask_for_files
 from app_pages.shared_output import show_error
+from app_pages.shared_words import plain
 from llmsim.choice import Replay, TraceChoice, replay, replay_all
 from llmsim.command_line import argv_of
 from llmsim.jobs import Job
@@ -165,6 +167,7 @@ def long_job(key: str, label: str, function: Callable[..., Any], *arguments: Any
 
     While it runs: progress and a Stop that kills it. A result is shown for as long as the arguments are the same.
     """
+    ask_for_files(arguments)
     digest = hashlib.sha256(pickle.dumps((function, arguments))).hexdigest()
     asked = _asked().get(key, Asked(digest))
     if asked.job is not None and asked.job.state == "running":
@@ -181,7 +184,7 @@ def long_job(key: str, label: str, function: Callable[..., Any], *arguments: Any
             return None
         st.rerun()
     if asked.error and asked.digest == digest:
-        st.error(asked.error, icon=":material/error:")
+        st.error(plain(asked.error), icon=":material/error:")
     return None
 
 
@@ -204,7 +207,7 @@ def _watch(key: str, asked: Asked) -> None:
         st.rerun()
     done, total, words = job.progress()
     left, right = st.columns([5, 1], vertical_alignment="center")
-    left.progress(done / total if total else 0.0, text=f"{done:,} of {total:,} {words}" if total else "starting")
+    left.progress(done / total if total else 0.0, text=f"{done:,} of {total:,} {plain(words)}" if total else "starting")
     if right.button("Stop", key=f"{key}_stop", icon=":material/stop:", width="stretch"):
         job.stop()
         asked.error = f"stopped after {job.elapsed_s:.0f} s"

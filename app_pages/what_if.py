@@ -47,7 +47,9 @@ numbers = views.kpis(*runs.values())
 shared.kpi_row([number for number in numbers if number.key in HEADLINES])
 for label, run in runs.items():
     if run.summary["stable"] is False:
-        st.warning(run.summary["stability"], title=f"The {label} does not keep up", icon=":material/trending_up:")
+        st.warning(
+            shared.plain(run.summary["stability"]), title=f"The {label} does not keep up", icon=":material/trending_up:"
+        )
 
 limits_ms = {"ttft": slo["ttft"], "tpot": slo["tpot"], "e2el": None}
 for place, (metric, limit_ms) in zip(st.columns(3), limits_ms.items(), strict=True):
