@@ -146,8 +146,8 @@ def knee(demand: Demand, used: Demand, option: Option) -> None:
         with place:
             shared.chart(drawing, key=f"plan_knee_{metric}")
     st.caption(
-        f"{points[0].requests:,} requests at each of {len(points)} rates on {shared.plain(option.name)}. Shaded: the queue kept "
-        "growing, so latencies depend on the trace's length."
+        f"{points[0].requests:,} requests at each of {len(points)} rates on {shared.plain(option.name)}. Shaded: the "
+        "queue kept growing, so latencies depend on the trace's length."
     )
     shared.footer("plan_knee", commands=_commands(demand, ("--curve",)), frames={"knee": frame}, drawings=drawings)
 

@@ -86,8 +86,9 @@ def differences(study: Study, base: Scenario, flags: Sequence[str]) -> None:
     names = found.names
     _said(found)
     table(found.sides, "pol_sides_table")
+    first = shared.plain(names[0])
     st.markdown(
-        f"**Difference to {shared.plain(names[0])}**, request by request, with 95 % intervals; hollow: not told apart from 0"
+        f"**Difference to {first}**, request by request, with 95 % intervals; hollow: not told apart from 0"
     )
     drawings: dict[str, Any] = {}
     for place, latency in zip(st.columns(3), LATENCIES, strict=True):
