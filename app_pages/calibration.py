@@ -41,9 +41,8 @@ def steps(profile: Profile) -> None:
         model = pick("Model", evidence_words.panels(errors), "ca_model")
         errors, points = errors[errors["panel"] == model], points[points["panel"] == model]
         st.markdown("**GPU seconds of engine steps**, a row a recorded load")
-        drawing = charts_calibration.errors_chart(errors)
-        shared.chart(drawing, alt=evidence_words.errors_in_words(errors), key="ca_steps_chart")
-        shared.downloads("ca_steps", errors, name="steps", drawing=drawing)
+        drawing, alt = charts_calibration.errors_chart(errors), evidence_words.errors_in_words(errors)
+        shared.drawn_with_downloads(errors, drawing, "ca_steps", "steps", alt)
     with right:
         st.markdown(f"**Predicted against recorded**, a point a step: {len(points):,} drawn by lot")
         parity(points, "kind", "ca_steps")
@@ -54,9 +53,8 @@ def kernels(profile: Profile) -> None:
     left, right = st.columns(2)
     with left:
         st.markdown("**Kernels**, each point predicted by what was fitted without it")
-        drawing = charts_calibration.errors_chart(errors)
-        shared.chart(drawing, alt=evidence_words.errors_in_words(errors), key="ca_kernels_chart")
-        shared.downloads("ca_kernels", errors, name="kernels", drawing=drawing)
+        drawing, alt = charts_calibration.errors_chart(errors), evidence_words.errors_in_words(errors)
+        shared.drawn_with_downloads(errors, drawing, "ca_kernels", "kernels", alt)
     with right:
         operator = pick("Operator", evidence_words.panels(errors), "ca_operator")
         parity(points[points["panel"] == operator], "kind", "ca_kernels")
@@ -76,9 +74,8 @@ def recordings(profile: Profile) -> None:
     left, right = st.columns([1.4, 1])
     with left:
         st.markdown("**Loads of a real engine**, replayed")
-        drawing = charts_calibration.loads_chart(loads)
-        shared.chart(drawing, alt=evidence_words.loads_in_words(loads), key="ca_loads_chart")
-        shared.downloads("ca_loads", loads, name="loads", drawing=drawing)
+        drawing, alt = charts_calibration.loads_chart(loads), evidence_words.loads_in_words(loads)
+        shared.drawn_with_downloads(loads, drawing, "ca_loads", "loads", alt)
     with right:
         st.markdown("**Predicted against recorded**, a point a load")
         points, unit = evidence.as_points(loads), evidence_words.unit_of(metric)
@@ -114,9 +111,8 @@ def extent(run: Run) -> list[str]:
     st.markdown(shared.plain(evidence_words.neighbours_in_words(cost)))
     left, right = st.columns(2)
     with left:
-        drawing = charts_calibration.extent_chart(table)
-        shared.chart(drawing, alt=evidence_words.extent_in_words(table), key="ca_extent_chart")
-        shared.downloads("ca_extent", table, name="extent", drawing=drawing)
+        drawing, alt = charts_calibration.extent_chart(table), evidence_words.extent_in_words(table)
+        shared.drawn_with_downloads(table, drawing, "ca_extent", "extent", alt)
     with right:
         st.table(evidence_words.extent_table(table), alt="Largest iterations of the run beside those measured")
     return argv_of(scenario)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import streamlit as st
@@ -92,21 +93,14 @@ def fleets(demand: Demand, found: Plan) -> None:
     st.caption("Every point is a simulation; hollow: a promise is broken; dashed: the frontier of those that hold.")
     options = plan_frames.options_frame(found)
     st.markdown("**Options**, the best first, with what breaks in the next smaller fleet or at the next higher rate")
-    _table(options, "plan_options", OPTION_COLUMNS)
+    columns = {name: told for name, told in OPTION_COLUMNS.items() if name != "probability" or found.confidence}
+    shared.table(options, "plan_options", columns)
     st.caption(shared.plain("Prices: " + "; ".join(found.prices.values())))
     runs = found.runs_frame()
     with st.expander(f"All {len(runs)} simulations"):
-        st.dataframe(runs, hide_index=True, key="plan_runs")
+        st.dataframe(runs, hide_index=True, key="plan_runs", placeholder="–")
     frames = {"options": found.frame(), "runs": runs, "points": points}
     shared.footer("plan", commands=_commands(demand), frames=frames, drawings=drawings)
-
-
-def _table(frame: Any, key: str, columns: dict[str, tuple[str, str | None]]) -> None:
-    shown = {
-        name: st.column_config.Column(words) if form is None else st.column_config.NumberColumn(words, format=form)
-        for name, (words, form) in columns.items()
-    }
-    st.dataframe(frame, hide_index=True, column_config=shown, column_order=list(columns), key=key)
 
 
 def _commands(demand: Demand, more: tuple[str, ...] = ()) -> list[list[str] | None]:
@@ -156,30 +150,43 @@ def knee(demand: Demand, used: Demand, option: Option) -> None:
 
 
 def how_sure(demand: Demand, used: Demand, found: Plan, option: Option) -> None:
-    left, right = st.columns(2)
-    with left:
-        draws = st.slider("Machines drawn", 19, 99, 19, 10, key="plan_draws", bind="query-params",
-                          help="19 bound an interval of 90 %.")  # fmt: skip
-    with right:
-        percent = st.slider("Confidence asked for (%)", 50, 99, 95, key="plan_confidence", bind="query-params")
+    first, second, third = st.columns([2, 2, 1], vertical_alignment="center")
+    with first:
+        draws = st.slider("Replays at every rate", 19, 199, 19, 20, key="plan_draws", bind="query-params",
+                          help="19 bound an interval of 90 %, 39 one of 95 %, 199 one of 99 %.")  # fmt: skip
+    with second:
+        percent = st.slider("Confidence asked for (%)", 50, 99, 90, key="plan_confidence", bind="query-params",
+                            help="Up to which rate promises are kept with it; what intervals hold.")  # fmt: skip
+    with third:
+        another = st.toggle("Another machine", True, key="plan_machine", bind="query-params",
+                            help="Machines of one kind differ. Off: the one that the profile was measured on, in "
+                            "another hour.")  # fmt: skip
     st.caption(
-        "The replay is repeated on machines that the scenario's may turn out to be: cost models off by as much as "
-        "recordings of the real engine say, and another seed."
+        "The replay is repeated with cost models that are off by as much as recordings of the real engine say, and "
+        "other seeds."
     )
     rate = option.rate if option.rate is not None else found.rate
-    points = shared.long_job("plan_sure_job", "How sure is that?", plan_study.sure, used, option.scenario, rate, draws)
-    if points is None:
-        return
-    frame = plan_study.sure_frame(points)
-    unit = rate_unit(used.trace())
-    middle = points[len(points) // 2]
+    asked = (used, option.scenario, rate, draws, plan_study.AROUND, () if another else ("machine",))
+    points = shared.long_job("plan_sure_job", "How sure is that?", plan_study.sure, *asked)
+    if points is not None:
+        sure(demand, points, percent / 100, rate_unit(used.trace()))
+
+
+def sure(demand: Demand, points: Sequence[plan_study.SurePoint], confidence: float, unit: str) -> None:
+    middle, highest = points[len(points) // 2], plan_study.sure_up_to(points, confidence)
+    held = "at none of these rates" if highest is None else f"up to {highest:g} {unit}"
+    kept = [(f"P(every promise kept) at {middle.rate:g} {unit}", middle.probability)]
+    kept += [(str(slo), probability) for slo, probability, _ in middle.each]
+    shared.figures(
+        [{"label": f"Kept with {confidence:.0%}", "value": held}]
+        + [{"label": label, "value": f"{probability:.0%}"} for label, probability in kept]
+    )
+    st.caption(f"From {middle.draws} replays at each rate; {shared.plain(plan_study.off_by(middle.sources))}.")
+    frame = plan_study.sure_frame(points, confidence)
     drawings = {
-        "probability": charts_plan.probability_chart(frame, percent / 100, unit),
-        "intervals": charts_plan.promise_chart(frame, middle.rate),
+        "probability": charts_plan.probability_chart(frame, confidence, unit),
+        "intervals": charts_plan.promise_chart(frame, middle.rate, confidence),
     }
-    each = [(str(slo), probability) for slo, probability, _ in middle.each]
-    kept = [(f"P(every promise kept) at {middle.rate:g} {unit}", middle.probability), *each]
-    shared.figures([{"label": label, "value": f"{probability:.0%}"} for label, probability in kept])
     for place, (name, drawing) in zip(st.columns(2), drawings.items(), strict=True):
         with place:
             shared.chart(drawing, key=f"plan_{name}")

@@ -45,17 +45,8 @@ COLUMNS = {  # of the tables: key, heading, format
 
 
 def table(frame: Any, key: str) -> None:
-    shown = {
-        name: st.column_config.Column(COLUMNS[name][0])
-        if COLUMNS[name][1] is None
-        else st.column_config.NumberColumn(COLUMNS[name][0], format=COLUMNS[name][1])
-        for name in frame.columns
-        if name in COLUMNS
-    }
-    if "side" in frame.columns:
-        colours = charts_policies.colours_of(list(dict.fromkeys(frame["side"])))
-        frame = frame.style.map(lambda side: f"color: {colours[side]}; font-weight: bold", subset=["side"])
-    st.dataframe(frame, hide_index=True, column_config=shown, column_order=list(shown), key=key)
+    sides = dict.fromkeys(frame["side"]) if "side" in frame.columns else {}
+    shared.table(frame, key, COLUMNS, colours=charts_policies.colours_of(list(sides)))
 
 
 def drawn(drawing: Any, key: str) -> None:

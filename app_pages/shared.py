@@ -15,6 +15,7 @@ from app_pages.shared_output import (
     chart,
     command_line,
     downloads,
+    drawn_with_downloads,
     error_in_place,
     figures,
     footer,
@@ -22,6 +23,7 @@ from app_pages.shared_output import (
     kpi_table,
     page_header,
     show_error,
+    table,
 )
 from app_pages.shared_runs import (
     REQUESTS,
@@ -53,6 +55,7 @@ __all__ = [
     "chart",
     "command_line",
     "downloads",
+    "drawn_with_downloads",
     "error_in_place",
     "figures",
     "footer",
@@ -73,5 +76,6 @@ __all__ = [
     "scenario_picker",
     "show_error",
     "store",
+    "table",
     "trace_picker",
 ]

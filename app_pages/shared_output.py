@@ -65,9 +65,24 @@ def chart(
         return None
     plain = drawing.copy(deep=False)
     plain.description = altair.Undefined  # `alt` says it
+    plain.config = _of_theme(plain.config)
     if plain.autosize is altair.Undefined:  # the height that the chart was given is that of its plot
         plain.autosize = altair.AutoSizeParams(type="fit-x", contains="padding")
     return st.altair_chart(plain, width="stretch", alt=said, key=key, on_select=on_select or "ignore", **options)
+
+
+TEXTS = ("labelColor", "titleColor", "color")  # a theme has no colour of subtitles
+
+
+def _of_theme(config: Any) -> Any:
+    """Words around a chart in the colour of those on the page: the chart's own have to be read on any background."""
+    if config is altair.Undefined:
+        return config
+    config = config.copy(deep=True)
+    for part in (config[name] for name in ("axis", "legend", "title")):
+        for name in TEXTS if part is not altair.Undefined else ():
+            part[name] = altair.Undefined
+    return config
 
 
 def panels(stack: altair.VConcatChart) -> list[Any]:
@@ -82,6 +97,29 @@ def panels(stack: altair.VConcatChart) -> list[Any]:
             alone.title = stack.title
         parts.append(alone)
     return parts
+
+
+def table(
+    frame: pd.DataFrame,
+    key: str,
+    columns: Mapping[str, tuple[str, str | None]],
+    colours: Mapping[str, str] | None = None,
+) -> None:
+    """The columns of a frame that have a heading (and a number's format) in `columns`, in that order.
+
+    `colours`: of the names in its column `side`.
+    """
+    there = [name for name in columns if name in frame.columns]
+    shown = {
+        name: st.column_config.Column(columns[name][0])
+        if columns[name][1] is None
+        else st.column_config.NumberColumn(columns[name][0], format=columns[name][1])
+        for name in there
+    }
+    drawn: Any = frame
+    if colours:
+        drawn = frame.style.map(lambda side: f"color: {colours[side]}; font-weight: bold", subset=["side"])
+    st.dataframe(drawn, hide_index=True, column_config=shown, column_order=there, key=key, placeholder="–")
 
 
 def figures(rows: Sequence[dict[str, Any]]) -> None:
@@ -152,6 +190,12 @@ def footer(
         for name, drawing in (drawings or {}).items():
             files[f"{key}_{name}.png"] = partial(_png, drawing)
         downloads(key, files)
+
+
+def drawn_with_downloads(frame: pd.DataFrame, drawing: Any, key: str, name: str, alt: str = "") -> None:
+    """A chart, and below it what it is drawn from to take along."""
+    chart(drawing, alt=alt, key=f"{key}_chart")
+    downloads(key, frame, name=name, drawing=drawing)
 
 
 def downloads(

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 PROMPT_SHADES = ("#c2410c", "#f59e0b", "#9a3412", "#fb923c", "#d97706", "#7c2d12", "#ea580c", "#fdba74")
+LIGHT = ("#f59e0b", "#fb923c", "#d97706", "#fdba74")  # of them, those on which white is not read
 HOST_SHADES = {"schedule": "#94a3b8", "launch": "#64748b", "update": "#cbd5e1"}
 LANE = 24  # pixels of a lane of the timeline
 CLOCKS = ("host", "worker", "GPU")
@@ -48,8 +49,10 @@ def burst_chart(clocks: pd.DataFrame, requests: pd.DataFrame) -> alt.LayerChart:
     tips += [tip("lasts_ms", "lasts (ms)", ".2f"), tip("computed_tokens", "computed before (tokens)", ",d")]
     bars = alt.Chart(frame).mark_bar(stroke="white", strokeWidth=0.4)
     wide = frame[frame["part"].str.startswith("prompt") & (frame["lasts_ms"] >= LEAST_SHARE * _span_ms(frame))]
-    wide = wide.assign(middle_ms=(wide["begin_ms"] + wide["end_ms"]) / 2)
-    words = alt.Chart(wide).mark_text(color="white", fontSize=11, fontWeight="bold")
+    shades = _prompt_shades(requests)
+    inks = ["#0f172a" if shades[part] in LIGHT else "#ffffff" for part in wide["part"]]
+    wide = wide.assign(middle_ms=(wide["begin_ms"] + wide["end_ms"]) / 2, ink=inks)
+    words = alt.Chart(wide).mark_text(fontSize=11, fontWeight="bold").encode(color=alt.Color("ink:N", scale=None))
     layers = [
         bars.encode(x, alt.X2("end_ms:Q"), y, _part_colour(requests), tooltip=tips),
         words.encode(alt.X("middle_ms:Q"), y, text=alt.Text("tokens:Q", format=",d")),
@@ -107,15 +110,18 @@ def _part_colour(requests: pd.DataFrame, *, legend: bool = True) -> alt.Color:
     """The host in greys, decodes blue, prompts in shades of prefill's colour."""
     import altair as alt
 
-    numbers = sorted(int(number) for number in requests.loc[requests["request"] > 0, "request"].unique())
-    prompts = {f"prompt {n}": PROMPT_SHADES[(n - 1) % len(PROMPT_SHADES)] for n in numbers}
-    shades = HOST_SHADES | PHASE_COLOURS | prompts
+    shades = HOST_SHADES | PHASE_COLOURS | _prompt_shades(requests)
     shown = alt.Legend(
         title=None, orient="top", symbolType="square", symbolOpacity=1, symbolStrokeWidth=0,
         values=[*HOST_SHADES, *PHASE_COLOURS],
     )  # fmt: skip
     scale = alt.Scale(domain=list(shades), range=list(shades.values()))
     return alt.Color("part:N", scale=scale, legend=shown if legend else None)
+
+
+def _prompt_shades(requests: pd.DataFrame) -> dict[str, str]:
+    numbers = sorted(int(number) for number in requests.loc[requests["request"] > 0, "request"].unique())
+    return {f"prompt {n}": PROMPT_SHADES[(n - 1) % len(PROMPT_SHADES)] for n in numbers}
 
 
 def budgets_chart(budgets: pd.DataFrame, token_budget: int) -> alt.LayerChart:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 NAMES = {"ttft": "TTFT", "tpot": "TPOT", "e2el": "E2EL"}
 BROKEN = "#dc3d43"  # a promise that is broken, and where the queue runs away
-STATISTIC_COLOURS = {
-    "P50": COLOURS["baseline"], "P99": COLOURS["candidate"], "P95": "#a25ee8", "P90": "#0e93a8", "mean": "#6f8f1a",
+STATISTIC_COLOURS = {  # as legends name them
+    "mean": "#6f8f1a", "P50": COLOURS["baseline"], "P90": "#0e93a8", "P95": "#a25ee8", "P99": COLOURS["candidate"],
 }  # fmt: skip
 ALWAYS = ("P50", "P99")  # drawn whatever the promises are about
 TOOLTIPS = (
@@ -205,8 +205,11 @@ def probability_chart(frame: pd.DataFrame, confidence: float, unit: str = "reque
     return finished(layers, "How likely the SLOs are met", 230, f"Probability that every SLO is met by rate. {said}.")
 
 
-def promise_chart(frame: pd.DataFrame, rate: float) -> alt.LayerChart:
-    """90 % intervals of what each SLO is about at one rate, as shares of its limit (the dashed line at 100 %)."""
+def promise_chart(frame: pd.DataFrame, rate: float, level: float = 0.9) -> alt.LayerChart:
+    """Intervals of what each SLO is about at one rate, as shares of its limit (the dashed line at 100 %).
+
+    `frame`: of `plan_study.sure_frame` at this level.
+    """
     import altair as alt
     import pandas as pd
 
@@ -234,4 +237,4 @@ def promise_chart(frame: pd.DataFrame, rate: float) -> alt.LayerChart:
     ]
     rows = zip(shown["slo"], shown["low"], shown["high"], strict=True)
     said = "; ".join(f"{slo}: {low:.0%} to {high:.0%} of its limit" for slo, low, high in rows)
-    return finished(layers, f"90 % intervals at {rate:.4g}/s", max(40 * len(names), 60), said + ".")
+    return finished(layers, f"{100 * level:.4g} % intervals at {rate:.4g}/s", max(40 * len(names), 60), said + ".")

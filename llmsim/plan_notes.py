@@ -22,12 +22,12 @@ def notes_of(trace: Trace, demand: float | None, contest: Contest) -> tuple[str,
     if lasts_s < FEW_LIVES * slowest_s:
         notes.append(
             f"At {rate:.4g}/s the trace lasts {lasts_s:.3g} s, {lasts_s / slowest_s:.2g} times a mean answer: batches "
-            "hardly fill and queues hardly form; give a longer trace."
+            "hardly fill and queues hardly form; give a longer trace"
         )
     session_s = longest_s(trace)
     if session_s > lasts_s / FEW_SESSIONS:
         notes.append(
             f"At {rate:.4g}/s sessions start within {lasts_s:.3g} s and last up to {session_s:.3g} s: the load is not "
-            "steady; give a longer trace."
+            "steady; give a longer trace"
         )
     return tuple(notes)

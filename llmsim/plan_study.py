@@ -12,9 +12,11 @@ from llmsim.plan_frames import unstable_from
 from llmsim.plan_runs import Run, slos_of
 from llmsim.plan_types import Plan
 from llmsim.scenario import Scenario
+from llmsim.simulate import cost_of
 from llmsim.slo import Slo
 from llmsim.trace import Trace, at_rate
 from llmsim.uncertainty import Prediction, interval, predict
+from llmsim.uncertainty_sources import NONE, SOURCES, Sources, sources_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -111,12 +113,13 @@ def knee(
 
 @dataclass(frozen=True)
 class SurePoint:
-    """One fleet at one rate: the probability that all promises are kept, and each of them with its interval (ms)."""
+    """One fleet at one rate: the probability that all promises are kept, and each of them with what each draw gave."""
 
     rate: float
     probability: float
     draws: int
-    each: tuple[tuple[Slo, float, tuple[float, float, float]], ...]  # SLO, probability, (low, median, high)
+    each: tuple[tuple[Slo, float, tuple[float, ...]], ...]  # SLO, probability, ms by draw
+    sources: Sources
 
 
 def sure(
@@ -125,10 +128,18 @@ def sure(
     rate: float | None = None,
     draws: int = FEWEST_DRAWS,
     around: Sequence[float] = AROUND,
+    without: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> tuple[SurePoint, ...]:
-    """How likely a fleet keeps the promises at rates `around` the given one (None: the trace's own)."""
+    """How likely a fleet keeps the promises at rates `around` the given one (None: the trace's own).
+
+    `without`: sources of `llmsim.uncertainty_sources` that are left out; ("machine",): the machine is the one that
+    the profile was measured on.
+    """
     trace, promises = demand.trace(), slos_of(demand.slos)
+    resolved = fleet.resolved()
+    left_out: dict[str, Any] = dict.fromkeys(without, NONE)
+    sources = replace(sources_of(resolved, cost_of(resolved)), **left_out)
     middle = own_rate(trace) if rate is None else rate
     rates = [float(f"{middle * share:.4g}") for share in around]
     found: list[SurePoint] = []
@@ -138,29 +149,49 @@ def sure(
             if progress is not None:
                 progress(of * len(found) + done, of * len(rates), f"machines at {at:g}/s")
 
-        prediction = predict(at_rate(trace, at), fleet, draws=draws, slos=promises, level=LEVEL, progress=told)
+        prediction = predict(at_rate(trace, at), fleet, draws=draws, slos=promises, progress=told, sources=sources)
         found.append(sure_point(at, prediction))
     return tuple(found)
 
 
 def sure_point(rate: float, prediction: Prediction) -> SurePoint:
     kept = prediction.probability()
-    each = []
-    for slo in prediction.slos:
-        low, middle, high = interval(prediction.promised_s[slo.name], prediction.level)
-        each.append((slo, kept.each[str(slo)], (1e3 * low, 1e3 * middle, 1e3 * high)))
-    return SurePoint(rate, kept.all, kept.draws, tuple(each))
+    each = tuple(
+        (slo, kept.each[str(slo)], tuple(1e3 * value_s for value_s in prediction.promised_s[slo.name]))
+        for slo in prediction.slos
+    )
+    return SurePoint(rate, kept.all, kept.draws, each, prediction.sources)
 
 
-def sure_frame(points: Sequence[SurePoint]) -> pd.DataFrame:
-    """A row a rate and SLO: rate, slo, limit_ms, low_ms, median_ms, high_ms, low, median, high (the same as shares of
-    the limit), probability (of this SLO), probability_all, draws."""
+def sure_up_to(points: Sequence[SurePoint], confidence: float) -> float | None:
+    """The highest rate at which all promises are kept with this probability, as at every lower one; None: at none."""
+    held = None
+    for point in sorted(points, key=lambda point: point.rate):
+        if point.probability < confidence:
+            break
+        held = point.rate
+    return held
+
+
+def off_by(sources: Sources) -> str:
+    """Standard deviations of decode steps, in words."""
+    parts = {name: getattr(sources, name).decode for name in SOURCES}
+    said = ", ".join(f"{name} {share:.1%}" for name, share in parts.items() if share)
+    return f"decode steps off by (standard deviation): {said}; {sources.basis}" if said else sources.basis
+
+
+def sure_frame(points: Sequence[SurePoint], level: float = LEVEL) -> pd.DataFrame:
+    """A row a rate and SLO: rate, slo, limit_ms, low_ms, median_ms, high_ms (of the interval that holds `level`), low,
+    median, high (the same as shares of the limit), probability (of this SLO), probability_all, draws.
+
+    Raises ValueError where so many draws bound no such interval.
+    """
     import pandas as pd
 
     rows = []
     for point in points:
-        for slo, probability, ends_ms in point.each:
-            limit_ms = 1e3 * slo.limit_s
+        for slo, probability, draws_ms in point.each:
+            ends_ms, limit_ms = interval(draws_ms, level), 1e3 * slo.limit_s
             shares = [value / limit_ms for value in ends_ms]
             rows.append(
                 (point.rate, str(slo), limit_ms, *ends_ms, *shares, probability, point.probability, point.draws)

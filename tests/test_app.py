@@ -1,5 +1,6 @@
 """The dashboard without a browser: every page and widget by Streamlit's AppTest, and what hours of clicking leave."""
 
+import json
 import os
 import time
 from pathlib import Path
@@ -63,6 +64,17 @@ def test_baseline_and_candidate_alike_differ_in_nothing():
     test = opened(SMALL)
     assert {metric.delta for metric in test.metric} == {"same"}
     assert "Quick answer on all 60 requests." in [caption.value for caption in test.caption]
+
+
+def test_words_around_charts_have_the_colours_of_the_theme():
+    """A colour of the chart's own would win over it; notes below titles keep theirs, which a theme has none for."""
+    test = opened(SMALL)
+    specs = [json.loads(chart.proto.spec) for chart in test.get("vega_lite_chart")]
+    assert len(specs) >= 10
+    for spec in specs:
+        parts = spec["config"]
+        assert not {"labelColor", "titleColor"} & (parts["axis"].keys() | parts["legend"].keys())
+        assert "color" not in parts["title"] and "subtitleColor" in parts["title"]
 
 
 # widget of the candidate: a value that changes what is simulated

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
 
 import pytest
-from pages import charts, commands, errors, linked
+from pages import AppTest, charts, commands, errors, linked
 
 from llmsim.choice import shipped
 from llmsim.plan_study import Demand, planned, quick_requests
@@ -71,9 +72,40 @@ def test_the_knee_of_any_option() -> None:
 
 def test_how_sure_waits_to_be_asked() -> None:
     at = opened(plan_view="How sure")
-    at.slider(key="plan_draws").set_value(29).run()
+    at.slider(key="plan_draws").set_value(39).run()
     at.slider(key="plan_confidence").set_value(90).run()
     assert not errors(at) and charts(at) == 0 and at.button(key="plan_sure_job_start").label == "How sure is that?"
+
+
+def test_confidence_and_the_machine_change_how_sure_it_is() -> None:
+    at = opened(plan_view="How sure", trace_from="synthetic", trace_n="100", plan_more="max_num_seqs=64")
+    at.multiselect(key="plan_gpus").set_value(["h100-sxm"])
+    at.multiselect(key="plan_tp").set_value([1]).run()
+    held, *kept = answered(at).items()
+    assert charts(at) == 2 and held[0] == "Kept with 90%" and not errors(at)
+    at.slider(key="plan_confidence").set_value(50).run()
+    held, *same = answered(at).items()
+    assert held[0] == "Kept with 50%" and same == kept
+    at.slider(key="plan_confidence").set_value(99).run()
+    assert charts(at) == 0 and ["needs 199 or more" in error for error in errors(at)] == [True]
+    at.slider(key="plan_confidence").set_value(90).run()
+    assert any("machine" in caption.value.partition("; ")[2][:80] for caption in at.caption)
+    at.toggle(key="plan_machine").set_value(False).run()
+    assert charts(at) == 0 and at.button(key="plan_sure_job_start")  # another question
+
+
+def answered(at: AppTest) -> dict[str, str]:
+    """What the page says of how sure it is, once its job is done."""
+    if any(button.key == "plan_sure_job_start" for button in at.button):
+        at.button(key="plan_sure_job_start").click().run()
+    deadline_s = time.monotonic() + 60
+    while not any(metric.label.startswith("Kept with") for metric in at.metric):
+        assert time.monotonic() < deadline_s and not errors(at), errors(at)
+        time.sleep(0.1)
+        at.run()
+    labels = [metric.label for metric in at.metric]
+    first = next(place for place, label in enumerate(labels) if label.startswith("Kept with"))
+    return {metric.label: metric.value for metric in at.metric[first:]}
 
 
 def test_nothing_meets_the_promises() -> None:

@@ -17,6 +17,7 @@ from llmsim.simulate import simulate
 from llmsim.slo import Slo
 from llmsim.trace import at_rate
 from llmsim.uncertainty import predict
+from llmsim.uncertainty_sources import NONE, Sources
 
 SCENARIO = Scenario("llama-3.1-8b", "h100-sxm", cost="constant:0.02", max_num_seqs=16)
 DEMAND = plan_study.Demand(
@@ -147,6 +148,36 @@ def test_probabilities_are_those_of_the_prediction() -> None:
     values = sorted(plain.promised_s["ttft_p99"])
     assert row["low_ms"] == pytest.approx(1e3 * values[0]) and row["high_ms"] == pytest.approx(1e3 * values[-1])
     assert row["high"] == pytest.approx(values[-1] / 0.8) and row["probability_all"] == found[1].probability
+
+
+def test_the_machine_can_be_left_out_and_confidence_widens_intervals() -> None:
+    fleet = replace(SCENARIO, cost="auto", replicas=2)
+    demand = replace(DEMAND, scenario=fleet, limit=40)
+    (another,) = plan_study.sure(demand, fleet, 20.0, around=(1.0,))
+    (same,) = plan_study.sure(demand, fleet, 20.0, around=(1.0,), without=("machine",))
+    assert another.sources.machine.decode > 0.0 == same.sources.machine.decode
+    assert replace(another.sources, machine=same.sources.machine) == same.sources
+    assert "machine" in plan_study.off_by(another.sources) and "machine" not in plan_study.off_by(same.sources)[:60]
+    slos = tuple(Slo.parse(text) for text in demand.slos)
+    trace = at_rate(demand.trace(), 20.0)
+    plain = predict(trace, fleet, draws=19, slos=slos, sources=replace(another.sources, machine=NONE))
+    for (_, _, same_ms), (_, _, another_ms), slo in zip(same.each, another.each, slos, strict=True):
+        assert same_ms == tuple(1e3 * value_s for value_s in plain.promised_s[slo.name]) != another_ms
+    narrow, wide = (plan_study.sure_frame([another], level) for level in (0.5, 0.9))
+    assert (wide["high_ms"] > narrow["high_ms"]).all() and (wide["low_ms"] < narrow["low_ms"]).all()
+    assert sorted(another.each[0][2])[0] == wide["low_ms"].iloc[0]
+    with pytest.raises(ValueError, match=r"draws=19: an interval that holds 95 % needs 39 or more"):
+        plan_study.sure_frame([another], 0.95)
+
+
+def test_a_rate_is_sure_if_it_and_all_below_it_are() -> None:
+    points = [
+        plan_study.SurePoint(rate, probability, 19, (), Sources())
+        for rate, probability in ((3.0, 0.7), (1.0, 1.0), (2.0, 0.9), (4.0, 0.8))
+    ]
+    found = {confidence: plan_study.sure_up_to(points, confidence) for confidence in (0.5, 0.75, 0.9, 0.95, 1.1)}
+    assert found == {0.5: 4.0, 0.75: 2.0, 0.9: 2.0, 0.95: 1.0, 1.1: None}
+    assert plan_study.off_by(Sources()) == "exact by definition"
 
 
 # ---- what is asked --------------------------------------------------------------------------------------------------
