@@ -104,6 +104,8 @@ def this_run(folders: dict[str, Any]) -> Run | None:
 
 def extent(run: Run) -> list[str]:
     scenario = Scenario.from_dict(run.manifest["scenario"])
+    shared.say(run.manifest.get("notes", ()))
+    shared.warn_of_rejections({"run": run})
     cost = cost_of(scenario)
     st.caption(shared.plain(cost.label))
     table = evidence.extent(run.iterations, cost, scenario)

@@ -40,15 +40,14 @@ OPTION_COLUMNS = {
 
 def show(demand: Demand, used: Demand, found: Plan) -> None:
     """`used`: the demand that the plan was made for, perhaps on the first requests only."""
-    for note in found.notes:
-        st.caption(f":material/info: {shared.plain(note)}.")
+    shared.say(found.notes)
     answers(found)
     view = st.segmented_control(
         "Look at", VIEWS, default="Fleets", required=True, key="plan_view", bind="query-params",
         label_visibility="collapsed",
     )  # fmt: skip
     if view == "Fleets":
-        fleets(demand, found)
+        fleets(demand, used, found)
         return
     option = option_picker(found)
     if view == "Knee":
@@ -82,7 +81,7 @@ def _margins(option: Option) -> str:
 # ---- fleets ---------------------------------------------------------------------------------------------------------
 
 
-def fleets(demand: Demand, found: Plan) -> None:
+def fleets(demand: Demand, used: Demand, found: Plan) -> None:
     points = plan_frames.points_frame(found)
     drawings: dict[str, Any] = {}
     if len(points):
@@ -100,11 +99,12 @@ def fleets(demand: Demand, found: Plan) -> None:
     with st.expander(f"All {len(runs)} simulations"):
         st.dataframe(runs, hide_index=True, key="plan_runs", placeholder="–")
     frames = {"options": found.frame(), "runs": runs, "points": points}
-    shared.footer("plan", commands=_commands(demand), frames=frames, drawings=drawings)
+    whole = _commands(demand) if used != demand else ()
+    shared.footer("plan", commands=_commands(used), whole=whole, frames=frames, drawings=drawings)
 
 
 def _commands(demand: Demand, more: tuple[str, ...] = ()) -> list[list[str] | None]:
-    choice: TraceChoice = demand.source  # type: ignore[assignment]
+    choice: TraceChoice = demand.source.first(demand.limit)  # type: ignore[attr-defined]
     return [
         choice.before(),
         argv_of(demand.scenario, command="plan", trace=choice.shown(), options=[*plan_study.flags_of(demand), *more]),
@@ -131,6 +131,7 @@ def knee(demand: Demand, used: Demand, option: Option) -> None:
         points = shared.long_job(
             "plan_knee_job", "Simulate on the whole trace", plan_study.knee, demand, option.scenario
         )
+    shown = used if points is None else demand
     points = points or quick.answer(plan_study.knee, used, option.scenario)
     frame, held = plan_frames.knee_frame(points), plan_frames.held_rate(points)
     slos = [Slo.parse(text) for text in demand.slos]
@@ -143,7 +144,7 @@ def knee(demand: Demand, used: Demand, option: Option) -> None:
         f"{points[0].requests:,} requests at each of {len(points)} rates on {shared.plain(option.name)}. Shaded: the "
         "queue kept growing, so latencies depend on the trace's length."
     )
-    shared.footer("plan_knee", commands=_commands(demand, ("--curve",)), frames={"knee": frame}, drawings=drawings)
+    shared.footer("plan_knee", commands=_commands(shown, ("--curve",)), frames={"knee": frame}, drawings=drawings)
 
 
 # ---- how sure -------------------------------------------------------------------------------------------------------
@@ -169,7 +170,7 @@ def how_sure(demand: Demand, used: Demand, found: Plan, option: Option) -> None:
     asked = (used, option.scenario, rate, draws, plan_study.AROUND, () if another else ("machine",))
     points = shared.long_job("plan_sure_job", "How sure is that?", plan_study.sure, *asked)
     if points is not None:
-        sure(demand, points, percent / 100, rate_unit(used.trace()))
+        sure(used, points, percent / 100, rate_unit(used.trace()))
 
 
 def sure(demand: Demand, points: Sequence[plan_study.SurePoint], confidence: float, unit: str) -> None:

@@ -83,8 +83,8 @@ def chosen_run() -> Chosen | None:
     scenario = baseline if name == "baseline" else candidate
     if choice is None or scenario is None:
         return None
-    folder = shared.answers("requests", choice, {name: scenario})[name]
-    return Chosen(folder, [choice.before(), argv_of(scenario, trace=choice.shown())], choice, scenario)
+    folders, used = shared.answers("requests", choice, {name: scenario})
+    return Chosen(folders[name], [used.before(), argv_of(scenario, trace=used.shown())], used, scenario)
 
 
 def brushed(folder: Path, measure: str) -> dict[str, Sequence[float]] | None:
@@ -186,6 +186,9 @@ if chosen is None:
 
 folder = chosen.folder
 run = shared.read(folder, shared.REQUESTS)
+if chosen.choice is None:
+    shared.say(run.manifest.get("notes", ()))
+shared.warn_of_rejections({"run": run})
 left, right = st.columns([3, 2])
 with left:
     bounds = brushed(folder, measure)
@@ -219,7 +222,7 @@ with right:
 show_table(table)
 left, right = st.columns([4, 1])
 with left:
-    shared.command_line(*(command for command in chosen.commands if command), chosen.explain(request))
+    shared.command_line(*chosen.commands, chosen.explain(request))
 with right:
     shared.downloads(
         "requests",

@@ -22,8 +22,10 @@ from app_pages.shared_output import (
     kpi_row,
     kpi_table,
     page_header,
+    say,
     show_error,
     table,
+    warn_of_rejections,
 )
 from app_pages.shared_runs import (
     REQUESTS,
@@ -34,11 +36,8 @@ from app_pages.shared_runs import (
     given_runs,
     long_job,
     quick_run,
-    quick_runs,
     read,
     runs_picker,
-    sample_of,
-    sampled,
     store,
 )
 from app_pages.shared_scenario import scenario_picker
@@ -68,14 +67,13 @@ __all__ = [
     "page_header",
     "plain",
     "quick_run",
-    "quick_runs",
     "read",
     "runs_picker",
-    "sample_of",
-    "sampled",
+    "say",
     "scenario_picker",
     "show_error",
     "store",
     "table",
     "trace_picker",
+    "warn_of_rejections",
 ]

@@ -15,7 +15,7 @@ import pandas as pd
 import streamlit as st
 
 from app_pages.shared_files import ask_for_files
-from app_pages.shared_output import show_error
+from app_pages.shared_output import say, show_error
 from app_pages.shared_words import plain
 from llmsim.choice import Replay, TraceChoice, replay, replay_all
 from llmsim.command_line import argv_of
@@ -68,26 +68,12 @@ def runs_picker(key: str) -> dict[str, Path] | None:
     return {"baseline": runs[baseline], "candidate": runs[candidate]}
 
 
-def sample_of(choice: TraceChoice) -> int:
-    """Requests of a quick answer: at most 20,000, fewer where answers are long."""
-    return choice.quick()
-
-
-def sampled(choice: TraceChoice) -> str:
-    """What a quick answer rests on, in words."""
-    whole, sample = choice.size(), sample_of(choice)
-    if whole <= sample:
-        return f"all {whole:,} requests"
-    return f"the first {sample:,} of {whole:,} requests"
-
-
 def quick_run(choice: TraceChoice, scenario: Scenario, sample: int | None = None) -> Path:
-    """The run folder of the first `sample` requests. Raises the library's errors."""
-    return _ensure(choice, scenario, sample or sample_of(choice))
+    """The run folder of the first `sample` requests: at most 20,000, fewer where answers are long.
 
-
-def quick_runs(choice: TraceChoice, scenarios: Mapping[str, Scenario]) -> dict[str, Path]:
-    return {label: quick_run(choice, scenario) for label, scenario in scenarios.items()}
+    Raises the library's errors.
+    """
+    return _ensure(choice, scenario, sample or choice.quick(scenario))
 
 
 def _ensure(choice: TraceChoice, scenario: Scenario, limit: int | None) -> Path:
@@ -99,15 +85,25 @@ def _ensure(choice: TraceChoice, scenario: Scenario, limit: int | None) -> Path:
         return replay(Replay(choice, scenario, folder, tuple(_command(choice, scenario)), limit))
 
 
-def answers(key: str, choice: TraceChoice, scenarios: Mapping[str, Scenario]) -> dict[str, Path]:
-    """A quick answer now; the whole trace where that is more, on a button, with progress and Stop."""
-    if choice.quick() < choice.size():
-        whole = full_runs(key, choice, scenarios)
-        if whole is not None:
-            st.caption(f"On all {choice.size():,} requests.")
-            return whole
-    st.caption(f"Quick answer on {sampled(choice)}.")
-    return quick_runs(choice, scenarios)
+def answers(key: str, choice: TraceChoice, scenarios: Mapping[str, Scenario]) -> tuple[dict[str, Path], TraceChoice]:
+    """A quick answer now; the whole trace where that is more, on a button, with progress and Stop.
+
+    Returns the run folders and what they are of: the requests chosen, or the first of them.
+    """
+    sizes = [choice.size(scenario) for scenario in scenarios.values()]  # a model's context may leave some out
+    sample = min(choice.quick(scenario) for scenario in scenarios.values())
+    every = " and ".join(f"{size:,}" for size in dict.fromkeys(sizes))
+    partly = sample < max(sizes)
+    whole = full_runs(key, choice, scenarios) if partly else None
+    if whole is not None:
+        st.caption(f"On all {every} requests.")
+    else:
+        st.caption(f"Quick answer on {f'the first {sample:,} of' if partly else 'all'} {every} requests.")
+    say(note for scenario in scenarios.values() for note in choice.notes(scenario))
+    if whole is not None:
+        return whole, choice
+    used = choice.first(sample if partly else None)
+    return {label: _ensure(choice, scenario, sample) for label, scenario in scenarios.items()}, used
 
 
 def key_of(choice: TraceChoice, scenario: Scenario, limit: int | None) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from llmsim.hardware import find_model
 from llmsim.runs_origin import origin
 from llmsim.scenario import Scenario
 from llmsim.trace import Trace, limited, load_trace, time_scaled
@@ -31,6 +32,7 @@ SHIPPED = {
     "shared_prefixes.csv": "24 long system prompts, shared",
     "sessions.jsonl": "220 conversations whose turns wait for the answer",
 }
+AS_SHIPPED = {name: (f"{name}: read as", "columns: ") for name in SHIPPED}  # what need not be said of them
 QUICK_REQUESTS = 20_000  # of a quick answer, at most
 QUICK_TOKENS = 2_000_000  # output tokens + 100 a request: 0.3 s on one core
 OVER_CONTEXT = ("error", "drop", "truncate")
@@ -89,7 +91,7 @@ class TraceChoice:
 
         Raises ValueError or FileNotFoundError naming the file, the row and the fix.
         """
-        context_tokens = None if self.over_context == "error" or scenario is None else scenario.max_model_len
+        context_tokens = None if self.over_context == "error" or scenario is None else _context_tokens(scenario)
         over = self.over_context if context_tokens is not None else "error"
         seed = scenario.seed if scenario is not None else 0
         fewest = min((n for n in (limit, self.requests) if n is not None), default=None)
@@ -111,15 +113,26 @@ class TraceChoice:
         options |= {} if fewest is None else {"limit": fewest}
         return origin(trace, self.path, options, scenario)
 
-    def size(self) -> int:
-        """Requests in all."""
+    def size(self, scenario: Scenario | None = None) -> int:
+        """Requests in all; for a scenario: those that are left once what its model cannot take is dropped."""
         if self.synthesis is not None:
             return min(self.synthesis.requests, self.requests or self.synthesis.requests)
-        return len(self.load())
+        return len(self.load(None, scenario))
 
-    def quick(self) -> int:
+    def quick(self, scenario: Scenario | None = None) -> int:
         """How many of the first requests are simulated in well under a second: all of them, or a round number."""
-        return quick_requests(self.load(QUICK_REQUESTS), self.size())
+        return quick_requests(self.load(QUICK_REQUESTS, scenario), self.size(scenario))
+
+    def first(self, requests: int | None) -> TraceChoice:
+        """The same, of which only the first requests are taken."""
+        return self if requests is None else replace(self, requests=requests)
+
+    def notes(self, scenario: Scenario | None = None) -> tuple[str, ...]:
+        """What the reader did to the file, a line each: how it was read, what was dropped or cut. None of our own."""
+        if self.synthesis is not None:
+            return ()
+        notes = replace(self, traffic=1.0, requests=None).load(None, scenario).notes
+        return tuple(note for note in notes if self.name not in SHIPPED or not note.startswith(AS_SHIPPED[self.name]))
 
     def command_line(self) -> list[str]:
         """The words of `llmsim replay` that name this trace."""
@@ -157,6 +170,10 @@ class TraceChoice:
             "path": self.path, "stamp": self.stamp, "synthesis": made, "traffic": self.traffic,
             "over_context": self.over_context, "requests": self.requests,
         }  # fmt: skip
+
+
+def _context_tokens(scenario: Scenario) -> int:
+    return scenario.max_model_len or find_model(scenario.model).max_context_tokens
 
 
 def shipped(name: str) -> TraceChoice:
@@ -216,7 +233,8 @@ class Replay:
 
 def replay_all(todo: Sequence[Replay], progress: Callable[[float, float, str], None] | None = None) -> list[Path]:
     """One after the other; `progress(requests answered, requests in all, words)`."""
-    sizes = [min(one.choice.size(), one.limit or one.choice.size()) for one in todo]
+    whole = [one.choice.size(one.scenario) for one in todo]
+    sizes = [min(size, one.limit or size) for size, one in zip(whole, todo, strict=True)]
     folders: list[Path] = []
 
     def told(done: int, _: int = 0, simulated_s: float = 0.0) -> None:

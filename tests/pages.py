@@ -47,6 +47,14 @@ def errors(test: AppTest) -> list[str]:
     return [shown(error.value) for error in test.error]
 
 
+def warnings(test: AppTest) -> list[str]:
+    return [shown(warning.value) for warning in test.warning]
+
+
+def captions(test: AppTest) -> str:
+    return "\n".join(shown(caption.value).removeprefix(":material/info: ") for caption in test.caption)
+
+
 def charts(test: AppTest) -> int:
     return len(test.get("vega_lite_chart"))
 
