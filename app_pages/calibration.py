@@ -143,7 +143,7 @@ with shared.error_in_place():
     run_tab, profile_tab = tabs[3:]
     if run_tab.open:
         with run_tab, shared.error_in_place():
-            if run := this_run({folder.name: folder for folder in shared.given_runs()}):
+            if run := this_run(shared.given_runs()):
                 commands.insert(0, extent(run))
     if profile_tab.open:
         with profile_tab:

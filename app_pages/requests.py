@@ -57,16 +57,9 @@ class Chosen:
         return argv_of(self.scenario, command="explain", trace=self.choice.shown(), options=options)
 
 
-def given() -> dict[str, Path]:
-    """The runs that the dashboard was started with, by what tells them apart."""
-    folders = shared.given_runs()
-    names = [folder.name for folder in folders]
-    return {name if names.count(name) == 1 else str(path): path for name, path in zip(names, folders, strict=True)}
-
-
 def chosen_run() -> Chosen | None:
     """The run that the reader picked; None until there is one."""
-    runs = given()
+    runs = shared.given_runs()
     options = [*runs, *WHAT_IF]
     name = st.selectbox(
         "Run", options, format_func=lambda option: WHAT_IF.get(option, option), key="requests_run", bind="query-params"

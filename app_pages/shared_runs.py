@@ -45,14 +45,16 @@ def read(folder: Path, tables: Collection[str] = TABLES) -> Run:
     return store().read(folder, tables)
 
 
-def given_runs() -> list[Path]:
-    """The run folders that `llmsim dashboard RUN…` was started with."""
-    return [Path(folder) for folder in json.loads(os.environ.get("LLMSIM_DASHBOARD_RUNS", "[]"))]
+def given_runs() -> dict[str, Path]:
+    """The run folders that `llmsim dashboard RUN…` was started with, by name; by path where two are called the same."""
+    folders = [Path(folder) for folder in json.loads(os.environ.get("LLMSIM_DASHBOARD_RUNS", "[]"))]
+    names = [folder.name for folder in folders]
+    return {name if names.count(name) == 1 else str(path): path for name, path in zip(names, folders, strict=True)}
 
 
 def runs_picker(key: str) -> dict[str, Path] | None:
     """One or two of the runs that the dashboard was opened on; None if there are none or a simulation is asked for."""
-    runs = {folder.name: folder for folder in given_runs()}
+    runs = given_runs()
     if not runs:
         return None
     shown = st.segmented_control(

@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import pytest
-from pages import errors, linked, shown
+from pages import AppTest, errors, linked, shown, warnings
 
 from app_pages.shared_words import plain
+from llmsim.cli_dashboard import app as app_file
 
 SMALL = {"trace_from": "synthetic", "trace_n": "60", "trace_rate": "20"}
+APP = app_file()
 RUNS = "from pathlib import Path\nPath(__file__).with_suffix('.ran').touch()\n"
 SOURCES = {
     "scheduler": RUNS + "from llmsim.schedulers.static import StaticBatching as Mine\n",
@@ -71,3 +73,43 @@ def test_a_file_that_a_link_names_runs_on_a_click_only(place, tmp_path: Path):
 
 def filled_in(value, spec):
     return [one.format(spec) for one in value] if isinstance(value, list) else value.format(spec)
+
+
+UNUSABLE = {
+    "cand_model=nope": "cand_model=nope (llama-3.1-8b instead)",
+    "trace_from=nope": "trace_from=nope (shipped instead)",
+    "trace_traffic=100": "trace_traffic=100 (1.0 instead)",
+    "cand_tp=3": "cand_tp=3 (1 instead)",
+    "cand_replicas=257": "cand_replicas=257 (1 instead)",
+    "cand_tokens=1000": "cand_tokens=1000 (auto instead)",
+    "slo_ttft=123": "slo_ttft=123 (500 instead)",
+    "cand_modle=qwen2.5-14b": "cand_modle (nothing is called so)",
+    "nonsense=1": "nonsense (nothing is called so)",
+}
+
+
+def app(query):
+    test = AppTest.from_file(str(APP), default_timeout=60)
+    for key, value in query.items():
+        test.query_params[key] = value
+    test.run()
+    assert not test.exception
+    return test
+
+
+def test_what_a_link_says_in_vain_is_named():
+    """All of them at once, in the one line, for as long as the widgets show something else."""
+    test = app(dict(pair.split("=") for pair in UNUSABLE))
+    (line,) = warnings(test)
+    assert line.startswith("Not used of this link: ") and set(UNUSABLE.values()) == set(
+        line.removeprefix("Not used of this link: ").removesuffix(".").split("; ")
+    )
+    test.selectbox(key="cand_model").set_value("qwen2.5-14b").run()
+    assert "cand_model" not in warnings(test)[0] and "cand_tp=3" in warnings(test)[0]
+
+
+def test_repeated_settings_are_named_and_others_are_not():
+    test = app(SMALL | {"cand_replicas": ["1", "2"]})
+    assert warnings(test) == ["Not used of this link: cand_replicas=1 and cand_replicas=2 (2 instead)."]
+    good = {"cand_gpu": "h200-sxm", "cand_tp": "2", "slo_ttft": "1000", "trace_traffic": "1.50", "cand_replicas": "1"}
+    assert warnings(app(SMALL | good | {"plan_rate": "30", "trace_path": "a.csv", "cand_more": "seed=1"})) == []
