@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from llmsim.scenario import Scenario
 from llmsim.trace import Trace, limited, load_trace, time_scaled
 
 KEPT = 4  # traces in memory
+SHOWN = 80  # characters of a path in a message
 SYNTHETIC = "synthetic.csv"  # where the command line puts a synthetic trace
 SHIPPED = {
     "chat.csv": "2,000 chats at 5 a second",
@@ -181,12 +183,29 @@ def shipped(name: str) -> TraceChoice:
 
 
 def on_disk(path: str | Path, shown_as: str = "") -> TraceChoice:
-    """A file of this machine, as it is now. Raises what reading it would."""
-    path = Path(path).expanduser()
+    """A file (or folder) of this machine, as it is now. What is not there is for the reader to refuse, with its hint.
+
+    Raises ValueError for what never ends or cannot be looked at: standard input, pipes and devices, somebody else's.
+    """
+    words = str(path) if len(str(path)) <= SHOWN else f"{str(path)[:SHOWN]}…"
     stamp = ""
-    if path.is_file():  # what is not there is for the reader to refuse, with its hint
+    try:
+        path = Path(path).expanduser()
         facts = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise ValueError(f"{words}: cannot be read: {error.strerror}; give the path of a file") from None
+    except (RuntimeError, ValueError):  # ~nobody, a null character
+        raise ValueError(f"{words}: no such path; give that of a file, from its root") from None
+    else:
+        if not (S_ISREG(facts.st_mode) or S_ISDIR(facts.st_mode)):
+            raise ValueError(f"{words}: a pipe or a device, which may never end; give the path of a file")
+        if S_ISREG(facts.st_mode) and not facts.st_size:
+            raise ValueError(f"{words}: the file is empty; a trace needs at least one request")
         stamp = f"{facts.st_size}-{facts.st_mtime_ns}"
+    if str(path) == "-":
+        raise ValueError("-: standard input is the server's; give the path of a file")
     return TraceChoice(str(path), stamp=stamp, shown_as=shown_as, uploaded=bool(shown_as))
 
 
