@@ -7,7 +7,7 @@ sent between processes and kept, however long the trace.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,6 +19,7 @@ from llmsim.compare_frames import intervals_frame, shares_frame, sides_frame
 from llmsim.compare_groups import fairness_frame, groups_frame, has_groups, latency_frame, service_frame
 from llmsim.compare_rates import RatePoint, rate_curves, rate_grid
 from llmsim.compare_report import curves, report
+from llmsim.metrics import fewest_samples
 from llmsim.scenario import Scenario
 from llmsim.simulate import simulate
 from llmsim.trace import Trace
@@ -127,7 +128,7 @@ def compared(study: Study, progress: Progress | None = None) -> Compared:
         tuple(columns),
         len(trace),
         outcome.block,
-        outcome.notes,
+        (*outcome.notes, *_few([side.summary for side in sides])),
         report(outcome),
         sides_frame(outcome),
         intervals_frame(outcome),
@@ -139,6 +140,21 @@ def compared(study: Study, progress: Progress | None = None) -> Compared:
         fairness_frame(columns) if tenants else None,
         trace.assigned,
         _calm(sides[0]),
+    )
+
+
+def _few(summaries: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Which P99 rest on too few requests to be bounded: of the sides, and of their tenants and classes."""
+    need = fewest_samples(99)
+    counts = {"": min(summary["completed"] for summary in summaries)}
+    for label in GROUPS.values():
+        for summary in summaries:
+            for name, numbers in (summary.get(label) or {}).items():
+                counts[f" of {name}"] = min(counts.get(f" of {name}", need), numbers["completed"])
+    return tuple(
+        f"P99{who} from {count} requests; {need} are needed to bound it"
+        for who, count in counts.items()
+        if count < need
     )
 
 

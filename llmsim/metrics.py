@@ -38,7 +38,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from math import isfinite
+from math import ceil, isfinite, log
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -192,6 +192,11 @@ def latencies_s(requests: Columns) -> dict[str, Floats]:
     tpot_s = np.full(len(gaps), np.nan)
     np.divide(requests["finish_s"] - requests["first_token_s"], gaps, out=tpot_s, where=gaps > 0)
     return {"ttft": ttft_s, "tpot": tpot_s, "e2el": e2el_s}
+
+
+def fewest_samples(percent: int) -> int:
+    """Of fewer the largest is below the percentile with a probability above 2.5 %: nothing bounds it from above."""
+    return ceil(log(0.025) / log(percent / 100))
 
 
 def json_safe(value: Any) -> Any:

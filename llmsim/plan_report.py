@@ -16,11 +16,10 @@ from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
-from llmsim.metrics import json_safe
+from llmsim.metrics import fewest_samples, json_safe
 from llmsim.plan_capacity import curve_rows
 from llmsim.plan_runs import Measured, Run
 from llmsim.plan_types import Option, Plan
-from llmsim.report import fewest_samples
 
 if TYPE_CHECKING:
     import pandas as pd

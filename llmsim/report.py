@@ -9,11 +9,11 @@ possibly never seen.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from math import ceil, log
 from textwrap import wrap
 from typing import Any
 
 from llmsim import groups
+from llmsim.metrics import fewest_samples
 
 WIDTH = 50  # of vLLM's block
 EXTRAPOLATED_WARNING = 0.05  # share of busy time outside the measured range from which a result is doubtful
@@ -24,10 +24,6 @@ LATENCIES = (
     ("e2el", "E2EL", "End-to-end Latency"),
 )
 PRINTED_PERCENTS = (90, 95, 99)
-
-
-def fewest_samples(percent: int) -> int:
-    return ceil(log(0.025) / log(percent / 100))
 
 
 def report(summary: dict[str, Any], footer: Sequence[str] = ()) -> str:

@@ -190,7 +190,7 @@ def _pyarrow() -> tuple[Any, Any]:
     return import_module("pyarrow"), import_module("pyarrow.parquet")
 
 
-def _read_parquet(path: Path, without: Collection[str]) -> Columns:
+def _read_parquet(path: Path, without: Collection[str] = ()) -> Columns:
     pa, pq = _pyarrow()
     try:
         with pq.ParquetFile(path) as file:

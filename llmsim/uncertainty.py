@@ -10,7 +10,7 @@ distribution. That needs n + 1 >= 2 / (1 - level): 19 draws for 90 %.
 An interval is of *this trace*: the same requests at the same times, served by another machine of the kind in another
 hour. It says nothing about another hour's requests (`llmsim.compare` has the bootstrap for that), about terms that the
 engine has and the simulator lacks, or about other traffic. Percentiles from too few requests stay doubtful
-(`llmsim.report.fewest_samples`).
+(`llmsim.metrics.fewest_samples`).
 """
 
 from __future__ import annotations

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmsim.metrics import breakdown_s, latencies_s
-from llmsim.report import fewest_samples
+from llmsim.metrics import breakdown_s, fewest_samples, latencies_s
 from llmsim.views_base import MEASURES, PARTS, POINTS, Floats, frame_of, summary_of, values
 from llmsim.views_requests import INSTANTS, gantt, life, rows_of, subset, table, window_s, within
 from llmsim.views_strip import strip

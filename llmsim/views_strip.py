@@ -29,8 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmsim.metrics import latencies_s
-from llmsim.report import fewest_samples
+from llmsim.metrics import fewest_samples, latencies_s
 from llmsim.utilisation import active_seconds
 from llmsim.views_base import POINTS, Floats, blocks_of, frame_of, replicas_of
 

@@ -26,6 +26,14 @@ def test_differences_and_their_command_line() -> None:
     assert list(at.dataframe[0].value["side"]) == ["vllm", "max_num_seqs=2"]
 
 
+def test_a_percentile_from_few_requests_is_said_to_be() -> None:
+    at = opened(pol_view="Fairness", pol_classes="tenants:flood=0.9,small=0.1", trace_from="synthetic", trace_n="400")
+    said = "\n".join(caption.value for caption in at.caption)
+    small = at.dataframe[1].value.set_index("group").loc["small", "completed"].min()
+    assert f"P99 of small from {small} requests; 368 are needed to bound it" in said
+    assert "P99 of flood" in said and "P99 from" not in said  # 0.9 of 400 are too few as well, 400 are not
+
+
 def test_promises_are_those_of_the_sliders() -> None:
     at = opened()
     at.select_slider(key="slo_ttft").set_value(1000).run()

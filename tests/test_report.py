@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from made_results import Served, made_result, random_served
 
-from llmsim.report import fewest_samples, report
+from llmsim.metrics import fewest_samples
+from llmsim.report import report
 
 VLLM_LABELS = [
     "Successful requests",
