@@ -8,6 +8,7 @@ from pathlib import Path
 
 import streamlit as st
 
+from app_pages.shared_link import checked_link
 from llmsim import __version__
 
 PAGES = {  # file: title, icon, what it shows
@@ -47,6 +48,8 @@ pages = [
     for name, (title, icon, about) in PAGES.items()
     if (here / "app_pages" / f"{name}.py").is_file()
 ]
-st.navigation(pages, position="top").run()
+page = st.navigation(pages, position="top")
+with checked_link():
+    page.run()
 if not st.session_state.setdefault("settled", not st.query_params):
     st.fragment(run_every=0.25)(settle)()

@@ -104,11 +104,13 @@ def this_run(folders: dict[str, Any]) -> Run | None:
 
 def extent(run: Run) -> list[str]:
     scenario = Scenario.from_dict(run.manifest["scenario"])
+    shared.say(run.manifest.get("notes", ()))
+    shared.warn_of_rejections({"run": run})
     cost = cost_of(scenario)
-    st.caption(cost.label)
+    st.caption(shared.plain(cost.label))
     table = evidence.extent(run.iterations, cost, scenario)
-    st.markdown(f"**{evidence_words.extent_in_words(table)}**")
-    st.markdown(evidence_words.neighbours_in_words(cost))
+    st.markdown(f"**{shared.plain(evidence_words.extent_in_words(table))}**")
+    st.markdown(shared.plain(evidence_words.neighbours_in_words(cost)))
     left, right = st.columns(2)
     with left:
         drawing, alt = charts_calibration.extent_chart(table), evidence_words.extent_in_words(table)
@@ -124,11 +126,11 @@ shared.page_header(
 left, right = st.columns([1, 4])
 with left:
     profile = read_profile(pick("Profile", profile_names(), "ca_profile"))
-    st.caption(f"{profile.provenance.engine}, {profile.provenance.recorded}, id {profile.id}")
+    st.caption(shared.plain(f"{profile.provenance.engine}, {profile.provenance.recorded}, id {profile.id}"))
 commands = evidence_words.commands(profile)
 with shared.error_in_place():
     if newer := evidence.stale(profile.name):
-        st.warning(newer, icon=":material/history:")
+        st.warning(shared.plain(newer), icon=":material/history:")
     with right:
         shared.figures(evidence_words.cards(profile.name))
     tabs = st.tabs(
@@ -141,7 +143,7 @@ with shared.error_in_place():
     run_tab, profile_tab = tabs[3:]
     if run_tab.open:
         with run_tab, shared.error_in_place():
-            if run := this_run({folder.name: folder for folder in shared.given_runs()}):
+            if run := this_run(shared.given_runs()):
                 commands.insert(0, extent(run))
     if profile_tab.open:
         with profile_tab:
@@ -150,5 +152,5 @@ with shared.error_in_place():
             st.table(evidence_words.spread_table(profile), alt="Spread of loads and machines")
             shared.downloads("ca_profiles", evidence.profiles(), name="profiles")
     if where := evidence_words.checkout():
-        st.caption(where)
+        st.caption(shared.plain(where))
     shared.command_line(*commands)

@@ -49,7 +49,7 @@ def roofline(scenario: Scenario, sizes: dict[str, int]) -> None:
     with right:
         st.table(phases_table.beside(moves.prefill, moves.decode), alt="Prefill and decode side by side")
         for line in moves.left_out:
-            st.caption(f"Left out: {line}")
+            st.caption(f"Left out: {shared.plain(line)}")
         shared.downloads("ph_roofline", moves.frame, name="roofline", drawing=drawing)
 
 

@@ -1,6 +1,7 @@
 """Plan: promises in, cheapest fleets out."""
 
 import os
+from dataclasses import replace
 
 import streamlit as st
 
@@ -110,12 +111,13 @@ with shared.error_in_place():
     asked = demand_picker()
     if choice is not None and fields is not None:
         scenario = Scenario.from_dict(fields | {"gpu": kinds["gpus"][0]}, source="other settings")
+        shared.ask_for_files(scenario)
         demand = Demand(choice, scenario, tuple(slos), **kinds, **asked)
 if demand is None:
     st.stop()
 
 with shared.error_in_place():
-    whole, sample, found = len(choice.load()), quick(demand), None
+    whole, sample, found = choice.size(demand.scenario), quick(demand), None
     if whole > sample.limit or demand.confidence is not None:
         found = shared.long_job("plan_job", "Plan on the whole trace", planned, demand, os.cpu_count() or 1)
     used = demand if found is not None else sample
@@ -123,4 +125,5 @@ with shared.error_in_place():
     covered = "all" if used.limit is None or whole <= used.limit else f"the first {used.limit:,} of"
     sure = "" if found.confidence is None else f", so that answers hold with probability {found.confidence:g}"
     st.caption(f"Planned on {covered} {whole:,} requests{sure}.")
-    views.show(demand, used, found)
+    shared.say(choice.notes(demand.scenario))
+    views.show(demand, replace(used, limit=None) if covered == "all" else used, found)

@@ -40,15 +40,14 @@ OPTION_COLUMNS = {
 
 def show(demand: Demand, used: Demand, found: Plan) -> None:
     """`used`: the demand that the plan was made for, perhaps on the first requests only."""
-    for note in found.notes:
-        st.warning(note, icon=":material/timer:")
+    shared.say(found.notes)
     answers(found)
     view = st.segmented_control(
         "Look at", VIEWS, default="Fleets", required=True, key="plan_view", bind="query-params",
         label_visibility="collapsed",
     )  # fmt: skip
     if view == "Fleets":
-        fleets(demand, found)
+        fleets(demand, used, found)
         return
     option = option_picker(found)
     if view == "Knee":
@@ -66,16 +65,19 @@ def answers(found: Plan) -> None:
             continue
         with place.container(border=True, height="stretch"):
             st.metric(
-                ANSWERS[name], f"{option.gpus} GPUs · ${option.usd_per_h:,.2f}/h", help=option.run and _margins(option)
+                ANSWERS[name],
+                f"{option.gpus} GPUs · ${option.usd_per_h:,.2f}/h",
+                help=option.run and shared.plain(_margins(option)),
             )
-            st.markdown(f"**{option.name}**")
+            st.markdown(f"**{shared.plain(option.name)}**")
             if option.broken is not None:
-                st.caption(f"Breaks {plan_frames.next_break(option)}")
+                st.caption(f"Breaks {shared.plain(plan_frames.next_break(option))}")
             if option.capacity_broken is not None and not found.fleet:
                 above = option.capacity_broken
-                st.caption(f"Holds up to {option.capacity_rate:.4g} per s; at {above.rate:.4g}: {above.why_not}")
+                why = shared.plain(above.why_not)
+                st.caption(f"Holds up to {option.capacity_rate:.4g} per s; at {above.rate:.4g}: {why}")
             if option.untold:
-                st.caption(f"Highest rate: {option.untold}")
+                st.caption(f"Highest rate: {shared.plain(option.untold)}")
 
 
 def _margins(option: Option) -> str:
@@ -85,7 +87,7 @@ def _margins(option: Option) -> str:
 # ---- fleets ---------------------------------------------------------------------------------------------------------
 
 
-def fleets(demand: Demand, found: Plan) -> None:
+def fleets(demand: Demand, used: Demand, found: Plan) -> None:
     points = plan_frames.points_frame(found)
     drawings: dict[str, Any] = {}
     if len(points):
@@ -98,16 +100,17 @@ def fleets(demand: Demand, found: Plan) -> None:
     st.markdown("**Options**, the best first, with what breaks in the next smaller fleet or at the next higher rate")
     columns = {name: told for name, told in OPTION_COLUMNS.items() if name != "probability" or found.confidence}
     shared.table(options, "plan_options", columns)
-    st.caption("Prices: " + "; ".join(found.prices.values()))
+    st.caption(shared.plain("Prices: " + "; ".join(found.prices.values())))
     runs = found.runs_frame()
     with st.expander(f"All {len(runs)} simulations"):
         st.dataframe(runs, hide_index=True, key="plan_runs", placeholder="–")
     frames = {"options": found.frame(), "runs": runs, "points": points}
-    shared.footer("plan", commands=_commands(demand), frames=frames, drawings=drawings)
+    whole = _commands(demand) if used != demand else ()
+    shared.footer("plan", commands=_commands(used), whole=whole, frames=frames, drawings=drawings)
 
 
 def _commands(demand: Demand, more: tuple[str, ...] = ()) -> list[list[str] | None]:
-    choice: TraceChoice = demand.source  # type: ignore[assignment]
+    choice: TraceChoice = demand.source.first(demand.limit)  # type: ignore[attr-defined]
     return [
         choice.before(),
         argv_of(demand.scenario, command="plan", trace=choice.shown(), options=[*plan_study.flags_of(demand), *more]),
@@ -134,6 +137,7 @@ def knee(demand: Demand, used: Demand, option: Option) -> None:
         points = shared.long_job(
             "plan_knee_job", "Simulate on the whole trace", plan_study.knee, demand, option.scenario
         )
+    shown = used if points is None else demand
     points = points or quick.answer(plan_study.knee, used, option.scenario)
     frame, held = plan_frames.knee_frame(points), plan_frames.held_rate(points)
     slos = [Slo.parse(text) for text in demand.slos]
@@ -143,10 +147,10 @@ def knee(demand: Demand, used: Demand, option: Option) -> None:
         with place:
             shared.chart(drawing, key=f"plan_knee_{metric}")
     st.caption(
-        f"{points[0].requests:,} requests at each of {len(points)} rates on {option.name}. Shaded: the queue kept "
-        "growing, so latencies depend on the trace's length."
+        f"{points[0].requests:,} requests at each of {len(points)} rates on {shared.plain(option.name)}. Shaded: the "
+        "queue kept growing, so latencies depend on the trace's length."
     )
-    shared.footer("plan_knee", commands=_commands(demand, ("--curve",)), frames={"knee": frame}, drawings=drawings)
+    shared.footer("plan_knee", commands=_commands(shown, ("--curve",)), frames={"knee": frame}, drawings=drawings)
 
 
 # ---- how sure -------------------------------------------------------------------------------------------------------
@@ -172,7 +176,7 @@ def how_sure(demand: Demand, used: Demand, found: Plan, option: Option) -> None:
     asked = (used, option.scenario, rate, draws, plan_study.AROUND, () if another else ("machine",))
     points = shared.long_job("plan_sure_job", "How sure is that?", plan_study.sure, *asked)
     if points is not None:
-        sure(demand, points, percent / 100, rate_unit(used.trace()))
+        sure(used, points, percent / 100, rate_unit(used.trace()))
 
 
 def sure(demand: Demand, points: Sequence[plan_study.SurePoint], confidence: float, unit: str) -> None:
@@ -184,7 +188,7 @@ def sure(demand: Demand, points: Sequence[plan_study.SurePoint], confidence: flo
         [{"label": f"Kept with {confidence:.0%}", "value": held}]
         + [{"label": label, "value": f"{probability:.0%}"} for label, probability in kept]
     )
-    st.caption(f"From {middle.draws} replays at each rate; {plan_study.off_by(middle.sources)}.")
+    st.caption(f"From {middle.draws} replays at each rate; {shared.plain(plan_study.off_by(middle.sources))}.")
     frame = plan_study.sure_frame(points, confidence)
     drawings = {
         "probability": charts_plan.probability_chart(frame, confidence, unit),

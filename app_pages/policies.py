@@ -65,6 +65,7 @@ with shared.error_in_place():
             words = side_picker()
         with right:
             what_they_are()
+        shared.ask_for_files([pair.split("=")[-1] for word in words for pair in word.split(",")])
         sides = sides_of(given(scenario), *parted(words), source="set-up")
         study = Study(choice, tuple(sides.items()), goodput, stamps=stamps(sides.values()))
         VIEWS[view](study, base_of(scenario, words), flags_of(words))

@@ -27,6 +27,7 @@ def cache(choice: TraceChoice, scenario: Scenario) -> None:
         select_all=False,
         help="Which cached content goes when blocks are needed. Type your own: file.py:Class.",
     )
+    shared.ask_for_files(evictions)
     with shared.error_in_place():
         _reuse(choice, scenario, evictions)
     st.divider()
@@ -38,7 +39,7 @@ def _reuse(choice: TraceChoice, scenario: Scenario, evictions: list[str]) -> Non
     sizes = st.slider("Sizes of cache", 3, 16, 6, key="pol_sizes", bind="query-params")
     asked = (choice, tuple(evictions), sizes, scenario.model, scenario.kv_dtype)
     found = quick.answer(reused, *asked, None, TOUCHED)
-    whole = len(choice.load())
+    whole = choice.size()
     if found.requests < whole:
         more = shared.long_job("pol_reuse_job", "Look at the whole trace", reused, *asked)
         found = more or found
@@ -46,9 +47,10 @@ def _reuse(choice: TraceChoice, scenario: Scenario, evictions: list[str]) -> Non
     drawing = charts_cache.hit_ratio_chart(found.points, found.unlimited)
     drawn(drawing, "pol_hit_ratio")
     tried = sorted({int(blocks) for blocks in found.points["cache_blocks"]})
-    line = ["llmsim", "trace", "reuse", *choice.shown(), "--cache-blocks", ",".join(map(str, tried))]
+    used = choice.first(found.requests if found.requests < whole else None)
+    line = ["llmsim", "trace", "reuse", *used.shown(), "--cache-blocks", ",".join(map(str, tried))]
     line += [*(word for name in evictions for word in ("--eviction", name)), "--model", scenario.model]
-    commands = [choice.before(), line]
+    commands = [used.before(), line]
     shared.footer("pol_reuse", commands=commands, frames={"hits": found.points}, drawings={"hits": drawing})
 
 
@@ -70,8 +72,13 @@ def _replayed(choice: TraceChoice, scenario: Scenario, evictions: list[str]) -> 
     study = Study(choice, sides, stamps=stamps(side for _, side in sides))
     limit = quick_requests(2 * len(sides))
     uses = None
-    if len(choice.load()) > limit:
+    whole = choice.size(study.shortest)
+    if whole > limit:
         uses = shared.long_job("pol_cache_job", "Replay the whole trace", in_cache, study)
+    used = choice.first(limit if uses is None and whole > limit else None)
+    covered = "All" if used == choice else f"The first {limit:,} of"
+    st.caption(f"{covered} {whole:,} requests.")
+    shared.say(choice.notes(study.shortest))
     uses = uses or quick.answer(in_cache, replace(study, limit=limit))
     names = [name for name, _ in sides]
     found, moved = compare_cache.found_frame(uses), compare_cache.moved_frame(uses)
@@ -83,6 +90,6 @@ def _replayed(choice: TraceChoice, scenario: Scenario, evictions: list[str]) -> 
             drawn(drawing, f"pol_{name}")
     numbers = compare_cache.cache_frame(uses)
     table(numbers, "pol_cache_table")
-    commands = [choice.before(), *(argv_of(side, trace=choice.shown()) for _, side in sides)]
+    commands = [used.before(), *(argv_of(side, trace=used.shown()) for _, side in sides)]
     frames = {"found": found, "moved": moved, "cache": numbers}
     shared.footer("pol_cache", commands=commands, frames=frames, drawings=drawings)

@@ -12,7 +12,7 @@ from app_pages import quick, shared
 from llmsim import charts_groups, charts_policies, compare_rates
 from llmsim.choice import TraceChoice
 from llmsim.command_line import argv_of
-from llmsim.compare_study import AT_ONCE, FEWEST, ByRate, Compared, Study, by_rate, compared, quick_requests
+from llmsim.compare_study import AT_ONCE, FEWEST, Compared, Study, by_rate, compared, quick_requests
 from llmsim.scenario import Scenario
 
 LATENCIES = ("ttft", "tpot", "e2el")
@@ -53,15 +53,20 @@ def drawn(drawing: Any, key: str) -> None:
     shared.chart(drawing, key=key)
 
 
-def whole_or_sample(key: str, function: Any, study: Study, limit: int, *arguments: Any) -> Any:
-    """What the button found of the whole trace; until it is pressed, and while it runs, the answer of a sample."""
-    whole = len(study.source.load())
+def whole_or_sample(key: str, function: Any, study: Study, limit: int, *arguments: Any) -> tuple[Any, Study]:
+    """What the button found of the whole trace; until it is pressed, and while it runs, the answer of a sample.
+
+    Returns it with what it is of.
+    """
+    choice: TraceChoice = study.source  # type: ignore[assignment]
+    whole = choice.size(study.shortest)
     answer = shared.long_job(key, "Run the whole trace", function, study, *arguments) if whole > limit else None
     if answer is None:
         answer = quick.answer(function, replace(study, limit=limit), *arguments)
     covered = f"All {whole:,}" if answer.requests == whole else f"The first {answer.requests:,} of {whole:,}"
     st.caption(f"{covered} requests.")
-    return answer
+    shared.say(choice.notes(study.shortest))
+    return answer, replace(study, limit=None if answer.requests == whole else answer.requests)
 
 
 # ---- differences ----------------------------------------------------------------------------------------------------
@@ -73,11 +78,13 @@ def differences(study: Study, base: Scenario, flags: Sequence[str]) -> None:
         help="Replays of every side; what differs then holds for other launch times too, and numbers are their means.",
     )  # fmt: skip
     study = replace(study, seeds=seeds)
-    found: Compared = whole_or_sample("pol_compared", compared, study, max(AT_ONCE // seeds, FEWEST))
+    limit = max(AT_ONCE // seeds, FEWEST)
+    found, study = whole_or_sample("pol_compared", compared, study, limit)
     names = found.names
     _said(found)
     table(found.sides, "pol_sides_table")
-    st.markdown(f"**Difference to {names[0]}**, request by request, with 95 % intervals; hollow: not told apart from 0")
+    first = shared.plain(names[0])
+    st.markdown(f"**Difference to {first}**, request by request, with 95 % intervals; hollow: not told apart from 0")
     drawings: dict[str, Any] = {}
     for place, latency in zip(st.columns(3), LATENCIES, strict=True):
         with place:
@@ -99,14 +106,14 @@ def differences(study: Study, base: Scenario, flags: Sequence[str]) -> None:
 def _said(found: Compared) -> None:
     lines = [*found.assigned, *found.notes, *([found.calm] if found.calm else ())]
     if lines:
-        st.caption("  \n".join(f":material/info: {line}." for line in lines))
+        st.caption("  \n".join(f":material/info: {shared.plain(line)}." for line in lines))
 
 
 def _compare_lines(
     study: Study, base: Scenario, flags: Sequence[str], rates: Sequence[float | None] = (None,)
 ) -> list[list[str] | None]:
     """One `llmsim compare` for each rate; before them what makes the trace, if it has to be made."""
-    choice: TraceChoice = study.source  # type: ignore[assignment]
+    choice: TraceChoice = study.source.first(study.limit)  # type: ignore[attr-defined]
     drawn_too = ["--assign-classes", study.classes] if study.classes else []
     drawn_too += ["--seeds", str(study.seeds)] if study.seeds > 1 else []
     lines = []
@@ -139,7 +146,7 @@ def rates(study: Study, base: Scenario, flags: Sequence[str]) -> None:
             "Within the SLO must be (%)", 50.0, 100.0, 99.0, 0.5, key="pol_share", bind="query-params", format="%g"
         )
     limit = quick_requests(count * len(study.sides))
-    found: ByRate = whole_or_sample("pol_rates_job", by_rate, study, limit, low, high, count)
+    found, study = whole_or_sample("pol_rates_job", by_rate, study, limit, low, high, count)
     names = [name for name, _ in study.sides]
     points = compare_rates.frame(found.points)
     attainment = charts_policies.attainment_chart(points, names, percent / 100, found.unit)
@@ -170,7 +177,7 @@ def fairness(study: Study, base: Scenario, flags: Sequence[str]) -> None:
         "the trace's own.",
     )
     study = replace(study, classes=classes)
-    found: Compared = whole_or_sample("pol_fair_job", compared, study, AT_ONCE)
+    found, study = whole_or_sample("pol_fair_job", compared, study, AT_ONCE)
     names = found.names
     _said(found)
     if found.service is None and not found.latencies:

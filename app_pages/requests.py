@@ -57,16 +57,9 @@ class Chosen:
         return argv_of(self.scenario, command="explain", trace=self.choice.shown(), options=options)
 
 
-def given() -> dict[str, Path]:
-    """The runs that the dashboard was started with, by what tells them apart."""
-    folders = shared.given_runs()
-    names = [folder.name for folder in folders]
-    return {name if names.count(name) == 1 else str(path): path for name, path in zip(names, folders, strict=True)}
-
-
 def chosen_run() -> Chosen | None:
     """The run that the reader picked; None until there is one."""
-    runs = given()
+    runs = shared.given_runs()
     options = [*runs, *WHAT_IF]
     name = st.selectbox(
         "Run", options, format_func=lambda option: WHAT_IF.get(option, option), key="requests_run", bind="query-params"
@@ -83,8 +76,8 @@ def chosen_run() -> Chosen | None:
     scenario = baseline if name == "baseline" else candidate
     if choice is None or scenario is None:
         return None
-    folder = shared.answers("requests", choice, {name: scenario})[name]
-    return Chosen(folder, [choice.before(), argv_of(scenario, trace=choice.shown())], choice, scenario)
+    folders, used = shared.answers("requests", choice, {name: scenario})
+    return Chosen(folders[name], [used.before(), argv_of(scenario, trace=used.shown())], used, scenario)
 
 
 def brushed(folder: Path, measure: str) -> dict[str, Sequence[float]] | None:
@@ -117,18 +110,19 @@ def explained_once(folder: Path, request: int, choice: TraceChoice | None, scena
 def life_of(chosen: Chosen, request: int) -> pd.DataFrame:
     """Why it waited, by a replay with an observer; until there is one, or if none can be: what the columns tell."""
     run = shared.read(chosen.folder, shared.REQUESTS)
-    plain = views.life(run, request)
+    columns = views.life(run, request)
+    shared.ask_for_files(run.manifest.get("scenario", {}))
     arguments = (chosen.folder, request, chosen.choice, chosen.scenario)
     if len(run.requests["id"]) > views_life.AT_ONCE:
         found = shared.long_job(
             "requests_explain", "Replay the run to explain this request", views_life.explained, *arguments
         )
-        return plain if found is None else found
+        return columns if found is None else found
     try:
         return explained_once(*arguments)
     except ValueError as error:
-        st.caption(f"What the run's columns tell; no more, since {error}")
-        return plain
+        st.caption(f"What the run's columns tell; no more, since {shared.plain(error)}")
+        return columns
 
 
 def show_life(chosen: Chosen, slowest: int) -> int:
@@ -143,7 +137,7 @@ def show_life(chosen: Chosen, slowest: int) -> int:
         frame = life_of(chosen, request)
         shared.chart(life_chart(frame), key="requests_life")
         stays = [
-            {"from (s)": f"{begin_s:,.3f}", "ms": f"{duration_ms:,.1f}", "what": reason}
+            {"from (s)": f"{begin_s:,.3f}", "ms": f"{duration_ms:,.1f}", "what": shared.plain(reason)}
             for begin_s, duration_ms, reason in frame[["begin_s", "duration_ms", "reason"]].to_numpy()
         ]
         st.table(stays[:MOST_STAYS], hide_index=True, alt=f"What request {frame['id'].iloc[0]} did, and why it waited")
@@ -154,7 +148,7 @@ def show_life(chosen: Chosen, slowest: int) -> int:
 
 def show_table(frame: pd.DataFrame) -> None:
     """The requests as rows; a click on one shows its life."""
-    st.caption("; ".join(frame.attrs["notes"]) or f"{len(frame):,} requests")
+    st.caption(shared.plain("; ".join(frame.attrs["notes"])) or f"{len(frame):,} requests")
     config = {
         name: st.column_config.NumberColumn(title, format=form) for name, (title, form) in COLUMNS.items()
     }  # fmt: skip
@@ -185,6 +179,9 @@ if chosen is None:
 
 folder = chosen.folder
 run = shared.read(folder, shared.REQUESTS)
+if chosen.choice is None:
+    shared.say(run.manifest.get("notes", ()))
+shared.warn_of_rejections({"run": run})
 left, right = st.columns([3, 2])
 with left:
     bounds = brushed(folder, measure)
@@ -218,7 +215,7 @@ with right:
 show_table(table)
 left, right = st.columns([4, 1])
 with left:
-    shared.command_line(*(command for command in chosen.commands if command), chosen.explain(request))
+    shared.command_line(*chosen.commands, chosen.explain(request))
 with right:
     shared.downloads(
         "requests",

@@ -10,6 +10,7 @@
 Keys name URL parameters and must be unique over all pages, unless two pages mean the same thing by them.
 """
 
+from app_pages.shared_files import ask_for_files
 from app_pages.shared_output import (
     chart,
     command_line,
@@ -21,8 +22,10 @@ from app_pages.shared_output import (
     kpi_row,
     kpi_table,
     page_header,
+    say,
     show_error,
     table,
+    warn_of_rejections,
 )
 from app_pages.shared_runs import (
     REQUESTS,
@@ -33,21 +36,20 @@ from app_pages.shared_runs import (
     given_runs,
     long_job,
     quick_run,
-    quick_runs,
     read,
     runs_picker,
-    sample_of,
-    sampled,
     store,
 )
 from app_pages.shared_scenario import scenario_picker
 from app_pages.shared_trace import trace_picker
+from app_pages.shared_words import plain
 from llmsim.choice import TraceChoice
 
 __all__ = [
     "REQUESTS",
     "TraceChoice",
     "answers",
+    "ask_for_files",
     "cached_frame",
     "chart",
     "command_line",
@@ -63,15 +65,15 @@ __all__ = [
     "kpi_table",
     "long_job",
     "page_header",
+    "plain",
     "quick_run",
-    "quick_runs",
     "read",
     "runs_picker",
-    "sample_of",
-    "sampled",
+    "say",
     "scenario_picker",
     "show_error",
     "store",
     "table",
     "trace_picker",
+    "warn_of_rejections",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -13,10 +13,13 @@ import altair
 import pandas as pd
 import streamlit as st
 
+from app_pages.shared_files import UnaskedError, ask
+from app_pages.shared_words import plain
 from llmsim.command_line import as_text
 from llmsim.metrics import json_safe
 from llmsim.plugins import PolicyError
-from llmsim.views import Kpi
+from llmsim.runs import Run
+from llmsim.views import Kpi, rejections
 
 SAME = 0.0005  # relative: shown as no difference
 Files = dict[str, Callable[[], bytes]]
@@ -28,8 +31,24 @@ def page_header(title: str, caption: str) -> None:
 
 
 def show_error(error: Exception) -> None:
-    """The library's own sentence, in place."""
-    st.error(" ".join(str(error).split()), icon=":material/error:")
+    """The library's own sentence, in place; what has to be asked first, as a question."""
+    if isinstance(error, UnaskedError):
+        ask(error.path)
+    else:
+        st.error(plain(error), icon=":material/error:")
+
+
+def say(notes: Iterable[str]) -> None:
+    """What the library did to the requests, or found about them."""
+    for note in dict.fromkeys(notes):
+        st.caption(f":material/info: {plain(note).rstrip('.')}.")
+
+
+def warn_of_rejections(runs: Mapping[str, Run]) -> None:
+    """By what the runs are called."""
+    for label, run in runs.items():
+        if words := rejections(run):
+            st.warning(plain(words), title=f"The {label} answers only some requests", icon=":material/block:")
 
 
 @contextmanager
@@ -171,13 +190,14 @@ def footer(
     key: str,
     *,
     commands: Sequence[Sequence[str] | None],
+    whole: Sequence[Sequence[str] | None] = (),
     frames: dict[str, pd.DataFrame],
     drawings: Mapping[str, Any] | None = None,
 ) -> None:
     """What every page ends with: the same for a terminal, and everything to take along."""
     left, right = st.columns([4, 1])
     with left:
-        command_line(*(command for command in commands if command))
+        command_line(*commands, whole=whole)
     with right:
         files: Files = {}
         for name, frame in frames.items():
@@ -214,7 +234,7 @@ def downloads(
     with st.popover("Download", icon=":material/download:", key=f"{key}_downloads"):
         for file, make in files.items():
             st.download_button(
-                file, make, file_name=file, key=f"{key}_{file}", on_click="ignore", icon=":material/download:"
+                plain(file), make, file_name=file, key=f"{key}_{file}", on_click="ignore", icon=":material/download:"
             )
 
 
@@ -243,7 +263,17 @@ def _png(drawing: Any) -> bytes:
     return png(drawing)
 
 
-def command_line(*commands: Sequence[str]) -> None:
-    """What was done here, for a terminal: one line a command, with a button that copies them."""
+def command_line(*commands: Sequence[str] | None, whole: Sequence[Sequence[str] | None] = ()) -> None:
+    """What was done here, for a terminal: one line a command, with a button that copies them.
+
+    `whole`: what would be asked of the whole trace, where this answer is a quick one.
+    """
     with st.expander("Copy as command line", icon=":material/terminal:"):
-        st.code("\n".join(as_text(argv) for argv in commands), language="bash", wrap_lines=True)
+        _code(commands)
+        if whole:
+            st.caption("This gives what is shown. All that was asked, on the whole trace:")
+            _code(whole)
+
+
+def _code(commands: Sequence[Sequence[str] | None]) -> None:
+    st.code("\n".join(as_text(argv) for argv in commands if argv), language="bash", wrap_lines=True)

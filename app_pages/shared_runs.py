@@ -14,7 +14,9 @@ from typing import Any
 import pandas as pd
 import streamlit as st
 
-from app_pages.shared_output import show_error
+from app_pages.shared_files import ask_for_files
+from app_pages.shared_output import say, show_error
+from app_pages.shared_words import plain
 from llmsim.choice import Replay, TraceChoice, replay, replay_all
 from llmsim.command_line import argv_of
 from llmsim.jobs import Job
@@ -43,14 +45,16 @@ def read(folder: Path, tables: Collection[str] = TABLES) -> Run:
     return store().read(folder, tables)
 
 
-def given_runs() -> list[Path]:
-    """The run folders that `llmsim dashboard RUN…` was started with."""
-    return [Path(folder) for folder in json.loads(os.environ.get("LLMSIM_DASHBOARD_RUNS", "[]"))]
+def given_runs() -> dict[str, Path]:
+    """The run folders that `llmsim dashboard RUN…` was started with, by name; by path where two are called the same."""
+    folders = [Path(folder) for folder in json.loads(os.environ.get("LLMSIM_DASHBOARD_RUNS", "[]"))]
+    names = [folder.name for folder in folders]
+    return {name if names.count(name) == 1 else str(path): path for name, path in zip(names, folders, strict=True)}
 
 
 def runs_picker(key: str) -> dict[str, Path] | None:
     """One or two of the runs that the dashboard was opened on; None if there are none or a simulation is asked for."""
-    runs = {folder.name: folder for folder in given_runs()}
+    runs = given_runs()
     if not runs:
         return None
     shown = st.segmented_control(
@@ -66,26 +70,12 @@ def runs_picker(key: str) -> dict[str, Path] | None:
     return {"baseline": runs[baseline], "candidate": runs[candidate]}
 
 
-def sample_of(choice: TraceChoice) -> int:
-    """Requests of a quick answer: at most 20,000, fewer where answers are long."""
-    return choice.quick()
-
-
-def sampled(choice: TraceChoice) -> str:
-    """What a quick answer rests on, in words."""
-    whole, sample = choice.size(), sample_of(choice)
-    if whole <= sample:
-        return f"all {whole:,} requests"
-    return f"the first {sample:,} of {whole:,} requests"
-
-
 def quick_run(choice: TraceChoice, scenario: Scenario, sample: int | None = None) -> Path:
-    """The run folder of the first `sample` requests. Raises the library's errors."""
-    return _ensure(choice, scenario, sample or sample_of(choice))
+    """The run folder of the first `sample` requests: at most 20,000, fewer where answers are long.
 
-
-def quick_runs(choice: TraceChoice, scenarios: Mapping[str, Scenario]) -> dict[str, Path]:
-    return {label: quick_run(choice, scenario) for label, scenario in scenarios.items()}
+    Raises the library's errors.
+    """
+    return _ensure(choice, scenario, sample or choice.quick(scenario))
 
 
 def _ensure(choice: TraceChoice, scenario: Scenario, limit: int | None) -> Path:
@@ -97,15 +87,25 @@ def _ensure(choice: TraceChoice, scenario: Scenario, limit: int | None) -> Path:
         return replay(Replay(choice, scenario, folder, tuple(_command(choice, scenario)), limit))
 
 
-def answers(key: str, choice: TraceChoice, scenarios: Mapping[str, Scenario]) -> dict[str, Path]:
-    """A quick answer now; the whole trace where that is more, on a button, with progress and Stop."""
-    if choice.quick() < choice.size():
-        whole = full_runs(key, choice, scenarios)
-        if whole is not None:
-            st.caption(f"On all {choice.size():,} requests.")
-            return whole
-    st.caption(f"Quick answer on {sampled(choice)}.")
-    return quick_runs(choice, scenarios)
+def answers(key: str, choice: TraceChoice, scenarios: Mapping[str, Scenario]) -> tuple[dict[str, Path], TraceChoice]:
+    """A quick answer now; the whole trace where that is more, on a button, with progress and Stop.
+
+    Returns the run folders and what they are of: the requests chosen, or the first of them.
+    """
+    sizes = [choice.size(scenario) for scenario in scenarios.values()]  # a model's context may leave some out
+    sample = min(choice.quick(scenario) for scenario in scenarios.values())
+    every = " and ".join(f"{size:,}" for size in dict.fromkeys(sizes))
+    partly = sample < max(sizes)
+    whole = full_runs(key, choice, scenarios) if partly else None
+    if whole is not None:
+        st.caption(f"On all {every} requests.")
+    else:
+        st.caption(f"Quick answer on {f'the first {sample:,} of' if partly else 'all'} {every} requests.")
+    say(note for scenario in scenarios.values() for note in choice.notes(scenario))
+    if whole is not None:
+        return whole, choice
+    used = choice.first(sample if partly else None)
+    return {label: _ensure(choice, scenario, sample) for label, scenario in scenarios.items()}, used
 
 
 def key_of(choice: TraceChoice, scenario: Scenario, limit: int | None) -> str:
@@ -165,6 +165,7 @@ def long_job(key: str, label: str, function: Callable[..., Any], *arguments: Any
 
     While it runs: progress and a Stop that kills it. A result is shown for as long as the arguments are the same.
     """
+    ask_for_files(arguments)
     digest = hashlib.sha256(pickle.dumps((function, arguments))).hexdigest()
     asked = _asked().get(key, Asked(digest))
     if asked.job is not None and asked.job.state == "running":
@@ -181,7 +182,7 @@ def long_job(key: str, label: str, function: Callable[..., Any], *arguments: Any
             return None
         st.rerun()
     if asked.error and asked.digest == digest:
-        st.error(asked.error, icon=":material/error:")
+        st.error(plain(asked.error), icon=":material/error:")
     return None
 
 
@@ -204,7 +205,7 @@ def _watch(key: str, asked: Asked) -> None:
         st.rerun()
     done, total, words = job.progress()
     left, right = st.columns([5, 1], vertical_alignment="center")
-    left.progress(done / total if total else 0.0, text=f"{done:,} of {total:,} {words}" if total else "starting")
+    left.progress(done / total if total else 0.0, text=f"{done:,} of {total:,} {plain(words)}" if total else "starting")
     if right.button("Stop", key=f"{key}_stop", icon=":material/stop:", width="stretch"):
         job.stop()
         asked.error = f"stopped after {job.elapsed_s:.0f} s"

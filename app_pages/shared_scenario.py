@@ -8,6 +8,7 @@ from typing import Any
 
 import streamlit as st
 
+from app_pages.shared_files import ask_for_files
 from app_pages.shared_output import show_error
 from llmsim.cli_options import value_of
 from llmsim.engines import ENGINES
@@ -63,6 +64,7 @@ def _made(values: dict[str, Any], more: str) -> Scenario:
     """Checked as far as a simulation would: against the model, the GPU and its memory."""
     given = {name: value for name, value in values.items() if value is not None}
     scenario = Scenario.from_dict(given | other_fields(more), source="other settings")
+    ask_for_files(scenario)
     blocks_of(scenario)
     return scenario
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import streamlit as st
 
 from app_pages.shared_runs import store
+from app_pages.shared_words import plain
 from llmsim.choice import OVER_CONTEXT, SHIPPED, Synthesis, TraceChoice, on_disk, shipped
 
 SOURCES = ("shipped", "upload", "file", "synthetic")  # as they are called in links
@@ -64,7 +65,7 @@ def _uploaded(key: str) -> TraceChoice | None:
         st.caption("Columns such as arrival_time_s, prompt_tokens, output_tokens are recognised by name.")
         return None
     if file is None:
-        st.caption(f"{path.name}, which you uploaded before; another file takes its place.")
+        st.caption(f"{plain(path.name)}, which you uploaded before; another file takes its place.")
     return on_disk(path, path.name)
 
 

@@ -36,8 +36,12 @@ with shared.error_in_place():
         )
     elif choice is not None and baseline is not None and candidate is not None:
         pair = {"baseline": baseline, "candidate": candidate}
-        folders = shared.answers("what_if", choice, pair)
-        commands = [choice.before(), *(argv_of(one, trace=choice.shown(), goodput=slo) for one in pair.values())]
+        folders, used = shared.answers("what_if", choice, pair)
+        commands = [used.before(), *(argv_of(one, trace=used.shown(), goodput=slo) for one in pair.values())]
+if given is not None:
+    shared.say(
+        note for folder in given.values() for note in shared.read(folder, shared.REQUESTS).manifest.get("notes", ())
+    )
 if folders is None:
     st.info("The answer appears here once the settings at the left are complete.", icon=":material/arrow_back:")
     st.stop()
@@ -45,9 +49,12 @@ if folders is None:
 runs = {label: with_goodput(shared.read(folder, shared.REQUESTS), slo) for label, folder in folders.items()}
 numbers = views.kpis(*runs.values())
 shared.kpi_row([number for number in numbers if number.key in HEADLINES])
+shared.warn_of_rejections(runs)
 for label, run in runs.items():
     if run.summary["stable"] is False:
-        st.warning(run.summary["stability"], title=f"The {label} does not keep up", icon=":material/trending_up:")
+        st.warning(
+            shared.plain(run.summary["stability"]), title=f"The {label} does not keep up", icon=":material/trending_up:"
+        )
 
 limits_ms = {"ttft": slo["ttft"], "tpot": slo["tpot"], "e2el": None}
 for place, (metric, limit_ms) in zip(st.columns(3), limits_ms.items(), strict=True):

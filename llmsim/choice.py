@@ -11,19 +11,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 from typing import Any
 
 import numpy as np
 
+from llmsim.hardware import find_model
 from llmsim.runs_origin import origin
 from llmsim.scenario import Scenario
 from llmsim.trace import Trace, limited, load_trace, time_scaled
 
 KEPT = 4  # traces in memory
+SHOWN = 80  # characters of a path in a message
 SYNTHETIC = "synthetic.csv"  # where the command line puts a synthetic trace
 SHIPPED = {
     "chat.csv": "2,000 chats at 5 a second",
@@ -31,6 +34,7 @@ SHIPPED = {
     "shared_prefixes.csv": "24 long system prompts, shared",
     "sessions.jsonl": "220 conversations whose turns wait for the answer",
 }
+AS_SHIPPED = {name: (f"{name}: read as", "columns: ") for name in SHIPPED}  # what need not be said of them
 QUICK_REQUESTS = 20_000  # of a quick answer, at most
 QUICK_TOKENS = 2_000_000  # output tokens + 100 a request: 0.3 s on one core
 OVER_CONTEXT = ("error", "drop", "truncate")
@@ -89,7 +93,7 @@ class TraceChoice:
 
         Raises ValueError or FileNotFoundError naming the file, the row and the fix.
         """
-        context_tokens = None if self.over_context == "error" or scenario is None else scenario.max_model_len
+        context_tokens = None if self.over_context == "error" or scenario is None else _context_tokens(scenario)
         over = self.over_context if context_tokens is not None else "error"
         seed = scenario.seed if scenario is not None else 0
         fewest = min((n for n in (limit, self.requests) if n is not None), default=None)
@@ -111,15 +115,26 @@ class TraceChoice:
         options |= {} if fewest is None else {"limit": fewest}
         return origin(trace, self.path, options, scenario)
 
-    def size(self) -> int:
-        """Requests in all."""
+    def size(self, scenario: Scenario | None = None) -> int:
+        """Requests in all; for a scenario: those that are left once what its model cannot take is dropped."""
         if self.synthesis is not None:
             return min(self.synthesis.requests, self.requests or self.synthesis.requests)
-        return len(self.load())
+        return len(self.load(None, scenario))
 
-    def quick(self) -> int:
+    def quick(self, scenario: Scenario | None = None) -> int:
         """How many of the first requests are simulated in well under a second: all of them, or a round number."""
-        return quick_requests(self.load(QUICK_REQUESTS), self.size())
+        return quick_requests(self.load(QUICK_REQUESTS, scenario), self.size(scenario))
+
+    def first(self, requests: int | None) -> TraceChoice:
+        """The same, of which only the first requests are taken."""
+        return self if requests is None else replace(self, requests=requests)
+
+    def notes(self, scenario: Scenario | None = None) -> tuple[str, ...]:
+        """What the reader did to the file, a line each: how it was read, what was dropped or cut. None of our own."""
+        if self.synthesis is not None:
+            return ()
+        notes = replace(self, traffic=1.0, requests=None).load(None, scenario).notes
+        return tuple(note for note in notes if self.name not in SHIPPED or not note.startswith(AS_SHIPPED[self.name]))
 
     def command_line(self) -> list[str]:
         """The words of `llmsim replay` that name this trace."""
@@ -159,17 +174,38 @@ class TraceChoice:
         }  # fmt: skip
 
 
+def _context_tokens(scenario: Scenario) -> int:
+    return scenario.max_model_len or find_model(scenario.model).max_context_tokens
+
+
 def shipped(name: str) -> TraceChoice:
     return TraceChoice(str(shipped_folder() / name), shown_as=name)
 
 
 def on_disk(path: str | Path, shown_as: str = "") -> TraceChoice:
-    """A file of this machine, as it is now. Raises what reading it would."""
-    path = Path(path).expanduser()
+    """A file (or folder) of this machine, as it is now. What is not there is for the reader to refuse, with its hint.
+
+    Raises ValueError for what never ends or cannot be looked at: standard input, pipes and devices, somebody else's.
+    """
+    words = str(path) if len(str(path)) <= SHOWN else f"{str(path)[:SHOWN]}…"
     stamp = ""
-    if path.is_file():  # what is not there is for the reader to refuse, with its hint
+    try:
+        path = Path(path).expanduser()
         facts = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise ValueError(f"{words}: cannot be read: {error.strerror}; give the path of a file") from None
+    except (RuntimeError, ValueError):  # ~nobody, a null character
+        raise ValueError(f"{words}: no such path; give that of a file, from its root") from None
+    else:
+        if not (S_ISREG(facts.st_mode) or S_ISDIR(facts.st_mode)):
+            raise ValueError(f"{words}: a pipe or a device, which may never end; give the path of a file")
+        if S_ISREG(facts.st_mode) and not facts.st_size:
+            raise ValueError(f"{words}: the file is empty; a trace needs at least one request")
         stamp = f"{facts.st_size}-{facts.st_mtime_ns}"
+    if str(path) == "-":
+        raise ValueError("-: standard input is the server's; give the path of a file")
     return TraceChoice(str(path), stamp=stamp, shown_as=shown_as, uploaded=bool(shown_as))
 
 
@@ -216,7 +252,8 @@ class Replay:
 
 def replay_all(todo: Sequence[Replay], progress: Callable[[float, float, str], None] | None = None) -> list[Path]:
     """One after the other; `progress(requests answered, requests in all, words)`."""
-    sizes = [min(one.choice.size(), one.limit or one.choice.size()) for one in todo]
+    whole = [one.choice.size(one.scenario) for one in todo]
+    sizes = [min(size, one.limit or size) for size, one in zip(whole, todo, strict=True)]
     folders: list[Path] = []
 
     def told(done: int, _: int = 0, simulated_s: float = 0.0) -> None:

@@ -70,16 +70,19 @@ class Study:
 
     def trace(self) -> Trace:
         """Of the length that every side takes, with what was to be drawn for it. Raises what reading it does."""
-        if not self.sides:
-            raise ValueError("no side: name a scheduler or an engine")
-        resolved = [scenario.resolved() for _, scenario in self.sides]
-        shortest = min(resolved, key=lambda one: one.max_model_len or 0)
-        trace = self.source.load(self.limit, shortest)
+        trace = self.source.load(self.limit, self.shortest)
         if not self.classes:
             return trace
         from llmsim.classes import assign_classes
 
-        return assign_classes(trace, self.classes, seed=resolved[0].seed)
+        return assign_classes(trace, self.classes, seed=self.sides[0][1].seed)
+
+    @property
+    def shortest(self) -> Scenario:
+        """The side, resolved, whose context is the shortest: what is longer is refused, dropped or cut for all."""
+        if not self.sides:
+            raise ValueError("no side: name a scheduler or an engine")
+        return min((one.resolved() for _, one in self.sides), key=lambda one: one.max_model_len or 0)
 
 
 @dataclass(frozen=True)

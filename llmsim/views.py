@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from llmsim.runs import Run
 
 __all__ = [
-    "KPIS", "MEASURES", "PARTS", "POINTS", "Kpi", "ecdf", "gantt", "kpis", "life", "linked", "scatter", "strip",
-    "subset", "table", "values", "where", "window_s", "within",
+    "KPIS", "MEASURES", "PARTS", "POINTS", "Kpi", "ecdf", "gantt", "kpis", "life", "linked", "rejections", "scatter",
+    "strip", "subset", "table", "values", "where", "window_s", "within",
 ]  # fmt: skip
 
 
@@ -193,7 +193,8 @@ class Kpi:
     """A headline number of one run or two, in `unit`.
 
     `delta` = candidate - baseline, `relative` = delta / baseline; None where a number does not exist (or the baseline
-    is 0). `better`: "lower", "higher", or None where neither is. `few`: why a percentile is doubtful, or empty.
+    is 0). `better`: "lower", "higher", or None where neither is, as of latencies if one run answered fewer requests.
+    `few`: why a percentile is doubtful, or empty.
     """
 
     key: str
@@ -226,6 +227,9 @@ KPIS = (
 )
 
 
+OF_THE_ANSWERED = [key for key, *_ in KPIS if key.endswith("_ms") or key == "queue_ms.share_of_e2el"]
+
+
 def kpis(baseline: Run | Result, candidate: Run | Result | None = None) -> list[Kpi]:
     """The headline numbers of a run, or of two with their differences; those that no run has are left out."""
     sides = [summary_of(run) for run in (baseline, candidate) if run is not None]
@@ -237,9 +241,23 @@ def kpis(baseline: Run | Result, candidate: Run | Result | None = None) -> list[
             continue
         delta = now - before if now is not None and before is not None else None
         relative = delta / before if delta is not None and before else None
+        if key in OF_THE_ANSWERED and len({summary.get("failed") for summary in sides}) > 1:
+            better = None
         few = next((text for text in (_few(summary, key) for summary in sides) if text), "")
         rows.append(Kpi(key, title, unit, before, now, delta, relative, better, few))
     return rows
+
+
+def rejections(run: Run | Result) -> str:
+    """How many requests were never answered, and why, in words; empty if all were."""
+    summary = summary_of(run)
+    sent, away = summary["num_prompts"], summary.get("turned_away", 0)
+    parts = []
+    if rejected := summary["failed"] - away:
+        parts.append(f"{rejected:,} of {sent:,} requests are rejected: the KV cache of a replica cannot hold them")
+    if away:
+        parts.append(f"{away:,} of {sent:,} requests were turned away")
+    return "; ".join([*parts, "latencies are those of the others"]) if parts else ""
 
 
 def _number(summary: Mapping[str, Any], key: str, factor: float) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,21 @@ def _ran(test: AppTest) -> AppTest:
     return test
 
 
+def shown(text: str) -> str:
+    """Markdown as it is read: without what keeps words from being taken for marks."""
+    return re.sub(r"\\([^\w\s]|_)", r"\1", text).replace("\u2060", "")
+
+
 def errors(test: AppTest) -> list[str]:
-    return [error.value for error in test.error]
+    return [shown(error.value) for error in test.error]
+
+
+def warnings(test: AppTest) -> list[str]:
+    return [shown(warning.value) for warning in test.warning]
+
+
+def captions(test: AppTest) -> str:
+    return "\n".join(shown(caption.value).removeprefix(":material/info: ") for caption in test.caption)
 
 
 def charts(test: AppTest) -> int:

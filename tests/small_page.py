@@ -14,7 +14,7 @@ if choice is None or baseline is None or candidate is None:
     st.stop()
 pair = {"baseline": baseline, "candidate": candidate}
 with shared.error_in_place():
-    folders = shared.answers("small", choice, pair)
+    folders, used = shared.answers("small", choice, pair)
     for label, folder in folders.items():
         st.metric(label, shared.read(folder).summary["p99_ttft_ms"])
-    shared.command_line(*(argv_of(one, trace=choice.shown()) for one in pair.values()))
+    shared.command_line(*(argv_of(one, trace=used.shown()) for one in pair.values()))

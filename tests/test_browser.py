@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from browser.drive import browsing, contention, opened, served
@@ -116,6 +117,15 @@ def test_a_good_upload_is_answered_and_a_bad_one_refused_in_one_line(window, tmp
     (line,) = window.errors_shown()
     assert "bad.csv" in line and "many" in line and "\n" not in line.strip().removeprefix("error").strip()
     assert window.exceptions() == []
+
+
+def test_a_link_shows_words_only_and_fetches_nothing(window):
+    words = "![x](http://evil.example/x.png) <img src=http://evil.example/y.png> :material/home: $a$"
+    for query in (f'cand_more=scheduler="{words}"', f"plan_more=kv_cache_dtype='{words}'"):
+        window.open(f"/{'plan' if 'plan' in query else ''}?{quote(query, safe='=')}", charts=False)
+        assert any(words in line.replace("\u2060", "") for line in window.errors_shown()), window.errors_shown()
+        window.settle()
+    assert window.elsewhere == [] and window.exceptions() == []
 
 
 def test_an_impossible_setting_is_said_in_place(window):

@@ -56,7 +56,7 @@ def test_the_command_line_asks_the_same(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(import_module("llmsim.plan"), "plan", stop)
     import shlex
 
-    assert main(shlex.split(commands(at))[1:]) == 2
+    assert main(shlex.split(at.code[-1].value)[1:]) == 2
     assert seen["slos"] == DEMAND.slos and seen["rate"] == 60.0 and seen["budget_usd_per_h"] == 50.0
     assert seen["gpus"] == DEMAND.gpus and tuple(seen["tensor_parallels"]) == (1, 2) and seen["max_gpus"] == 16
     assert seen["scenario"] == DEMAND.scenario

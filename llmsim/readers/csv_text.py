@@ -23,6 +23,7 @@ from llmsim.readers.table import Table, fold
 if TYPE_CHECKING:
     import pyarrow as pa
 
+HEADER_BYTES = 1 << 16  # below the 131,072 characters that Python's reader takes in a field
 Parse = Callable[[str, str, str], "NDArray[Any] | None"]  # (column, Arrow type, dtype) -> values, None: does not fit
 
 
@@ -144,6 +145,11 @@ def _without_blank_end(data: bytes) -> bytes:
 
 
 def _header(source: Source, head: bytes, first_line: int) -> tuple[str, list[str]]:
+    if len(head) > HEADER_BYTES:
+        raise ValueError(
+            f"{source.name}: line {first_line}: {len(head):,} bytes where the header should be, which takes at most "
+            f"{HEADER_BYTES:,}; give CSV with a header and a line for each request"
+        )
     try:
         text = head.decode("utf-8").strip("\r\n")
     except UnicodeDecodeError as error:

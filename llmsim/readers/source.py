@@ -8,7 +8,6 @@ refused with a sentence saying what they are. The digest is that of the bytes as
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import sys
 import zlib
@@ -18,6 +17,10 @@ from pathlib import Path
 GZIP = b"\x1f\x8b"
 ZSTD = b"\x28\xb5\x2f\xfd"
 PARQUET = b"PAR1"
+# unpacked, a file may take so much whatever its size, and beyond that so many times its size: traces pack 3 to 20
+# times, and gzip packs nothing but one repeated byte 1,000 times
+UNPACKED_BYTES, UNPACKED_TIMES = 256 << 20, 200
+PIECE_BYTES = 1 << 14  # of Zstandard data: a block of 128 KiB may take four bytes
 REFUSED = {
     b"PK\x03\x04": "a zip archive (or spreadsheet); unpack it, or save the sheet as CSV",
     b"SQLite format 3": "an SQLite database; export the table as CSV",
@@ -97,11 +100,33 @@ def _source(name: str, stored: bytes) -> Source:
 
 
 def _gunzip(name: str, stored: bytes) -> bytes:
+    most = _most_bytes(stored)
+    parts, rest, length = [], stored, 0
     try:
-        return gzip.decompress(stored)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        while rest:
+            member = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)  # with its header and check sum
+            parts.append(member.decompress(rest, most - length + 1))
+            length += len(parts[-1])
+            _check_unpacked(name, stored, length)
+            if not member.eof:
+                raise EOFError("Compressed file ended before the end-of-stream marker was reached")
+            rest = member.unused_data.lstrip(b"\x00")
+    except (EOFError, zlib.error) as error:
         reason = str(error).rstrip(".")
         raise ValueError(f"{name}: gzip data is damaged or cut short ({reason}); fetch the file again") from None
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _most_bytes(stored: bytes) -> int:
+    return max(UNPACKED_BYTES, UNPACKED_TIMES * len(stored))
+
+
+def _check_unpacked(name: str, stored: bytes, length: int) -> None:
+    if length > _most_bytes(stored):
+        raise ValueError(
+            f"{name}: {len(stored):,} bytes that unpack to more than {_most_bytes(stored):,}: no trace packs so well; "
+            "if it is one, unpack it first"
+        )
 
 
 def _unzstd(name: str, stored: bytes) -> bytes:
@@ -114,7 +139,12 @@ def _unzstd(name: str, stored: bytes) -> bytes:
         ) from None
     try:
         reader = zstandard.ZstdDecompressor().decompressobj(read_across_frames=True)
-        data: bytes = reader.decompress(stored)
+        parts, length = [], 0
+        for start in range(0, len(stored), PIECE_BYTES):
+            parts.append(reader.decompress(stored[start : start + PIECE_BYTES]))
+            length += len(parts[-1])
+            _check_unpacked(name, stored, length)
+        data = b"".join(parts)
         complete = bool(reader.eof) or (not reader.unconsumed_tail and _frames_end(stored))
     except zstandard.ZstdError as error:
         raise ValueError(f"{name}: Zstandard data is damaged ({error}); fetch the file again") from None
