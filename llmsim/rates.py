@@ -126,9 +126,9 @@ def stability(requests: Columns, concurrency: int | None) -> tuple[bool | None, 
             served = sent_s.size / float(finish_s.max() - sent_s[0])
             return False, (
                 f"unstable: the {name} grew all along, by {growth * rate:.2g} of {rate:.3g} requests/s, from "
-                f"{first:.0f} in the second quarter of the arrivals to {last:.0f} in the last, so latencies depend on the trace's "
-                f"length; highest stable rate about {served:.3g} requests/s, what was completed from the first send to "
-                "the last answer (llmsim plan finds it)"
+                f"{first:.0f} in the second quarter of the arrivals to {last:.0f} in the last, so latencies depend on "
+                f"the trace's length; highest stable rate about {served:.3g} requests/s, what was completed from the "
+                "first send to the last answer (llmsim plan finds it)"
             )
     replica = requests["replica"][order] if "replica" in requests else np.zeros(order.size)
     caught = _caught_up(sent_s, scheduled_s, replica)[count // 2 : count]
