@@ -89,13 +89,16 @@ def signed(value: float, digits: int) -> str:
 
 def _promises(comparison: Comparison, label: int) -> Iterator[str]:
     slos = [promise.slo for promise in comparison.promises[comparison.sides[0].name]]
-    yield f"{'SLO':<{label}}" + "".join(f"{slo.words:>{CELL}}" for slo in slos)
-    for name, kept in comparison.promises.items():
+    rows = {name: [promise_words(promise) for promise in kept] for name, kept in comparison.promises.items()}
+    columns = zip(*([slo.words for slo in slos], *rows.values()), strict=True)
+    widths = [max(CELL, *(len(text) + 2 for text in column)) for column in columns]
+    yield f"{'SLO':<{label}}" + "".join(f"{slo.words:>{width}}" for slo, width in zip(slos, widths, strict=True))
+    for name, words in rows.items():
         head = f"  {name}"
         if len(head) > label:
             yield head
             head = ""
-        yield f"{head:<{label}}" + "".join(f"{promise_words(promise):>{CELL}}" for promise in kept)
+        yield f"{head:<{label}}" + "".join(f"{text:>{width}}" for text, width in zip(words, widths, strict=True))
 
 
 def promise_words(promise: Promise) -> str:

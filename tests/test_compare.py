@@ -290,6 +290,8 @@ def test_rejected_requests_break_promises(sides: list[Side]) -> None:
     assert [promise.value_s for promise in found] == pytest.approx(list(of_requests_s(requests, good)))
     assert [promise.met for promise in found] == [True, False], "117 of 120 are good: 97.5 %"
     assert found[0].share is not None and 0.3 < found[0].share < 0.9 and found[0].slo.shown(np.inf) == "rejected"
+    text = report(compare([sides[0], sheds], slos=good))
+    assert "97.5 % of requests with TTFT <= 10000 ms and E2EL <= 900000 ms  98 % of" in text, "columns stay apart"
 
 
 def test_few_blocks_are_said_to_be_few(sides: list[Side]) -> None:
