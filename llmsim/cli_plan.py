@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -127,8 +128,8 @@ def plan(
     from llmsim.plan import plan as find_plan
     from llmsim.plan_runs import slos_of
 
-    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out}: exists and is not an empty folder: give another name")
+    if out is not None:
+        _check_out(out)
     promises = slos_of(slos)
     scenario = _scenario(flags, gpus)
     names = {"gpus": gpus, "tensor_parallels": tensor_parallels, "engines": engines}
@@ -146,15 +147,29 @@ def plan(
     finally:
         progress.close()
     document = plan_report.document(found, points, repeat)
-    if out is not None:
-        plan_report.write(found, points, document, out, ["llmsim", *arguments])
     if as_json:
         click.echo(json.dumps(document, allow_nan=False))
     else:
         click.echo("\n".join(plan_report.report(found, points, repeat if show_runs else None)))
-        if out is not None:
+    if out is not None:  # what was found is there to be read, whatever becomes of the files
+        try:
+            plan_report.write(found, points, document, out, ["llmsim", *arguments])
+        except OSError as error:
+            raise ValueError(f"--out {out}: {error.strerror}: the plan is not written: give another folder") from None
+        if not as_json:
             click.echo(f"Written: {out}")
     return 0 if found.holds else NO_ANSWER
+
+
+def _check_out(out: Path) -> None:
+    """That the folder can be made, before minutes are spent on what goes into it."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out}: exists and is not an empty folder: give another name")
+    above = next(one for one in out.absolute().parents if one.exists())
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".llmsim-", dir=above))
+    except OSError as error:
+        raise ValueError(f"--out {out}: {above}: {error.strerror}: give a folder that can be written") from None
 
 
 def _scenario(flags: dict[str, Any], gpus: tuple[str, ...]) -> Scenario:
@@ -178,7 +193,8 @@ def _load(path: str, scenario: Scenario, flags: dict[str, Any], rate: float | No
     options = trace_arguments(flags) | {"context_tokens": context, "seed": scenario.seed}
     trace = load_trace(path, **options)
     words, own = trace_flags(flags), trace.format != "servegen"  # whose reader takes --rate for something of its own
-    if rate is not None and mean_rate_per_s(trace) == float("inf") and len(trace) > 1:
+    unstamped = any(note.startswith("no arrival times") for note in trace.notes)
+    if rate is not None and unstamped and mean_rate_per_s(trace) == float("inf") and len(trace) > 1:
         if path == "-":
             raise ValueError("-: standard input without arrival times cannot be read again at --rate: give a file")
         trace, own = load_trace(path, **options, rate=rate), False
@@ -235,9 +251,11 @@ def _curve(trace: Trace, found: Plan, jobs: int, progress: Progress) -> tuple[Ru
     from llmsim.plan_capacity import curve, knee_rates
 
     best = found.cheapest
-    if best is None or best.capacity_rate is None:
+    highest = None if best is None else best.capacity_rate or best.rate
+    if best is None or highest is None:
+        tell(("no curve: " + (best.untold if best is not None else "nothing holds"),))
         return ()
-    return curve(trace, best.scenario, found.slos, knee_rates(best.capacity_rate), jobs=jobs, progress=progress)
+    return curve(trace, best.scenario, found.slos, knee_rates(highest), jobs=jobs, progress=progress)
 
 
 class Progress:

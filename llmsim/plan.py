@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from llmsim.engines import find_engine
+from llmsim.plan_asked import check_count, check_number, check_prices, check_rate, several
 from llmsim.plan_bench import Ask, Bench, busiest_window, own_rate
 from llmsim.plan_candidates import Limits, candidate
 from llmsim.plan_capacity import (
@@ -62,17 +63,17 @@ SIMULATIONS = (6, 4)  # for each option on its window, for each contender on the
 def plan(
     trace: Trace,
     scenario: Scenario,
-    slos: Sequence[Slo | str],
+    slos: Sequence[Slo | str] | str,
     *,
     rate: float | None = None,
     replicas: int | None = None,
-    gpus: Sequence[str] | None = None,
-    tensor_parallels: Sequence[int] | None = None,
-    engines: Sequence[str] | None = None,
+    gpus: Sequence[str] | str | None = None,
+    tensor_parallels: Sequence[int] | int | None = None,
+    engines: Sequence[str] | str | None = None,
     budget_usd_per_h: float | None = None,
     max_gpus: int = MAX_GPUS,
     confidence: float | None = None,
-    prices: Path | None = None,
+    prices: Path | str | None = None,
     tolerance: float = TOLERANCE,
     windows: bool = True,
     jobs: int = 1,
@@ -87,20 +88,26 @@ def plan(
     meaning; an option that cannot start is listed with its reason instead.
     """
     promises = slos_of(slos)
-    _check(rate, replicas, budget_usd_per_h, max_gpus, tolerance)
+    _check(rate, replicas, budget_usd_per_h, max_gpus, tolerance, jobs)
+    check_prices(prices)
     check_open(scenario)
     if confidence is not None:
         check_confidence(confidence)
-    for engine in engines or ():
+    kinds = list(product(
+        several("gpus", gpus, scenario.gpu), several("tensor_parallels", tensor_parallels, scenario.tensor_parallel),
+        several("engines", engines, scenario.engine),
+    ))  # fmt: skip
+    for _, _, engine in kinds:
         find_engine(engine)  # a name that nobody has is a slip; what it names may still not start
     fleet = replicas is not None and rate is None
-    demand = None if fleet else (rate or own_rate(trace))
+    own = own_rate(trace)  # a shape to rescale is needed in any case
+    demand = None if fleet else (rate or own)
     reach = Reach.of(trace)
-    limits = Limits(replicas, budget_usd_per_h, max_gpus, prices, max(reach.rate(), demand or 0.0))
-    kinds = product(
-        gpus or (scenario.gpu,), tensor_parallels or (scenario.tensor_parallel,), engines or (scenario.engine,)
-    )
-    candidates = [candidate(trace, scenario, kind, limits) for kind in dict.fromkeys(kinds)]
+    if demand is not None:
+        check_rate(demand, reach, trace.name)
+    rates = reach.least_rate(), max(reach.rate(), demand or 0.0)
+    limits = Limits(replicas, budget_usd_per_h, max_gpus, None if prices is None else Path(prices), rates)
+    candidates = [candidate(trace, scenario, kind, limits) for kind in kinds]
     able = [one for one in candidates if not one.cannot]
     window = _window(trace, demand, replicas or 1) if windows else None
     told = _Told(progress, SIMULATIONS[0] * len(able))
@@ -131,17 +138,15 @@ def plan(
     )
 
 
-def _check(rate: float | None, replicas: int | None, budget: float | None, max_gpus: int, tolerance: float) -> None:
-    if rate is not None and not 0.0 < rate < float("inf"):
-        raise ValueError(f"rate={rate:g}: give requests/s above 0")
-    if replicas is not None and replicas < 1:
-        raise ValueError(f"replicas={replicas} is too small: give 1 or more")
-    if budget is not None and not 0.0 < budget < float("inf"):
-        raise ValueError(f"budget_usd_per_h={budget:g}: give dollars per hour above 0")
-    if max_gpus < 1:
-        raise ValueError(f"max_gpus={max_gpus}: give 1 or more GPUs")
-    if not 0.0 < tolerance < 1.0:
-        raise ValueError(f"tolerance={tolerance:g}: give a fraction of the rate, e.g. {TOLERANCE}")
+def _check(
+    rate: float | None, replicas: int | None, budget: float | None, max_gpus: int, tolerance: float, jobs: int
+) -> None:
+    check_number("rate", rate, "requests/s above 0")
+    check_count("replicas", replicas, "replicas")
+    check_number("budget_usd_per_h", budget, "dollars per hour above 0")
+    check_count("max_gpus", max_gpus, "GPUs")
+    check_number("tolerance", tolerance, f"a fraction of the rate, e.g. {TOLERANCE}", below=1.0)
+    check_count("jobs", jobs, "processes")
 
 
 def _window(trace: Trace, demand: float | None, replicas: int) -> Window | None:
@@ -266,6 +271,7 @@ def _option(one: Candidate, contest: Contest, reach: Reach) -> Option:
         untold=capacity.untold,
         open=contest.demand is None and bool(capacity.untold),
         probability=sure.probability,
+        draws=sure.draws,
         doubts=sure.doubts,
     )
 

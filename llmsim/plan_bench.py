@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from llmsim.cost import CostModel
+from llmsim.plan_asked import check_count
 from llmsim.plan_runs import KEPT, Measured, Run, Window
 from llmsim.scenario import Scenario
 from llmsim.simulate import cost_of, simulate
@@ -103,9 +104,11 @@ def own_rate(trace: Trace) -> float:
     """Requests per second as the trace has them. Raises ValueError if it has no shape that could be rescaled."""
     rate = mean_rate_per_s(trace)
     if isinf(rate):
+        if int((trace.arrival_s == trace.arrival_s).sum()) == 1:  # the others wait for it
+            raise ValueError(f"{trace.name}: one request or session has no rate: give a trace of several")
         raise ValueError(
-            f"{trace.name}: all {len(trace)} requests arrive at once: there is no shape to rescale. Give a trace with "
-            "arrival times, or --rate R for one that has none"
+            f"{trace.name}: all {len(trace):,} requests arrive at once: there is no shape to rescale: give one with "
+            "other arrival times, or one without any and a rate, at which they are drawn"
         )
     return rate
 
@@ -147,8 +150,7 @@ class Bench:
     """Drives searches; `told(run)` hears of every simulation as it ends. A context: it ends its processes."""
 
     def __init__(self, trace: Trace, slos: tuple[Slo, ...], jobs: int, told: Callable[[Run], None]) -> None:
-        if jobs < 1:
-            raise ValueError(f"jobs={jobs}: give 1 or more processes")
+        check_count("jobs", jobs, "processes")
         check_measurable(slos, trace)
         self.simulator, self._told = Simulator(trace, slos), told
         self._pool = ProcessPoolExecutor(jobs, initializer=_begin, initargs=(trace, slos)) if jobs > 1 else None

@@ -19,7 +19,7 @@ class Limits:
     budget_usd_per_h: float | None
     max_gpus: int
     prices: Path | None
-    reach: float  # the highest rate to look at
+    rates: tuple[float, float]  # the lowest and the highest to look at
 
 
 def candidate(trace: Trace, scenario: Scenario, kind: tuple[str, int, str], limits: Limits) -> Candidate:
@@ -29,22 +29,29 @@ def candidate(trace: Trace, scenario: Scenario, kind: tuple[str, int, str], limi
     own = replace(scenario, gpu=price.gpu, replicas=least)
     try:
         own = replace(own, tensor_parallel=tensor_parallel, engine=engine)
-        Fleet(trace, own)
+        one = Candidate(Trial(own, limits.rates), price, least)
+        most, over = _allowed(one, limits)
+        if over:
+            return replace(one, cannot=over, status="over budget")
+        Fleet(trace, own)  # thousands of replicas take their time, so only within the limits
     except ValueError as refused:
         named = _named(own, tensor_parallel, engine)
-        return Candidate(Trial(named, limits.reach), price, 0, " ".join(str(refused).split()), "cannot start")
-    one = Candidate(Trial(own, limits.reach), price, least)
-    most = limits.max_gpus // tensor_parallel
+        return Candidate(Trial(named, limits.rates), price, 0, " ".join(str(refused).split()), "cannot start")
+    return one if limits.replicas else replace(one, most=most)
+
+
+def _allowed(one: Candidate, limits: Limits) -> tuple[int, str]:
+    """(replicas within the limits, in what the least number exceeds them)."""
+    least, size = one.trial.scenario.replicas, one.trial.scenario.tensor_parallel
+    most = limits.max_gpus // size
     if most < least:
-        gpus = least * tensor_parallel
-        return replace(one, cannot=f"{gpus} GPUs, {limits.max_gpus} are allowed", status="over budget")
+        return most, f"{least * size} GPUs, {limits.max_gpus} are allowed"
     budget = limits.budget_usd_per_h
     if budget is not None and one.replica_usd:
         most = min(most, int(budget / one.replica_usd * (1.0 + 1e-12)))
         if most < least:
-            usd = least * one.replica_usd
-            return replace(one, cannot=f"${usd:.2f} an hour, the budget is ${budget:.2f}", status="over budget")
-    return one if limits.replicas else replace(one, most=most)
+            return most, f"${least * one.replica_usd:.2f} an hour, the budget is ${budget:.2f}"
+    return most, ""
 
 
 def _named(scenario: Scenario, tensor_parallel: int, engine: str) -> Scenario:

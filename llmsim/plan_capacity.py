@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Sequence
 from math import exp, inf, log
 from typing import Any
 
+from llmsim.plan_asked import check_count, check_number
 from llmsim.plan_bench import Ask, Bench, busiest_window, own_rate
 from llmsim.plan_option import Found, Trial
 from llmsim.plan_reach import Reach, told_by
@@ -39,12 +40,12 @@ def capacity(
     that does not may be. `windows`: look at a stretch of the trace first. Raises ValueError for a scenario no engine
     would start with, and for a trace without a shape to rescale.
     """
-    if not 0.0 < tolerance < 1.0:
-        raise ValueError(f"tolerance={tolerance:g}: give a fraction of the rate, e.g. {TOLERANCE}")
+    check_number("tolerance", tolerance, f"a fraction of the rate, e.g. {TOLERANCE}", below=1.0)
+    check_count("replicas", replicas, "replicas")
     fleet = scenario if replicas is None else with_replicas(scenario, replicas)
     own_rate(trace)  # has a shape to rescale
     promises, reach = slos_of(slos), Reach.of(trace)
-    trial = Trial(fleet, reach.rate())
+    trial = Trial(fleet, (reach.least_rate(), reach.rate()))
     check_open(fleet)
     Fleet(trace, fleet)  # what no engine would start with is said before anything is simulated
     with Bench(trace, promises, 1, _counting(progress)) as bench:
@@ -93,7 +94,7 @@ def curve(
         raise ValueError(f"rates: {wrong[0]:g} is no rate: give requests/s above 0")
     with Bench(trace, promises, jobs, _counting(progress)) as bench:
         return tuple(
-            bench.drive([Trial(scenario, inf).ask(scenario.replicas, rate, None) for rate in sorted(set(rates))])
+            bench.drive([Trial(scenario, (0.0, inf)).ask(scenario.replicas, rate, None) for rate in sorted(set(rates))])
         )
 
 

@@ -32,6 +32,7 @@ class Sure:
 
     probability: float | None  # None: nothing within the limits reaches what was asked for
     doubts: str  # of what holds as calibrated, and too seldom otherwise
+    draws: int | None = None  # what the probability is the share of
 
 
 @dataclass

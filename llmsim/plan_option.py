@@ -45,11 +45,11 @@ def answered(search: Generator[W, A, F], answer: Callable[[W], Generator[Ask, Ru
 
 @dataclass
 class Trial:
-    """One option under search; `runs` keeps every simulation, so that none is asked for twice. `reach`: the highest
-    rate that the trace can show (`llmsim.plan_reach`)."""
+    """One option under search; `runs` keeps every simulation, so that none is asked for twice. `ends`: the lowest
+    and the highest rate that the trace can show (`llmsim.plan_reach`)."""
 
     scenario: Scenario
-    reach: float
+    ends: tuple[float, float]
     runs: dict[tuple[int, float, Window | None], Run] = field(default_factory=dict)
 
     def ask(self, replicas: int, rate: float, window: Window | None) -> Generator[Ask, Run, Run]:
@@ -113,7 +113,8 @@ class Trial:
         def excess(rate: float) -> Generator[Ask, Run, float]:
             return (yield from self.ask(replicas, rate, window)).excess
 
-        guess = min(guess, self.reach)
-        search = highest_rate(guess, tolerance=tolerance, least=guess / SPAN, most=self.reach)
+        least, most = self.ends
+        guess = min(max(guess, least), most)
+        search = highest_rate(guess, tolerance=tolerance, least=max(guess / SPAN, least), most=most)
         held, broken = yield from answered(search, excess)
         return Found(self.runs.get((replicas, held or 0.0, window)), self.runs.get((replicas, broken or 0.0, window)))

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from llmsim.readers.settle import MAX_SPAN_S
 from llmsim.rescale import session_roots, starts_span_s
 from llmsim.trace import Trace, mean_rate_per_s
 
@@ -62,6 +63,14 @@ class Reach:
         """From the first start to the last."""
         return self.starts_span_s * self.own_rate / rate
 
+    def at_once_rate(self) -> float:
+        """At which all starts come within `AT_ONCE_S`."""
+        return self.window_s(1.0) / AT_ONCE_S
+
+    def least_rate(self) -> float:
+        """Below which the trace would last longer than times of arrival may."""
+        return 2.0 * self.window_s(1.0) / MAX_SPAN_S
+
     def part(self, rate: float, answer_s: float = 0.0) -> float:
         """Of the sessions that this rate means to be under way, those that come to be."""
         lasts_s = self.durations_s + answer_s * self.waits
@@ -70,7 +79,7 @@ class Reach:
 
     def rate(self, answer_s: float = 0.0) -> float:
         """The highest that this trace can show."""
-        at_once = max(self.own_rate, self.window_s(1.0) / AT_ONCE_S)
+        at_once = max(self.own_rate, self.at_once_rate())
         if not self.has_sessions or self.part(at_once, answer_s) >= REACHED:
             return at_once
         low, high = 0.0, at_once

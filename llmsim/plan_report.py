@@ -141,9 +141,11 @@ def _answers(plan: Plan) -> Iterator[str]:
 
 
 def _surely(option: Option) -> str:
-    if option.probability is None:
+    if option.probability is None or option.draws is None:
         return ""
-    return f"holds with probability {option.probability:.2f}; {option.doubts + '; ' if option.doubts else ''}"
+    kept, least = round(option.probability * option.draws), option.probability_at_least
+    said = f"{kept} of {option.draws} draws hold, which supports a probability of {least:.2f} or more (at 95 %)"
+    return f"{said}; {option.doubts + '; ' if option.doubts else ''}"
 
 
 def _next_break(plan: Plan, option: Option) -> str:

@@ -188,7 +188,7 @@ def with_replicas(scenario: Scenario, replicas: int) -> Scenario:
     return replace(scenario, replicas=replicas)
 
 
-def slos_of(slos: Sequence[Slo | str]) -> tuple[Slo, ...]:
+def slos_of(slos: Sequence[Slo | str] | str) -> tuple[Slo, ...]:
     """Checked: at least one."""
     found = parse_slos(slos)
     if not found:

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
-from math import ceil, floor
+from fractions import Fraction
+from math import ceil, comb, floor, fsum
 
+from llmsim.plan_asked import check_number
 from llmsim.plan_bench import Ask, Bench, Drawn
 from llmsim.plan_contest import Candidate, Contest, Sure
 from llmsim.plan_option import Found
@@ -23,18 +25,54 @@ from llmsim.uncertainty_draws import draws_of
 from llmsim.uncertainty_sources import sources_of
 
 DRAWS = 20  # at least; as many as let one of them fail
+MOST_DRAWS = 1000  # of one fleet: minutes to hours
 BLOCK = 4  # draws at a time: enough to know that too many fail
 RATE_TOLERANCE = 0.02
 HELD, FAILED = -0.05, 0.1  # what the search of a rate is told instead of an excess: it moves by 2 % and 5 %
 
 
+@dataclass(frozen=True)
+class Tally:
+    """Draws looked at so far, of `planned`, and how many of them failed."""
+
+    failed: int
+    drawn: int
+    planned: int
+    allowed: int
+
+    @property
+    def enough(self) -> bool:
+        """Whether as many hold as were asked for; known early only if not."""
+        return self.failed <= self.allowed
+
+    def sure(self, doubts: str) -> Sure:
+        return Sure(1.0 - self.failed / self.planned, doubts, self.planned)
+
+
+def lower_bound(kept: int, draws: int, doubt: float = 0.05) -> float:
+    """The least probability to hold with which so many of the draws would hold in `doubt` of all cases: the one-sided
+    bound of Clopper and Pearson. Of n of n it is doubt^(1 / n): 0.86 of 20."""
+    if kept == 0:
+        return 0.0
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = 0.5 * (low + high)
+        terms = (comb(draws, i) * middle**i * (1.0 - middle) ** (draws - i) for i in range(kept, draws + 1))
+        low, high = (middle, high) if fsum(terms) < doubt else (low, middle)
+    return low
+
+
 def draws_for(confidence: float) -> int:
-    return max(DRAWS, ceil(round(1.0 / (1.0 - confidence), 9)))
+    return max(DRAWS, ceil(1 / (1 - Fraction(repr(float(confidence))))))  # 0.9999 as it was written: 10,000
 
 
 def check_confidence(confidence: float) -> None:
-    if not 0.0 < confidence < 1.0:
-        raise ValueError(f"confidence={confidence:g}: give a probability between 0 and 1, such as 0.95")
+    check_number("confidence", confidence, "a probability between 0 and 1, such as 0.95", below=1.0)
+    if draws_for(confidence) > MOST_DRAWS:
+        raise ValueError(
+            f"confidence={confidence:.12g}: takes {draws_for(confidence):,} simulations of each fleet looked at, "
+            f"{MOST_DRAWS:,} are the most: give {1.0 - 1.0 / MOST_DRAWS:g} or less"
+        )
 
 
 @dataclass(frozen=True)
@@ -60,47 +98,52 @@ class Doubter:
         first = one.held.scenario.replicas
         doubts = ""
         for replicas in range(first, one.most + 1):
-            probability = self._share(one, replicas, demand)
-            if probability is not None:
-                self._keep(one, replicas, demand, Sure(probability, doubts))
+            tally = self._tally(one, replicas, demand)
+            if tally.enough:
+                self._keep(one, replicas, demand, tally.sure(doubts))
                 return
-            doubts = f"{replicas} hold{'s' * (replicas == 1)} with a probability below {self.confidence:g}"
+            doubts = self._doubts(f"{replicas} hold{'s' * (replicas == 1)}", tally)
         self._keep(one, None, demand, Sure(None, doubts))
 
     def _low_enough_rate(self, one: Candidate) -> None:
         assert one.held is not None
         replicas, highest = one.held.scenario.replicas, one.held.rate
-        shares = {highest: self._share(one, replicas, highest)}
-        if shares[highest] is not None:
-            one.sure = Sure(shares[highest], "")
+        tallies = {highest: self._tally(one, replicas, highest)}
+        if tallies[highest].enough:
+            one.sure = tallies[highest].sure("")
             return
         search = highest_rate(0.95 * highest, tolerance=RATE_TOLERANCE, least=highest / 64, most=highest)
         try:
             rate = next(search)
             while True:
-                if rate not in shares:
-                    shares[rate] = self._share(one, replicas, rate)
-                rate = search.send(FAILED if shares[rate] is None else HELD)
+                if rate not in tallies:
+                    tallies[rate] = self._tally(one, replicas, rate)
+                rate = search.send(HELD if tallies[rate].enough else FAILED)
         except StopIteration as end:
             held = end.value[0]
-        doubts = f"{highest:.4g}/s holds with a probability below {self.confidence:g}"
-        self._keep(
-            one, None if held is None else replicas, held or 0.0, Sure(None if held is None else shares[held], doubts)
-        )
+        doubts = self._doubts(f"{highest:.4g}/s holds", tallies[highest])
+        if held is None:
+            self._keep(one, None, 0.0, Sure(None, doubts))
+        else:
+            self._keep(one, replicas, held, tallies[held].sure(doubts))
 
-    def _share(self, one: Candidate, replicas: int, rate: float) -> float | None:
-        """The share of the draws on which this holds; None as soon as it cannot be what was asked for."""
+    def _doubts(self, what: str, tally: Tally) -> str:
+        return f"{what} with a probability below {self.confidence:g}: {tally.failed} of {tally.drawn} draws failed"
+
+    def _tally(self, one: Candidate, replicas: int, rate: float) -> Tally:
+        """The draws on which this holds, until it cannot be as many as were asked for."""
         scenario = replace(one.trial.scenario, replicas=replicas)
         count = draws_for(self.confidence)
         sources = sources_of(scenario.resolved(), self.bench.simulator.cost(scenario))
         drawn = [Drawn(at, count, machine) for at, machine in enumerate(draws_of(scenario, sources, count))]
-        failed, allowed = 0, floor(count * (1.0 - self.confidence) + 1e-9)
+        tally = Tally(0, 0, count, floor(count * (1.0 - self.confidence) + 1e-9))
         for at in range(0, count, BLOCK):
             runs = self._drawn_runs(one, scenario, rate, drawn[at : at + BLOCK])
-            failed += sum(not run.holds for run in runs)
-            if failed > allowed:
-                return None
-        return 1.0 - failed / count
+            failed = sum(not run.holds for run in runs)
+            tally = replace(tally, failed=tally.failed + failed, drawn=tally.drawn + len(runs))
+            if not tally.enough:
+                break
+        return tally
 
     def _drawn_runs(self, one: Candidate, scenario: Scenario, rate: float, drawn: Sequence[Drawn]) -> list[Run]:
         runs = self.bench.drive([_one(Ask(scenario, rate, draw=draw)) for draw in drawn])

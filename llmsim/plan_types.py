@@ -36,7 +36,8 @@ class Option:
     capacity_broken: Run | None = None  # the simulation just above it, which does not hold
     untold: str = ""  # why the trace does not tell the highest rate
     open: bool = False  # that was the question, so that there is no rate to give numbers of
-    probability: float | None = None  # that every SLO is met (llmsim.uncertainty), if it was asked for
+    probability: float | None = None  # that every SLO is met (llmsim.uncertainty), if it was asked for: the share of
+    draws: int | None = None  # so many machines that the real one may be
     doubts: str = ""  # which smaller fleet, or higher rate, holds as calibrated and with too low a probability
 
     @property
@@ -79,6 +80,15 @@ class Option:
     def capacity_rate(self) -> float | None:
         """The highest rate that this fleet holds; None: not looked for, or `untold`."""
         return None if self.capacity_run is None else self.capacity_run.rate
+
+    @property
+    def probability_at_least(self) -> float | None:
+        """What the draws support with 95 % confidence (`llmsim.plan_sure.lower_bound`)."""
+        from llmsim.plan_sure import lower_bound
+
+        if self.probability is None or self.draws is None:
+            return None
+        return lower_bound(round(self.probability * self.draws), self.draws)
 
     @property
     def margins(self) -> dict[str, float]:
@@ -138,7 +148,8 @@ class Option:
             "capacity_rate": self.capacity_rate, "capacity_untold": self.untold,
             "capacity_breaks_at": None if self.capacity_broken is None else self.capacity_broken.rate,
             "capacity_breaks": None if self.capacity_broken is None else self.capacity_broken.why_not,
-            "probability": self.probability, "doubts": self.doubts,
+            "probability": self.probability, "draws": self.draws,
+            "probability_at_least": self.probability_at_least, "doubts": self.doubts,
             "goodput": self.goodput,
             "goodput_per_gpu": self.goodput_per_gpu, "goodput_per_usd": self.goodput_per_usd,
             "usd_per_million_output_tokens": self.usd_per_million_output_tokens, **slos, **numbers,
@@ -172,7 +183,7 @@ class Plan:
     runs: tuple[Run, ...]
     prices: dict[str, str]  # by GPU, with source and date
     confidence: float | None = None
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # why the numbers may mislead: of a trace too short for its rates, for one
 
     @property
     def holds(self) -> bool:
@@ -186,7 +197,15 @@ class Plan:
     def frame(self) -> pd.DataFrame:
         import pandas as pd
 
-        return pd.DataFrame([option.row() for option in self.options])
+        made = pd.DataFrame([option.row() for option in self.options])
+        made.attrs["notes"] = list(self.notes)
+        return made
+
+    def __str__(self) -> str:
+        """As `llmsim plan` prints it, with what should be known beside the numbers."""
+        from llmsim.plan_report import report
+
+        return "\n".join(report(self))
 
     def runs_frame(self) -> pd.DataFrame:
         """A row for every simulation."""

@@ -159,8 +159,8 @@ def plateau(sent_s: Floats) -> int:
 def _caught_up(sent_s: Floats, scheduled_s: Floats, replica: NDArray[Any]) -> NDArray[np.bool_]:
     """Of each request: whether nobody was left waiting at its replica when it had been scheduled."""
     caught = np.zeros(sent_s.size, dtype=bool)
-    for name in np.unique(replica):
-        own = np.flatnonzero(replica == name)
+    together = np.argsort(replica, kind="stable")
+    for own in np.split(together, np.flatnonzero(np.diff(replica[together])) + 1):
         at_s = scheduled_s[own]
         sent = np.searchsorted(sent_s[own], at_s, side="right")
         caught[own] = sent <= np.searchsorted(np.sort(at_s), at_s, side="right")

@@ -1,7 +1,7 @@
 """A promise about latency: `ttft_p99=500ms` is "99 % of all requests have their first token within half a second".
 
     metric      ttft, tpot, e2el (per request), itl (every gap between tokens), as `llmsim.metrics` defines them
-    statistic   mean, median, or pN with 0 < N < 100 (p50, p99, p99.9): numpy's linear percentile
+    statistic   mean, median, or p1 to p99.99 (p50, p99, p99.9): numpy's linear percentile
     limit       with its unit: us, ms or s
 
 or about requests as a whole: `goodput_p99=ttft:500ms,tpot:50ms` is "99 % of all requests are good", where a good
@@ -40,6 +40,7 @@ UNITS_S = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 EXAMPLE = "write METRIC_STATISTIC=LIMIT, e.g. ttft_p99=500ms or tpot_mean=40ms"
 GOOD_EXAMPLE = "write goodput_pN=METRIC:LIMIT,…, e.g. goodput_p99=ttft:500ms,tpot:50ms"
 FORM = re.compile(r"([a-z0-9]+)_([a-z0-9.]+)\s*=\s*([0-9.eE+-]+)\s*([a-z]*)")
+PERCENTILE = re.compile(r"p[1-9][0-9]?(\.[0-9]{1,2})?")  # p1 to p99.99
 LIMIT = re.compile(r"([0-9.eE+-]+)([a-z]*)")
 Floats = NDArray[np.float64]
 
@@ -65,7 +66,9 @@ class Slo:
         elif self.statistic != "mean" and self.percent is None:
             raise ValueError(f"slo statistic {self.statistic!r} is not mean, median or p1 to p99.99: {EXAMPLE}")
         if not (isfinite(self.limit_s) and self.limit_s > 0.0):
-            raise ValueError(f"slo limit of {self.limit_s:g} s: give more than 0")
+            raise ValueError(f"slo limit of {self.limit_s:g} s: give more than 0, and a finite time")
+        if self.percent is not None:  # p99.0 and p99 are one promise
+            object.__setattr__(self, "statistic", f"p{self.percent:g}")
 
     def _check_goodput(self) -> None:
         if self.percent is None:
@@ -100,11 +103,7 @@ class Slo:
     @property
     def percent(self) -> float | None:
         """Of a percentile; None for the mean."""
-        try:
-            percent = float(self.statistic[1:]) if self.statistic.startswith("p") else nan
-        except ValueError:
-            return None
-        return percent if 0.0 < percent < 100.0 else None
+        return float(self.statistic[1:]) if PERCENTILE.fullmatch(self.statistic) else None
 
     @property
     def name(self) -> str:
@@ -163,10 +162,12 @@ def shown_s(seconds: float) -> str:
     return f"{seconds / UNITS_S[unit]:.10g}{unit}"
 
 
-def parse_slos(slos: Iterable[Slo | str]) -> tuple[Slo, ...]:
+def parse_slos(slos: Iterable[Slo | str] | str) -> tuple[Slo, ...]:
     """In the order given; one limit for each statistic."""
     found: list[Slo] = []
-    for one in slos:
+    for one in (slos,) if isinstance(slos, str | Slo) else slos:
+        if not isinstance(one, str | Slo):
+            raise ValueError(f"slo {one!r} is no promise: {EXAMPLE}")
         slo = Slo.parse(one) if isinstance(one, str) else one
         if slo.name in [other.name for other in found]:
             raise ValueError(f"slo {slo}: {slo.name} is given twice: keep one")

@@ -325,8 +325,8 @@ def at_rate(trace: Trace, rate: float) -> Trace:
         if len(trace) == 1:
             return trace
         raise ValueError(f"{trace.name}: all requests arrive at once: there is no shape to rescale to rate={rate:g}")
-    what = "sessions" if np.isnan(trace.arrival_s).any() else "requests"
-    return time_scaled(trace, now / rate).with_notes(f"rescaled from {now:.4g} to {rate:g} {what}/s")
+    unit = "sessions/s" if np.isnan(trace.arrival_s).any() else "requests/s"
+    return time_scaled(trace, now / rate).with_notes(f"rescaled from {now:.4g} to {rate:g} {unit}")
 
 
 def spread_ties(trace: Trace, *, seed: int = 0, tick_s: float | None = None) -> Trace:

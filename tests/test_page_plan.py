@@ -33,6 +33,10 @@ def test_the_answers_are_the_librarys() -> None:
     found = planned(replace(DEMAND, limit=quick_requests(DEMAND)))
     cheapest = found.cheapest
     assert cheapest is not None
+    assert found.notes and [warning.value for warning in at.warning] == list(found.notes)
+    assert any("queues hardly form" in note for note in found.notes)
+    limits = [caption.value for caption in at.caption if caption.value.startswith("Holds up to")]
+    assert cheapest.capacity_broken is not None and any(cheapest.capacity_broken.why_not in words for words in limits)
     assert f"{cheapest.gpus} GPUs · ${cheapest.usd_per_h:,.2f}/h" in [metric.value for metric in at.metric]
     assert at.dataframe[0].value["option"].tolist() == [option.name for option in found.options]
     assert len(at.dataframe[1].value) == len(found.runs)

@@ -349,6 +349,22 @@ def test_goodput_per_gpu_and_dollar() -> None:
 @pytest.mark.parametrize(
     ("wanted", "said"),
     [
+        ({"rate": True}, "rate=True is not a number"),
+        ({"rate": "5"}, "rate='5' is not a number"),
+        ({"rate": 1e-12}, "rate=1e-12: poisson would last for centuries: give"),
+        ({"rate": 5e-324}, "poisson would last for centuries"),
+        ({"rate": 1e308}, "rate=1e+308: all 200 requests of poisson would come within 1 ms"),
+        ({"max_gpus": 1.5}, "max_gpus=1.5 is not a whole number: give 1 or more GPUs"),
+        ({"replicas": True}, "replicas=True is not a whole number"),
+        ({"jobs": "2"}, "jobs='2' is not a whole number: give 1 or more processes"),
+        ({"gpus": []}, "gpus=[] is empty"),
+        ({"gpus": [5]}, "gpus: 5 is not a name"),
+        ({"tensor_parallels": [True]}, "tensor_parallels: True is not a number of GPUs"),
+        ({"tensor_parallels": "1"}, "tensor_parallels: '1' is not a number of GPUs"),
+        ({"engines": "vlm"}, "vlm"),
+        ({"prices": {"h100-sxm": 2.0}}, "prices={'h100-sxm': 2.0}: give the path"),
+        ({"confidence": 0.9999}, "takes 10,000 simulations of each fleet looked at, 1,000 are the most: give 0.999 or"),
+        ({"confidence": "0.9"}, "confidence='0.9' is not a number"),
         ({"rate": -1.0}, "rate=-1: give requests/s above 0"),
         ({"replicas": 0}, "replicas=0 is too small"),
         ({"budget_usd_per_h": 0.0}, "budget_usd_per_h=0"),
@@ -363,11 +379,61 @@ def test_a_question_without_meaning_is_refused(wanted: dict, said: str) -> None:
         planned(poisson(200), **wanted)
 
 
+def test_one_alone_is_one() -> None:
+    trace = poisson(200)
+    many = plan(
+        trace, ONE_AT_A_TIME, ["e2el_p99=9s"], rate=5.0, gpus=["h100-sxm"], tensor_parallels=[1], engines=["vllm"]
+    )
+    one = plan(trace, ONE_AT_A_TIME, "e2el_p99=9s", rate=5.0, gpus="h100-sxm", tensor_parallels=1, engines="vllm")
+    assert one.to_dict() == many.to_dict()
+
+
+def test_what_is_over_the_limits_is_not_built() -> None:
+    found = planned(poisson(200), replicas=10**9)
+    assert found.options[0].reason == "1000000000 GPUs, 256 are allowed" and not found.runs
+
+
+def test_only_the_queue_breaks_it() -> None:
+    """Twice what one serves, for a minute: the promise is kept of this trace, and that is said with its value."""
+    found = plan(evenly(1200, TOKENS), ONE_AT_A_TIME, ["e2el_p99=1000s"], rate=50.0, max_gpus=1)
+    assert not found.holds
+    assert re.match(
+        r"with 1 replica: E2EL p99 [\d.]+ s kept, but the load is unstable: the queue grew", found.options[0].reason
+    )
+    assert "Nothing holds this load: 1 x h100-sxm TP1 vllm keeps every SLO of this trace, but falls behind" in str(
+        found
+    )
+
+
+def test_what_limits_a_fleet_above_the_demand_is_named() -> None:
+    option = planned(poisson(1500), rate=20.0).cheapest
+    assert option is not None and option.capacity_rate is not None and option.capacity_broken is not None
+    row = option.row()
+    assert option.capacity_rate < row["capacity_breaks_at"] <= 1.0201 * option.capacity_rate
+    assert row["capacity_breaks"].startswith("E2EL p99 2") and row["capacity_breaks"] in str(
+        planned(poisson(1500), rate=20.0)
+    ).replace("\n  ", " ")
+
+
+def test_what_draws_support() -> None:
+    """Of 20 of 20, 0.05^(1/20); of k of n, where the binomial tail is 0.05."""
+    from llmsim.plan_sure import lower_bound
+
+    assert lower_bound(20, 20) == pytest.approx(0.05 ** (1 / 20), rel=1e-9)
+    assert lower_bound(0, 20) == 0.0 and lower_bound(1000, 1000) == pytest.approx(0.05 ** (1 / 1000), rel=1e-9)
+    p = lower_bound(18, 20)
+    assert p**20 + 20 * p**19 * (1 - p) + 190 * p**18 * (1 - p) ** 2 == pytest.approx(0.05, rel=1e-6)
+
+
 def test_promises_and_traces_without_meaning_are_refused() -> None:
     with pytest.raises(ValueError, match="no slo"):
         plan(poisson(200), ONE_AT_A_TIME, [])
     with pytest.raises(ValueError, match="ttft_p99 is given twice"):
-        plan(poisson(200), ONE_AT_A_TIME, ["ttft_p99=1s", "ttft_p99=2s"])
+        plan(poisson(200), ONE_AT_A_TIME, ["ttft_p99=1s", "ttft_p99.0=2s"])
+    with pytest.raises(ValueError, match="slo 5 is no promise: write METRIC"):
+        plan(poisson(200), ONE_AT_A_TIME, [5])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="one request or session has no rate"):
+        plan(poisson(1), ONE_AT_A_TIME, PROMISES, rate=5.0)
     with pytest.raises(ValueError, match="concurrency=3: a closed loop has no rate"):
         plan(poisson(200), replace(ONE_AT_A_TIME, concurrency=3), PROMISES)
     with pytest.raises(ValueError, match="all 200 requests arrive at once"):
@@ -445,10 +511,43 @@ def test_the_table_names_fleets_margins_and_what_breaks(trace_file: Path, capsys
     assert len(re.findall(r"^(holds|breaks) +llmsim replay ", printed, flags=re.MULTILINE)) > 4
 
 
+def test_a_folder_that_cannot_be_written_is_said_at_once(
+    trace_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [
+        "plan",
+        str(trace_file),
+        *SETTING,
+        "--slo",
+        "e2el_p99=9s",
+        "--rate",
+        "5",
+        "--limit",
+        "200",
+        "--jobs",
+        "1",
+    ]
+    assert cli.main([*options, "--out", str(trace_file / "below")]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and f"--out {trace_file}/below" in said.err and "a folder that can be written" in said.err
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("llmsim.plan_report.write", full)
+    assert cli.main([*options, "--out", str(tmp_path / "new")]) == 2
+    said = capsys.readouterr()
+    assert "fewest GPUs" in said.out and "No space left on device: the plan is not written" in said.err
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         (["--slo", "ttft_p99=500"], "needs a unit"),
+        (["--slo", "ttft_p99.999=1s"], "'p99.999' is not mean, median or p1 to p99.99"),
+        (["--slo", "ttft_p1e1=1s"], "'p1e1' is not mean"),
+        (["--slo", "ttft_p099=1s"], "'p099' is not mean"),
+        (["--slo", "ttft_p99=1e400s"], "limit of inf s: give more than 0, and a finite time"),
         (["--slo", "ttft_p99=1s", "--tp", "1,x"], "'x' is not a number of GPUs"),
         (["--slo", "ttft_p99=1s", "--gpu", "h100-sxm,,"], "a name is empty"),
         (["--slo", "ttft_p99=1s", "--prices", "nowhere.toml"], "no such file"),
@@ -480,7 +579,11 @@ def test_a_confident_plan_pays_for_doubt() -> None:
     found = plan(trace, base, [slo], rate=20.0, confidence=0.9)
     sure = found.cheapest
     assert sure is not None and sure.replicas > 1
-    assert f"{sure.replicas - 1} hold" in sure.doubts and "with a probability below 0.9" in sure.doubts
+    assert f"{sure.replicas - 1} hold" in sure.doubts and "with a probability below 0.9: " in sure.doubts
+    failed, drawn = (int(word) for word in re.findall(r"(\d+) of (\d+) draws failed", sure.doubts)[0])
+    assert 2 < failed <= drawn <= 20
+    words = " ".join(str(found).split())
+    assert f"{round(sure.probability * 20)} of 20 draws hold, which supports a probability of 0." in words  # type: ignore[operator]
     assert {run.draw for run in found.runs} == {None, *range(20)}
     assert {run.draws for run in found.runs} == {None, 20}
     for replicas, enough in ((sure.replicas, True), (sure.replicas - 1, False)):
@@ -585,10 +688,12 @@ def test_stamped_sessions_are_no_rate_of_requests() -> None:
 def test_a_trace_too_short_for_its_rate_is_said() -> None:
     """5 s of requests that take 0.2 s and more; and sessions that last longer than all of them take to start."""
     found = plan(poisson(500), replace(ONE_AT_A_TIME, max_num_seqs=8), ["e2el_p99=1s"], rate=100.0)
-    assert found.holds and not found.notes
+    assert found.holds and not any("lasts" in note for note in found.notes)
     long = replace(poisson(500, tokens=60), tenant=None)
+    short = plan(long, replace(ONE_AT_A_TIME, max_num_seqs=256), ["e2el_p99=1s"], rate=100.0)
     (note,) = plan(long, replace(ONE_AT_A_TIME, max_num_seqs=256), ["e2el_p99=1s"], rate=100.0).notes
     assert "lasts 4.99 s" in note and "a longer trace" in note
+    assert short.frame().attrs["notes"] == [note] and "queues hardly form" in " ".join(str(short).split())
     stamps = np.sort(np.random.default_rng(0).uniform(0.0, 500.0, 500))
     sessions = replace(poisson(500), arrival_s=stamps - stamps[0], session=[str(i % 50) for i in range(500)])
     notes = plan(sessions, replace(ONE_AT_A_TIME, max_num_seqs=8), ["e2el_p99=1s"], rate=10.0).notes
