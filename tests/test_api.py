@@ -96,7 +96,7 @@ def test_compare_refuses_what_cannot_be_compared(trace: llmsim.Trace) -> None:
         compare(trace)
     with pytest.raises(ValueError, match="two scenarios are alike"):
         compare(trace, [one, one])
-    with pytest.raises(ValueError, match="1 side to compare"):
+    with pytest.raises(ValueError, match="scenarios: 1 given: a comparison needs two or more"):
         compare(trace, [one])
     with pytest.raises(ValueError, match="scenarios go with a trace"):
         compare([simulate(trace, one)], [one])
