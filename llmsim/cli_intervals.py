@@ -142,4 +142,5 @@ def kept_part(result: Result, own: dict[str, Any]) -> dict[str, Any]:
         {"slo": str(slo), "words": slo.words, "shown": slo.shown(value_s), "value_s": value_s, "met": slo.met(value_s)}
         for slo, value_s in measured
     ]
-    return json_safe({"promises": rows})
+    found: dict[str, Any] = json_safe({"promises": rows})
+    return found

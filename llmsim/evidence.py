@@ -236,7 +236,7 @@ def worst(profile: str) -> tuple[float, str] | None:
     held = held.dropna(subset="error")
     if not len(held):
         return None
-    row = held.loc[held["error"].abs().idxmax()]
+    row = held.iloc[int(held["error"].abs().to_numpy().argmax())]
     return float(
         row["error"]
     ), f"mean {str(row['metric']).removesuffix('_ms').upper()} of {row['label']}, {row['model']}"
