@@ -7,7 +7,7 @@ where there are neither raw measurements nor recordings:
               and of engine steps (calibration.check); of many a sample, drawn with one seed
     errors    of all of them, by operator or load: how many, median, 90th percentile, the worst
     loads     latencies and throughput of every recorded load, predicted (mean over `DRAWS` draws of launch noise) and
-              measured, as `llmsim validate` compares them
+              measured, as `llmsim validate` compares them: the same draws, so the same numbers
 
 Each row names its profile, and the files carry the ids of the profiles they were made with.
 """
@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,14 +35,14 @@ from calibration.steps import read_recording
 from llmsim.cost.profile import Profile, profile_names, read_profile
 from llmsim.evidence import FOLDER, META, TABLES
 from llmsim.recording import load_recording
-from llmsim.validate import compare, predicted
+from llmsim.validate import SEEDS, compare, predicted
 
 if TYPE_CHECKING:
     from calibration.steps import Recording
 
 MEASUREMENTS = ROOT / "calibration" / "measurements"
 COMPLETE = "h200-sxm"  # whose norms, sampling and attention stand in where they were not timed
-DRAWS = 8
+DRAWS = SEEDS  # those of `llmsim validate` and benchmarks.accuracy: one number for one recording
 MOST_KERNELS, MOST_STEPS = 220, 60  # points kept of an operator, and of a load and kind of step
 Rows = list[dict[str, Any]]
 
@@ -117,28 +119,36 @@ def _error(group: Rows) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def loads(profile: Profile, loaded: list[Recording], draws: int) -> Rows:
-    """Every recorded load of the profile's GPU but grids of batches, which `steps` covers."""
+def loads(profile: Profile, loaded: list[Recording], draws: int, jobs: int = 1) -> Rows:
+    """Every recorded load of the profile's GPU but grids of batches, which `steps` covers; `jobs` files at a time."""
+    files = [(one, file) for one in loaded for file in sorted(one.path.glob("*.requests.json.gz"))]
+    work = [(profile.name, one.path.name, one.engine, file, draws) for one, file in files]
+    if jobs == 1:
+        return [row for one in work for row in _loads_of(one)]
+    with ProcessPoolExecutor(jobs) as pool:
+        return [row for rows in pool.map(_loads_of, work) for row in rows]
+
+
+def _loads_of(work: tuple[str, str, dict[str, Any], Path, int]) -> Rows:
+    """Those of one file."""
+    name, recording, engine, file, draws = work
+    fitted = hashlib.sha256(file.read_bytes()).hexdigest() in read_profile(name).provenance.recordings.values()
     rows: Rows = []
-    for recording in loaded:
-        engine = recording.engine
-        for file in sorted(recording.path.glob("*.requests.json.gz")):
-            fitted = hashlib.sha256(file.read_bytes()).hexdigest() in profile.provenance.recordings.values()
-            for scenario in load_recording(file):
-                replays = [predicted(scenario, cost=profile.name, seed=seed) for seed in range(draws)]
-                settings = replays[0].scenario
-                about = {
-                    "profile": profile.name, "recording": recording.path.name, "load": scenario.name,
-                    "engine": engine.get("engine", ""), "recorded": engine.get("recorded", ""),
-                    "model": described(settings.model, settings.weight_dtype, settings.tensor_parallel),
-                    "requests": len(scenario.trace), "fitted": fitted,
-                }  # fmt: skip
-                for metric, statistics in compare(replays, scenario).items():
-                    rows += [about | {"metric": metric, "statistic": name} | told for name, told in statistics.items()]
+    for scenario in load_recording(file):
+        replays = [predicted(scenario, cost=name, seed=seed) for seed in range(draws)]
+        settings = replays[0].scenario
+        about = {
+            "profile": name, "recording": recording, "load": scenario.name,
+            "engine": engine.get("engine", ""), "recorded": engine.get("recorded", ""),
+            "model": described(settings.model, settings.weight_dtype, settings.tensor_parallel),
+            "requests": len(scenario.trace), "fitted": fitted,
+        }  # fmt: skip
+        for metric, statistics in compare(replays, scenario).items():
+            rows += [about | {"metric": metric, "statistic": one} | told for one, told in statistics.items()]
     return rows
 
 
-def made(names: list[str], draws: int = DRAWS) -> dict[str, pd.DataFrame]:
+def made(names: list[str], draws: int = DRAWS, jobs: int = 1) -> dict[str, pd.DataFrame]:
     """The three tables of these profiles."""
     tables: dict[str, Rows] = {name: [] for name in TABLES}
     for name in names:
@@ -148,7 +158,7 @@ def made(names: list[str], draws: int = DRAWS) -> dict[str, pd.DataFrame]:
         for points, errors in (kernels(profile), steps(profile, loaded)):
             tables["points"] += points
             tables["errors"] += errors
-        tables["loads"] += loads(profile, loaded, draws)
+        tables["loads"] += loads(profile, loaded, draws, jobs)
     return {name: pd.DataFrame(rows) for name, rows in tables.items()}
 
 
@@ -167,7 +177,7 @@ def write(folder: Path, tables: dict[str, pd.DataFrame], ids: dict[str, str]) ->
 def main(draws: int) -> None:
     """Write llmsim/data/evidence/ for the shipped profiles."""
     names = profile_names()
-    write(FOLDER, made(names, draws), {name: read_profile(name).id for name in names})
+    write(FOLDER, made(names, draws, len(os.sched_getaffinity(0))), {name: read_profile(name).id for name in names})
     for table in TABLES:
         file = FOLDER / f"{table}.parquet"
         click.echo(f"{file.relative_to(ROOT)}: {pq.read_metadata(file).num_rows:,} rows, {file.stat().st_size:,} bytes")

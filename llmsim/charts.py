@@ -8,12 +8,15 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from math import ceil, floor, log10
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from llmsim.text import named
 
 if TYPE_CHECKING:
     import altair as alt
@@ -69,13 +72,15 @@ def save(chart: alt.LayerChart | alt.ConcatChart | alt.VConcatChart, path: Path,
         "png": {"ppi": ppi},
     }
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        chart.save(str(unfinished), format=kind, **options.get(kind, {}))
-        if kind == "png":
-            unfinished.write_bytes(smaller(unfinished.read_bytes()))
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with named(path):
+        try:
+            chart.save(str(unfinished), format=kind, **options.get(kind, {}))
+            if kind == "png":
+                unfinished.write_bytes(smaller(unfinished.read_bytes()))
+            unfinished.replace(path)
+        finally:
+            with suppress(OSError):
+                unfinished.unlink()
 
 
 def png(chart: Any, ppi: int = 160) -> bytes:

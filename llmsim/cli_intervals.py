@@ -13,6 +13,7 @@ import click
 from llmsim.cli_options import DRAWS, HumanInt, apply
 
 if TYPE_CHECKING:
+    from llmsim.metrics import Result
     from llmsim.prices import Price
     from llmsim.scenario import Scenario
     from llmsim.trace import Trace
@@ -35,7 +36,7 @@ FLAGS: list[Callable[[Any], Any]] = [
         "slos",
         multiple=True,
         metavar="TARGET",
-        help="With --intervals: probability that it is met, e.g. ttft_p99=500ms. Repeatable.",
+        help="Say whether it is met, e.g. ttft_p99=500ms; with --intervals, how probably. Repeatable.",
     ),
     click.option("--jobs", type=HumanInt(), help="Processes for --intervals and --seeds. [the cores there are]"),
 ]
@@ -47,15 +48,17 @@ def interval_options(command: Any) -> Any:
 
 def taken(flags: dict[str, Any]) -> dict[str, Any]:
     """This module's flags, taken out of `flags` and checked against each other before anything is simulated."""
+    from llmsim.slo import parse_slos
+
     own = {name: flags.pop(name) for name in ("intervals", "seeds", "level", "slos", "jobs")}
     if own["intervals"] is not None and own["seeds"] is not None:
         raise ValueError("--intervals contradicts --seeds: its draws have a seed each. Give one of them")
     if own["intervals"] is None and own["seeds"] is None:
-        for name, value in (("--slo", own["slos"]), ("--level", own["level"]), ("--jobs", own["jobs"])):
+        for name, value in (("--level", own["level"]), ("--jobs", own["jobs"])):
             if value or value == 0:
                 raise ValueError(f"{name} needs --intervals or --seeds: add one of them, or leave {name} out")
+        own["slos"] = parse_slos(own["slos"]) if own["slos"] else ()
         return own
-    from llmsim.slo import parse_slos
     from llmsim.uncertainty import LEVEL, check_level
 
     own["level"] = LEVEL if own["level"] is None else own["level"]
@@ -124,3 +127,20 @@ class _Told:
     def close(self) -> None:
         if self.shown and self.live:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def kept_part(result: Result, own: dict[str, Any]) -> dict[str, Any]:
+    """{"promises": …} for what is printed: each --slo, what was measured (s), whether it is met. Nothing if there is no
+    --slo, or if intervals say how probably."""
+    if "draws" in own or not own["slos"]:
+        return {}
+    from llmsim.metrics import json_safe
+    from llmsim.slo import values_s
+
+    measured = zip(own["slos"], values_s(result, own["slos"]), strict=True)
+    rows = [
+        {"slo": str(slo), "words": slo.words, "shown": slo.shown(value_s), "value_s": value_s, "met": slo.met(value_s)}
+        for slo, value_s in measured
+    ]
+    found: dict[str, Any] = json_safe({"promises": rows})
+    return found

@@ -107,7 +107,7 @@ def replay(
                 result, folder, summary=summary, manifest_extra=extra, timeline=timeline, detailed=save_detailed
             )
         tell(notes)
-    _print(summary, folder, as_json)
+    _print(summary | cli_intervals.kept_part(result, asked), folder, as_json)
 
 
 @click.command(context_settings=CONTEXT)

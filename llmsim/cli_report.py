@@ -32,6 +32,8 @@ def report(folders: tuple[Path, ...], out: Path, labels: tuple[str, ...], title:
 
     if out.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"--out {out}: a report is a page: give a name that ends in .html")
+    if not out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--out {out}: there is no folder {out.parent}: make it first")
     check_plot(out.with_suffix(".html"))
     write_report(named_runs(folders, labels), out, title)
     click.echo(f"Written: {out} ({out.stat().st_size / 1e6:.1f} MB)")

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from llmsim.compare import LATENCIES, RESAMPLES, Comparison
 from llmsim.compare_frames import BETTER, WORSE, verdict
-from llmsim.compare_report import CROSS, TICK, promise_words, signed
+from llmsim.compare_report import promise_words, signed
+from llmsim.text import CROSS, TICK
 
 ROWS = (  # key, heading, factor, decimals, unit
     *(

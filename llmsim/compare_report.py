@@ -10,7 +10,7 @@ import numpy as np
 
 from llmsim.compare import LATENCIES, RESAMPLES, STATISTICS, Comparison, Difference, Promise
 from llmsim.metrics import latencies_s
-from llmsim.text import number
+from llmsim.text import CROSS, TICK, number
 
 WIDTH = 116
 CURVE_POINTS = 401
@@ -24,7 +24,6 @@ SYSTEM = (  # key, heading, factor, decimals
     ("prefix_cache_hit_rate", "cache hits (%)", 100.0, 1),
 )
 CELL = 25
-TICK, CROSS = "✓", "✗"
 LABEL = 28  # longer names get a line of their own
 
 

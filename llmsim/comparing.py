@@ -14,7 +14,7 @@ from typing import Any
 
 from llmsim.compare import Comparison, Side, run_seeds, side_of, with_seeds
 from llmsim.compare import compare as paired
-from llmsim.metrics import Result
+from llmsim.metrics import Result, check_targets
 from llmsim.scenario import Scenario
 from llmsim.slo import Slo
 from llmsim.trace import Trace
@@ -39,14 +39,20 @@ def compare(
     `goodput`: targets in ms by metric; `seed`: of the bootstrap; `seeds`: of the replays of a trace, so many for each
     scenario; `slos`: promises such as "ttft_p99=500ms", found in `.promises`.
 
-    Raises ValueError for fewer than two sides, two that are alike, and results of different requests.
+    Raises ValueError for fewer than two sides, two that are alike, and results of different requests;
+    TypeError for arguments of another kind.
     """
     promises = [Slo.parse(slo) if isinstance(slo, str) else slo for slo in slos]
-    if seeds < 1:
-        raise ValueError(f"compare: seeds={seeds}: give 1 or more")
+    for name, count in (("seeds", seeds), ("jobs", jobs)):
+        if isinstance(count, bool) or not isinstance(count, int):
+            raise TypeError(f"compare: {name}={count!r} is not a whole number: give 1 or more")
+        if count < 1:
+            raise ValueError(f"compare: {name}={count}: give 1 or more")
+    if goodput:
+        check_targets(goodput)
     if isinstance(what, Trace):
-        if scenarios is None:
-            raise ValueError("compare(trace): give the scenarios to replay it under, as a list or a dict of names")
+        _check_scenarios(scenarios)
+        assert scenarios is not None
         named = dict(scenarios) if isinstance(scenarios, Mapping) else named_scenarios(scenarios)
         repeats = [(what, drawn) for drawn in with_seeds(named, seeds)]
         first, *more = run_seeds(repeats, goodput, jobs=jobs)
@@ -55,6 +61,8 @@ def compare(
         raise ValueError("compare(results): scenarios go with a trace: leave them out, or give a Trace first")
     if seeds > 1:
         raise ValueError(f"compare(results): seeds={seeds} go with a trace: leave them out, or give a Trace first")
+    if isinstance(what, str) or not isinstance(what, Sequence | Mapping):
+        raise TypeError(f"compare: {what!r} is neither a Trace nor a list of results: give a Trace with scenarios")
     if isinstance(what, Mapping):
         return paired([_side(one, goodput, name) for name, one in what.items()], goodput, seed=seed, slos=promises)
     sides = [_side(one, goodput) for one in what]
@@ -62,6 +70,16 @@ def compare(
         names = named_scenarios([one.scenario for one in what if isinstance(one, Result)])
         sides = [Side(name, one.scenario, one.summary, one.requests) for name, one in zip(names, sides, strict=True)]
     return paired(sides, goodput, seed=seed, slos=promises)
+
+
+def _check_scenarios(scenarios: Any) -> None:
+    if scenarios is None or isinstance(scenarios, str) or not isinstance(scenarios, Sequence | Mapping):
+        raise ValueError("compare(trace): give the scenarios to replay it under, as a list or a dict of names")
+    for one in scenarios.values() if isinstance(scenarios, Mapping) else scenarios:
+        if not isinstance(one, Scenario):
+            raise TypeError(f"compare: scenarios: {one!r} is no Scenario: write Scenario(model=…, gpu=…)")
+    if len(scenarios) < 2:
+        raise ValueError(f"compare: scenarios: {len(scenarios)} given: a comparison needs two or more")
 
 
 def _side(one: Result | Side | str | Path, goodput: dict[str, float] | None, name: str | None = None) -> Side:

@@ -228,5 +228,19 @@ def typical(profile: str) -> dict[str, float | None]:
     return found
 
 
+def worst(profile: str) -> tuple[float, str] | None:
+    """Of the means of TTFT, TPOT and E2EL of loads that the profile was not fitted to: the error furthest off, and in
+    words of which load; None if there are none."""
+    own = loads(profile)
+    held = own[~own["fitted"] & (own["statistic"] == "mean") & own["metric"].isin(["ttft_ms", "tpot_ms", "e2el_ms"])]
+    held = held.dropna(subset="error")
+    if not len(held):
+        return None
+    row = held.iloc[int(held["error"].abs().to_numpy().argmax())]
+    return float(
+        row["error"]
+    ), f"mean {str(row['metric']).removesuffix('_ms').upper()} of {row['label']}, {row['model']}"
+
+
 def _middle(values: pd.Series[Any]) -> float | None:
     return float(values.median()) if len(values) else None

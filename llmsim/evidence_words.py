@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmsim.cost.profile import Profile
-from llmsim.evidence import ALL, COMMAND, RANGES, facts, spread, typical
+from llmsim.evidence import ALL, COMMAND, RANGES, facts, spread, typical, worst
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def cards(profile: str) -> list[dict[str, str]]:
-    """`typical` in four numbers: label, value, help."""
+    """`typical` in four numbers, and the worst load: label, value, help."""
     of = typical(profile)
 
     def percent(*names: str) -> str:
@@ -29,7 +29,14 @@ def cards(profile: str) -> list[dict[str, str]]:
         ("mean TTFT / TPOT / E2EL", percent("TTFT", "TPOT", "E2EL"), "Loads of a real engine, replayed."),
         ("output tokens/s", percent("tokens/s"), "Loads of a real engine, replayed."),
     )
-    return [{"label": label, "value": value, "help": f"{held}. {of_what}"} for label, value, of_what in told]
+    found = [
+        {"label": f"{label}, median", "value": value, "help": f"{held}. {of_what}"} for label, value, of_what in told
+    ]
+    furthest = worst(profile)
+    if furthest is not None:
+        error, what = furthest
+        found.append({"label": "worst mean latency", "value": f"{100 * error:+.1f} %", "help": f"The {what}."})
+    return found
 
 
 def facts_table(profile: Profile) -> pd.DataFrame:

@@ -11,6 +11,7 @@ import json
 import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from llmsim.runs import Run
+from llmsim.text import named
 
 LATENCIES = ("ttft", "tpot", "e2el")
 ECDF_POINTS, SLICES, DOTS = 400, 200, 2000  # enough for the eye; the file stays below 2 MB
@@ -35,11 +37,13 @@ def write_report(runs: Mapping[str, Run], path: Path, title: str | None = None) 
     """Complete or not at all. Raises ValueError for no run, or one whose folder an older version wrote."""
     text = page(runs, title)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with named(path):
+        try:
+            unfinished.write_text(text, encoding="utf-8")
+            unfinished.replace(path)
+        finally:
+            with suppress(OSError):
+                unfinished.unlink()
 
 
 def page(runs: Mapping[str, Run], title: str | None = None) -> str:

@@ -36,9 +36,10 @@ number that does not exist is None, never NaN.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import ceil, isfinite, log
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -186,6 +187,18 @@ def parse_goodput(words: Iterable[str]) -> dict[str, float]:
     return targets
 
 
+def check_targets(targets: Any) -> None:
+    """Raises ValueError for what is no {latency of a request: milliseconds}."""
+    if not isinstance(targets, Mapping):
+        raise ValueError(f"goodput={targets!r}: give a dict of milliseconds by latency, e.g. {{'ttft': 500}}")
+    for name, target_ms in targets.items():
+        if name not in TARGETS:
+            raise ValueError(f"goodput: {name!r} is not a per-request latency; use {', '.join(TARGETS)}")
+        is_number = isinstance(target_ms, Real) and not isinstance(target_ms, bool)
+        if not (is_number and isfinite(target_ms) and target_ms >= 0.0):
+            raise ValueError(f"goodput: {name}={target_ms!r}: give milliseconds, 0 or more, e.g. {{{name!r}: 500}}")
+
+
 def latencies_s(requests: Columns) -> dict[str, Floats]:
     """Seconds a client saw, per request; tpot is nan for a request of one token."""
     ttft_s = requests["first_token_s"] - requests["arrival_s"]
@@ -280,9 +293,8 @@ def goodput_of(
     if not targets:
         return {"request_goodput": None, "slo": None, "slo_attainment": None, "goodput_tok_s": None}
     good = np.ones(done["id"].size, dtype=bool)
+    check_targets(targets)
     for name, target_ms in targets.items():
-        if name not in TARGETS:
-            raise ValueError(f"goodput: {name!r} is not a per-request latency; use {', '.join(TARGETS)}")
         good &= np.nan_to_num(latency_s[name], nan=0.0) * 1e3 <= target_ms
     return {
         "request_goodput": _ratio(good.sum(), duration_s),

@@ -244,7 +244,8 @@ def _curve(plan: Plan, points: Sequence[Run]) -> Iterator[str]:
 
 def _foot(plan: Plan) -> Iterator[str]:
     whole = sum(run.window is None for run in plan.runs)
-    lines = [f"{len(plan.runs)} simulations, {whole} of the whole trace; good: requests that meet every limit."]
+    made = f"{len(plan.runs)} simulation{'s' * (len(plan.runs) != 1)}"
+    lines = [f"{made}, {whole} of the whole trace; good: requests that meet every limit."]
     short = next((run.requests for run in plan.runs if run.window is not None), None)
     if any(not option.verified and option.run for option in plan.options):
         lines.append(f"~: cannot win, as the busiest {short:,} requests show; its numbers are theirs.")

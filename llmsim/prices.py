@@ -8,6 +8,7 @@ date = 2026-09-20
 
 from __future__ import annotations
 
+import re
 import tomllib
 from dataclasses import dataclass
 from datetime import date
@@ -102,10 +103,5 @@ def _price(gpu: str, entry: Any, where: str) -> Price:
 
 
 def _is_day(when: Any) -> bool:
-    """A date of TOML's, or one as text; "" where the source names none."""
-    if isinstance(when, str) and when:
-        try:
-            date.fromisoformat(when)
-        except ValueError:
-            return False
-    return isinstance(when, date | str)
+    """A date of TOML's, text that names at least the year ("end of 2025"), or "" where the source names none."""
+    return isinstance(when, date) or (isinstance(when, str) and (not when or bool(re.search(r"\b20\d\d\b", when))))

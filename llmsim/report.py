@@ -14,6 +14,7 @@ from typing import Any
 
 from llmsim import groups
 from llmsim.metrics import fewest_samples
+from llmsim.text import CROSS, TICK
 
 WIDTH = 50  # of vLLM's block
 EXTRAPOLATED_WARNING = 0.05  # share of busy time outside the measured range from which a result is doubtful
@@ -98,6 +99,8 @@ def _where(summary: dict[str, Any]) -> Iterator[str]:
         targets = " & ".join(f"{name}<={target:g}" for name, target in summary["slo"].items())
         attained = _interval(summary, "slo_attainment", 1, 100)
         yield _line(f"SLO attainment ({targets}):", _number(summary["slo_attainment"], 1, 100) + " %", attained)
+    for promise in summary.get("promises", ()):
+        yield _line(f"{promise['words']}:", f"{TICK if promise['met'] else CROSS} {promise['shown']}")
     yield _line("Preemptions:", str(summary["num_preemptions"]))
     yield _line("Prefix cache hit rate (%):", _number(summary["prefix_cache_hit_rate"], 1, 100))
     for tier in summary["kv_tiers"]:

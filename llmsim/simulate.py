@@ -16,6 +16,7 @@ from functools import partial
 from heapq import heappop, heappush
 from itertools import islice
 from math import isnan, nan
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -65,8 +66,15 @@ def simulate(
     `observer(index)` makes what is told of all that happens in replica `index` (llmsim.observed); it costs nothing when
     there is none, and the result is the same to the byte.
 
-    Raises ValueError for settings that no engine would start with, PolicyError for a policy that breaks a rule.
+    Raises ValueError for settings that no engine would start with, TypeError for arguments of
+    another kind, PolicyError for a policy that breaks a rule.
     """
+    if isinstance(trace, str | Path):
+        raise TypeError(f"simulate: trace={str(trace)!r} is a path: give load_trace({str(trace)!r})")
+    if not isinstance(scenario, Scenario):
+        raise TypeError(f"simulate: scenario={scenario!r} is no Scenario: write Scenario(model=…, gpu=…)")
+    if cost is not None and not hasattr(cost, "decode_ramp"):
+        raise TypeError(f"simulate: cost={cost!r} is no cost model: name one by Scenario(cost=…), or leave it out")
     return Fleet(trace, scenario, cost=cost, progress=progress, observer=observer).run()
 
 

@@ -97,6 +97,8 @@ def sweep(
     Raises ValueError or FileNotFoundError for a specification that is wrong, a file it names that is not there, and a
     folder that holds something else. A run that cannot be is a row with its `error`.
     """
+    if not isinstance(spec, Spec | str | Path | Mapping):
+        raise TypeError(f"sweep: spec={spec!r} is no specification: give a YAML file's path, or a dict of its shape")
     checked = spec if isinstance(spec, Spec) else read_spec(spec)
     if jobs is not None and jobs < 1:
         raise ValueError(f"jobs={jobs}: give 1 or more")

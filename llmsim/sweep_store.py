@@ -26,6 +26,7 @@ from typing import IO, Any
 from llmsim.sweep_columns import table_of, types_of
 from llmsim.sweep_parts import ABOUT, Part, encode_part, part_files, read_about, read_part, runs_per_part
 from llmsim.sweep_work import Row
+from llmsim.text import named
 
 SPECIFICATION = "_sweep.yaml"
 SYNC_EVERY_S = 1.0
@@ -154,8 +155,9 @@ class _Journal:
 
     def add(self, row: Row) -> None:
         self.rows[row.run] = row
-        self.file.write(row.to_json().encode() + b"\n")
-        self.file.flush()
+        with named(self.path):
+            self.file.write(row.to_json().encode() + b"\n")
+            self.file.flush()
         now_s = time.monotonic()
         if now_s - self._synced_s > SYNC_EVERY_S:  # against a machine that goes; a process that goes loses nothing
             os.fsync(self.file.fileno())
@@ -167,7 +169,8 @@ class _Journal:
         self.close()
 
     def close(self) -> None:
-        self.file.close()
+        with suppress(OSError):  # of a full disk: the line that did not fit, which add has told
+            self.file.close()
 
 
 def _row(line: bytes) -> Row | None:
@@ -183,7 +186,7 @@ def _write_whole(path: Path, content: bytes) -> None:
     """All of it under its name, or nothing."""
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        with open(partial, "wb") as file:
+        with named(path), open(partial, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

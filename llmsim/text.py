@@ -1,11 +1,14 @@
-"""Text for terminals: columns, paragraphs, and numbers that may not exist."""
+"""Text for terminals: columns, paragraphs, numbers that may not exist, and the file that an error is about."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from textwrap import wrap
 
 WIDTH = 118
+TICK, CROSS = "✓", "✗"  # a promise that is kept, and one that is not
 
 
 def aligned(rows: Sequence[Sequence[str]], left: Collection[int] = ()) -> Iterator[str]:
@@ -19,6 +22,15 @@ def aligned(rows: Sequence[Sequence[str]], left: Collection[int] = ()) -> Iterat
 def wrapped(text: str, width: int = WIDTH) -> list[str]:
     """Lines of a paragraph, all but the first indented."""
     return wrap(text, width, subsequent_indent="  ")
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """An OSError inside is about `path`, the file that was asked for, and not about an unfinished one beside it."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno or 0, error.strerror or str(error), str(path)) from error
 
 
 def number(value: float | None, factor: float, digits: int) -> str:

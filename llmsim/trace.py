@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -130,6 +131,8 @@ def load_trace(
     for name, count, least in wanted:
         if count is not None and not least <= count < 2**63:
             raise ValueError(f"{name}={count} must be at least {least}" + (" and below 2**63" if count > 0 else ""))
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, Integral)):
+        raise ValueError(f"limit={limit!r} is not a number of requests: give a whole number, 1 or more")
     if max_wait_s is not None and not max_wait_s >= 0:
         raise ValueError(f"max_wait_s={max_wait_s} must be at least 0 seconds")
     options = readers.ReadOptions(

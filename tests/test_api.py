@@ -96,7 +96,7 @@ def test_compare_refuses_what_cannot_be_compared(trace: llmsim.Trace) -> None:
         compare(trace)
     with pytest.raises(ValueError, match="two scenarios are alike"):
         compare(trace, [one, one])
-    with pytest.raises(ValueError, match="1 side to compare"):
+    with pytest.raises(ValueError, match="scenarios: 1 given: a comparison needs two or more"):
         compare(trace, [one])
     with pytest.raises(ValueError, match="scenarios go with a trace"):
         compare([simulate(trace, one)], [one])
@@ -124,3 +124,34 @@ def test_a_sweep_gives_what_simulate_gives(trace: llmsim.Trace, tmp_path: Path) 
         summary = simulate(trace, Scenario(**MACHINE, max_num_batched_tokens=int(tokens))).summary()
         assert summary["p99_ttft_ms"] == ttft_ms
     assert np.isfinite(frame["cost_per_1m_output_tokens"]).all()
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        ("result.summary({'ttft': -5})", "goodput: ttft=-5: give milliseconds, 0 or more"),
+        ("result.summary({'ttft': float('nan')})", "goodput: ttft=nan: give milliseconds"),
+        ("result.summary({'ttft': '500'})", "goodput: ttft='500': give milliseconds"),
+        ("result.summary('ttft:500')", "goodput='ttft:500': give a dict of milliseconds"),
+        ("simulate('x.csv', setting)", "simulate: trace='x.csv' is a path: give load_trace('x.csv')"),
+        ("simulate(trace, {'model': 'x'})", "simulate: scenario={'model': 'x'} is no Scenario"),
+        ("simulate(trace, setting, cost='foo')", "simulate: cost='foo' is no cost model"),
+        ("compare(trace, [setting, 5])", "compare: scenarios: 5 is no Scenario"),
+        ("compare(trace, [])", "compare: scenarios: 0 given: a comparison needs two or more"),
+        ("compare(trace, [setting, setting], seeds='2')", "compare: seeds='2' is not a whole number"),
+        ("compare(trace, [setting, setting], jobs=0)", "compare: jobs=0: give 1 or more"),
+        ("compare(7)", "compare: 7 is neither a Trace nor a list of results"),
+        ("sweep(None, out='x')", "sweep: spec=None is no specification"),
+        ("load_trace(chat, limit=1.5)", "limit=1.5 is not a number of requests"),
+        ("load_trace(chat, limit=True)", "limit=True is not a number of requests"),
+    ],
+)
+def test_arguments_of_another_kind_are_named_in_one_line(trace: llmsim.Trace, call: str, said: str) -> None:
+    setting = Scenario(**MACHINE)  # type: ignore[arg-type]
+    names = {"simulate": simulate, "compare": compare, "sweep": sweep, "load_trace": load_trace, "trace": trace}
+    names |= {"setting": setting, "chat": ROOT / "traces" / "chat.csv"}
+    if "result" in call.partition(".")[0]:
+        names["result"] = simulate(trace, setting)
+    with pytest.raises((ValueError, TypeError)) as error:
+        eval(call, names)
+    assert str(error.value).startswith(said) and "\n" not in str(error.value)

@@ -93,7 +93,7 @@ def test_the_number_may_be_left_out_before_anything(trace: str, capsys: pytest.C
         (["--intervals", "--level", "0.99"], "an interval that holds 99 % needs 199 or more"),
         (["--intervals", "--level", "90"], "level=90.0: give a share between 0 and 1"),
         (["--intervals", "--seeds", "20"], "--intervals contradicts --seeds"),
-        (["--slo", "ttft_p99=1s"], "--slo needs --intervals or --seeds: add one of them, or leave --slo out"),
+        (["--slo", "ttft=1s"], "slo 'ttft=1s': write METRIC_STATISTIC=LIMIT"),
         (["--level", "0.5"], "--level needs --intervals or --seeds"),
         (["--jobs", "2"], "--jobs needs --intervals or --seeds"),
         (["--intervals", "--slo", "ttft=1s"], "slo 'ttft=1s'"),
@@ -106,3 +106,15 @@ def test_what_cannot_be_is_one_line_before_anything_is_simulated(
     err = run(capsys, "replay", trace, *MACHINE, "--no-out", *arguments, status=2)
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and said in lines[0]
+
+
+def test_a_promise_is_kept_or_broken_without_draws(
+    trace: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = replay(capsys, trace, "--out", "run", "--slo", "ttft_p99=10s", "--slo", "tpot_mean=1us")
+    assert re.search(r"^TTFT p99 <= 10000 ms: +✓ [\d.]+ ms$", out, re.M)
+    assert re.search(r"^TPOT mean <= 0\.001 ms: +✗ [\d.]+ ms$", out, re.M)
+    assert "promises" not in json.loads((tmp_path / "run" / "summary.json").read_text())
+    found = json.loads(replay(capsys, trace, "--no-out", "--json", "--slo", "ttft_p99=10s"))
+    assert [(row["slo"], row["met"]) for row in found["promises"]] == [("ttft_p99=10s", True)]
+    assert found["promises"][0]["value_s"] == pytest.approx(found["p99_ttft_ms"] / 1e3, rel=0.2)

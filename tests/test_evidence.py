@@ -20,6 +20,7 @@ from llmsim.scenario import Scenario
 from llmsim.simulate import cost_of, simulate
 from llmsim.trace import Trace
 from llmsim.utilisation import busy_seconds
+from llmsim.validate import SEEDS
 
 PROFILES = profile_names()
 SMALL_LOAD = ROOT / "tests/data/recordings/vllm-0.25.1_h100-sxm_llama-3.1-8b_bf16/closed64_1024_256.requests.json.gz"
@@ -153,6 +154,22 @@ def test_the_typical_error_is_the_median_of_what_was_held_out() -> None:
     means = loads[(loads["metric"] == "e2el_ms") & (loads["statistic"] == "mean") & ~loads["fitted"]]
     assert of["E2EL"] == pytest.approx(float(np.median(np.abs(means["error"]))))
     assert evidence_words.cards("h200-sxm")[1]["value"] == f"{100 * of['with prompts']:.1f} %"
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_the_worst_load_is_told_beside_the_medians(profile: str) -> None:
+    loads = evidence.loads(profile)
+    loads = loads[loads["metric"].isin(["ttft_ms", "tpot_ms", "e2el_ms"]) & (loads["statistic"] == "mean")]
+    held = [row["error"] for row in loads.to_dict("records") if not row["fitted"] and row["error"] == row["error"]]
+    found = evidence.worst(profile)
+    assert found is not None and found[0] == pytest.approx(max(held, key=abs))
+    card = evidence_words.cards(profile)[-1]
+    assert (card["label"], card["value"]) == ("worst mean latency", f"{100 * found[0]:+.1f} %")
+
+
+def test_loads_are_predicted_with_the_draws_of_validate() -> None:
+    """One number for one recording, on the page and on the command line."""
+    assert made.DRAWS == SEEDS
 
 
 def run_of(prompt: int, scenario: Scenario, requests: int = 12) -> Any:

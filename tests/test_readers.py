@@ -246,3 +246,19 @@ def test_a_rate_and_a_time_scale_contradict_each_other(tmp_path: Path) -> None:
     rows = "arrival_time_s,prompt_tokens,output_tokens\n0,1,1\n1,1,1\n"
     with pytest.raises(ValueError, match=r"^rate=10 with time_scale=2: the rate alone decides .*: leave one of them"):
         read(tmp_path, "t.csv", rows, rate=10.0, time_scale=2.0)
+
+
+@pytest.mark.parametrize(("kind", "meant"), [("session", "session_id"), ("class", "slo_class"), ("tennant", "tenant")])
+def test_a_column_that_is_called_otherwise_is_guessed(tmp_path: Path, kind: str, meant: str) -> None:
+    rows = "arrival_time_s,prompt_tokens,output_tokens,x\n0,1,1,a\n"
+    with pytest.raises(ValueError, match=rf"--columns {kind}=x: {kind} is not one of .*: did you mean {meant}\?"):
+        read(tmp_path, "t.csv", rows, columns={kind: "x"})
+
+
+def test_a_rate_of_waiting_turns_is_one_of_sessions(tmp_path: Path) -> None:
+    head = "request_id,parent_id,session_id,arrival_time_s,delay_s,prompt_tokens,output_tokens\n"
+    turns = "a,,s,0,0,1,1\nb,a,s,,1,1,1\nc,,t,1,0,1,1\n"
+    trace = read(tmp_path, "t.csv", head + turns, rate=2.0)
+    assert "rescaled from 1 to 2 sessions/s" in trace.notes
+    plain = read(tmp_path, "p.csv", "arrival_time_s,prompt_tokens,output_tokens\n0,1,1\n1,1,1\n", rate=2.0)
+    assert "rescaled from 1 to 2 requests/s" in plain.notes

@@ -2,6 +2,7 @@
 
 import json
 import re
+import tomllib
 from dataclasses import replace
 
 import numpy as np
@@ -193,7 +194,7 @@ def test_processes_change_nothing():
 
 
 def test_every_gpu_has_a_price_that_names_its_source_and_day():
-    table, _ = read_prices()
+    table = tomllib.loads(read_prices()[0])
     assert set(table) == set(gpu_names())
     for gpu in table:
         price = find_price(gpu)
@@ -217,13 +218,23 @@ def test_a_gpu_that_the_users_file_lacks_takes_the_shipped_price(tmp_path):
         ("h200-sxm = 3", "is not a table"),
         ("[h300]\nusd_per_gpu_hour = 2", "unknown GPU"),
         ("[", "not TOML"),
+        ("[h200-sxm]\nusd_per_gpu_hour = 2\nsource = 'a'\ndate = 'yesterday'", "date='yesterday' is not a date"),
+        ("[h200-sxm]\nusd_per_gpu_hour = 1e308\nsource = 'a'", "usd_per_gpu_hour=1e+308 is not a price"),
+        ("[h200-sxm]\nusd_per_gpu_hour = 2\nsource = 'a'\ncurrency = 'EUR'", "unknown key 'currency'"),
+        ("[h100-sxm]\nusd_per_gpu_hour = -2\nsource = 'a'", "[h100-sxm]: usd_per_gpu_hour=-2"),  # another GPU's too
+        (
+            "[h100-sxm]\nusd_per_gpu_hour = 2\nsource = 'a'\n[h100]\nusd_per_gpu_hour = 3\nsource = 'a'",
+            "[h100-sxm] and [h100] are both h100-sxm: keep one of them",
+        ),
+        (b"\xff\xfe\x00", "byte 0 is not UTF-8"),
     ],
 )
 def test_a_wrong_price_is_refused(tmp_path, text, said):
     file = tmp_path / "prices.toml"
-    file.write_text(text)
-    with pytest.raises(ValueError, match=re.escape(said)):
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=re.escape(said)) as error:
         find_price("h200-sxm", file)
+    assert str(file) in str(error.value)
 
 
 # ---- the command --------------------------------------------------------------------------------------------------

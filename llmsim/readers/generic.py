@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
@@ -91,7 +92,11 @@ def _optional(table: Table, mapping: Mapping[str, str]) -> dict[str, str]:
     known = {"arrival", "prompt", "output", *OPTIONAL}
     for kind in mapping:
         if kind not in known:
-            raise ValueError(f"--columns {kind}={mapping[kind]}: {kind} is not one of {', '.join(sorted(known))}")
+            near = [name for name in sorted(known) if kind.casefold() in name] or get_close_matches(kind, known, n=1)
+            meant = f": did you mean {near[0]}?" if near else ""
+            raise ValueError(
+                f"--columns {kind}={mapping[kind]}: {kind} is not one of {', '.join(sorted(known))}{meant}"
+            )
     columns = {}
     for kind in OPTIONAL:
         name = table.find(mapping.get(kind, kind))

@@ -9,6 +9,7 @@ in the browser's console; a server's log is kept, too.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import shutil
@@ -83,6 +84,15 @@ class Server:
         return mine
 
 
+LIBC = ctypes.CDLL(None)
+PR_SET_PDEATHSIG = 1  # Linux, prctl(2); kept over exec
+
+
+def _end_with_tests() -> None:
+    """Tests that are killed do not get to their `finally`: the kernel ends their server instead."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 @contextmanager
 def served(*, cwd: Path, runs: Sequence[Path] = ()) -> Iterator[Server]:
     """`llmsim dashboard`, started in `cwd` as a user would."""
@@ -91,7 +101,15 @@ def served(*, cwd: Path, runs: Sequence[Path] = ()) -> Iterator[Server]:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "llmsim", "dashboard", "--port", str(port), "--no-browser", *map(str, runs)]
     with log.open("wb") as out:
-        process = subprocess.Popen(command, cwd=cwd, stdout=out, stderr=out, env=environment, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            cwd=cwd,
+            stdout=out,
+            stderr=out,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=_end_with_tests,
+        )
     server = Server(f"http://127.0.0.1:{port}", log, process)
     try:
         _wait(lambda: _healthy(server), 60, f"the server does not answer: {log.read_text()}")
