@@ -23,6 +23,7 @@ OWN = "auto"  # the engine decides, for this model and GPU
 SEQS = [OWN, 1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048]
 TOKENS = [OWN, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768]
 MEMORY = [OWN, *(share / 100 for share in range(50, 99, 2))]
+MOST_REPLICAS = 256  # of what a page simulates at once, in the server's own process
 SWITCH = ("on", "off")
 WIDGETS = (
     "model", "gpu", "tp", "replicas", "engine", "scheduler", "seqs", "tokens", "memory", "weights", "kv", "router",
@@ -64,9 +65,22 @@ def _made(values: dict[str, Any], more: str) -> Scenario:
     """Checked as far as a simulation would: against the model, the GPU and its memory."""
     given = {name: value for name, value in values.items() if value is not None}
     scenario = Scenario.from_dict(given | other_fields(more), source="other settings")
+    check_size(scenario)
     ask_for_files(scenario)
     blocks_of(scenario)
     return scenario
+
+
+def check_size(*scenarios: Scenario) -> None:
+    """Raises ValueError for more than a page answers at once, whichever setting says so."""
+    for scenario in scenarios:
+        within("replicas", scenario.replicas, MOST_REPLICAS, "llmsim replay takes any")
+
+
+def within(field: str, value: float | None, most: float, instead: str) -> None:
+    """A limit of the page's own, which the library does not have."""
+    if value is not None and value > most:
+        raise ValueError(f"{field}={value:,.10g} is more than this page tries, {most:,}: {instead}")
 
 
 def other_fields(text: str) -> dict[str, Any]:
@@ -88,7 +102,9 @@ def _hardware(key: str) -> dict[str, Any]:
     with left:
         values["tensor_parallel"] = st.selectbox("Tensor parallel", [1, 2, 4, 8], key=f"{key}_tp", bind="query-params")
     with right:
-        values["replicas"] = st.number_input("Replicas", 1, 256, 1, key=f"{key}_replicas", bind="query-params")
+        values["replicas"] = st.number_input(
+            "Replicas", 1, MOST_REPLICAS, 1, key=f"{key}_replicas", bind="query-params"
+        )
     return values
 
 
