@@ -6,7 +6,9 @@ import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from errno import EDQUOT, ENOSPC
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import altair
@@ -17,7 +19,7 @@ from app_pages.shared_files import UnaskedError, ask
 from app_pages.shared_words import plain
 from llmsim.command_line import as_text
 from llmsim.metrics import json_safe
-from llmsim.plugins import PolicyError
+from llmsim.plugins import PolicyError, users_line
 from llmsim.runs import Run
 from llmsim.views import Kpi, rejections
 
@@ -35,7 +37,7 @@ def show_error(error: Exception) -> None:
     if isinstance(error, UnaskedError):
         ask(error.path)
     else:
-        st.error(plain(error), icon=":material/error:")
+        st.error(plain(in_words(error)), icon=":material/error:")
 
 
 def say(notes: Iterable[str]) -> None:
@@ -52,12 +54,38 @@ def warn_of_rejections(runs: Mapping[str, Run]) -> None:
 
 
 @contextmanager
-def error_in_place() -> Iterator[None]:
-    """What the user can put right is shown where it happened; the rest of the page goes on without it."""
+def error_in_place(*folders: Path) -> Iterator[None]:
+    """What the user can put right is shown where it happened; the rest of the page goes on without it.
+
+    That is what the library refuses, a full disk, an error in a user's own file, and, of run `folders` that the
+    dashboard was started with, whatever is not as llmsim writes it.
+    """
     try:
         yield
-    except (ValueError, FileNotFoundError, PolicyError) as error:
+    except (ValueError, OSError, PolicyError) as error:
         show_error(error)
+    except Exception as error:
+        where = users_line(error)
+        if where:
+            show_error(PolicyError(f"{where}: {_told(error)}: repair the file"))
+        elif folders and isinstance(error, LookupError | TypeError | AttributeError):
+            named = ", ".join(map(str, folders))
+            show_error(ValueError(f"{named}: not as llmsim writes a run ({_told(error)}): make the run again"))
+        else:
+            raise
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def in_words(error: Exception) -> str:
+    """The library's own sentence; of the system's refusals the file, and what can be done about it."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    full = error.errno in (ENOSPC, EDQUOT)
+    fix = "free some space, or set TMPDIR to a roomier folder" if full else "see whether it is there and yours"
+    return f"{error.filename or 'a file'}: {error.strerror}: {fix}"
 
 
 def chart(

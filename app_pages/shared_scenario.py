@@ -9,11 +9,10 @@ from typing import Any
 import streamlit as st
 
 from app_pages.shared_files import ask_for_files
-from app_pages.shared_output import show_error
+from app_pages.shared_output import error_in_place
 from llmsim.cli_options import value_of
 from llmsim.engines import ENGINES
 from llmsim.hardware import gpu_names, model_names
-from llmsim.plugins import PolicyError
 from llmsim.routers import BUILTIN as ROUTERS
 from llmsim.scenario import KV_CACHE_DTYPES, QUANTIZATIONS, Scenario
 from llmsim.schedulers import BUILTIN as SCHEDULERS
@@ -42,11 +41,9 @@ def scenario_picker(key: str, label: str = "", *, follows: str | None = None) ->
     if follows is not None:
         _follow(key, follows)
     values = _hardware(key) | _engine(key) | _details(key)
-    try:
+    with error_in_place():
         return _made(values, st.session_state.get(f"{key}_more", ""))
-    except (ValueError, FileNotFoundError, PolicyError) as error:
-        show_error(error)
-        return None
+    return None
 
 
 def _follow(key: str, leader: str) -> None:
