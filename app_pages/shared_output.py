@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from errno import EDQUOT, ENOSPC
@@ -24,6 +25,12 @@ from llmsim.runs import Run
 from llmsim.views import Kpi, rejections
 
 SAME = 0.0005  # relative: shown as no difference
+WIDGETS = {  # options, and what they are called here
+    "Give --over-context drop or truncate": "Choose drop or truncate for requests longer than the model's context",
+    "give --over-context drop or truncate": "choose drop or truncate for requests longer than the model's context",
+    "raise --max-model-len": "raise max_model_len (other settings)",
+}
+FLAG = re.compile(r"(?<![\w-])--(?:columns|format|time-unit|rate|failed|model-filter|log-type|block-tokens|start)\b")
 Files = dict[str, Callable[[], bytes]]
 
 
@@ -79,10 +86,21 @@ def _told(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
+def for_pages(words: str) -> str:
+    """Advice that names options of the command line, so that it can be followed here."""
+    if words.startswith("synthetic:"):
+        words = words.replace("Give --over-context drop or truncate", "Take shorter prompts and answers")
+    for option, widget in WIDGETS.items():
+        words = words.replace(option, widget)
+    if FLAG.search(words):
+        words = words.rstrip(".") + "; such options belong to `llmsim trace convert`, whose file can be opened here"
+    return words
+
+
 def in_words(error: Exception) -> str:
     """The library's own sentence; of the system's refusals the file, and what can be done about it."""
     if not isinstance(error, OSError) or error.strerror is None:
-        return str(error)
+        return for_pages(str(error))
     full = error.errno in (ENOSPC, EDQUOT)
     fix = "free some space, or set TMPDIR to a roomier folder" if full else "see whether it is there and yours"
     return f"{error.filename or 'a file'}: {error.strerror}: {fix}"

@@ -83,10 +83,16 @@ def within(field: str, value: float | None, most: float, instead: str) -> None:
 def other_fields(text: str) -> dict[str, Any]:
     """{"watermark": 0.01} from "watermark=0.01"; words as on the command line."""
     fields: dict[str, Any] = {}
-    for word in shlex.split(text):
+    try:
+        words = shlex.split(text)
+    except ValueError:
+        raise ValueError(f"other settings {text!r}: a quote or a backslash is left open: close it") from None
+    for word in words:
         name, sign, value = word.partition("=")
         if not sign or not name.isidentifier():
             raise ValueError(f"other settings {word!r}: write FIELD=VALUE, e.g. kv_cache_dtype=fp8")
+        if name in fields:
+            raise ValueError(f"other settings: {name} is given twice, {fields[name]!r} and {value!r}: leave one out")
         fields[name] = value_of(value)
     return fields
 

@@ -1,4 +1,4 @@
-"""What is broken and no fault of the dashboard's: run folders, disks, users' own files. One line in place, no traceback."""
+"""What is broken and no fault of the dashboard's: run folders, disks, users' own files. A line in place of each."""
 
 import errno
 import json
