@@ -18,6 +18,7 @@ import streamlit as st
 
 from app_pages.shared_files import UnaskedError, ask
 from app_pages.shared_words import plain
+from llmsim.choice import SHIPPED
 from llmsim.command_line import as_text
 from llmsim.metrics import json_safe
 from llmsim.plugins import PolicyError, users_line
@@ -28,7 +29,7 @@ SAME = 0.0005  # relative: shown as no difference
 WIDGETS = {  # options, and what they are called here
     "Give --over-context drop or truncate": "Choose drop or truncate for requests longer than the model's context",
     "give --over-context drop or truncate": "choose drop or truncate for requests longer than the model's context",
-    "raise --max-model-len": "raise max_model_len (other settings)",
+    "aise --max-model-len": "aise max_model_len (other settings)",
 }
 FLAG = re.compile(r"(?<![\w-])--(?:columns|format|time-unit|rate|failed|model-filter|log-type|block-tokens|start)\b")
 Files = dict[str, Callable[[], bytes]]
@@ -90,6 +91,8 @@ def for_pages(words: str) -> str:
     """Advice that names options of the command line, so that it can be followed here."""
     if words.startswith("synthetic:"):
         words = words.replace("Give --over-context drop or truncate", "Take shorter prompts and answers")
+    if words.startswith(tuple(f"{name}:" for name in SHIPPED)):  # for which there is no widget
+        words = words.replace("Give --over-context drop or truncate, or raise", "Raise")
     for option, widget in WIDGETS.items():
         words = words.replace(option, widget)
     if FLAG.search(words):
@@ -128,6 +131,7 @@ def chart(
     plain.config = _of_theme(plain.config)
     if plain.autosize is altair.Undefined:  # the height that the chart was given is that of its plot
         plain.autosize = altair.AutoSizeParams(type="fit-x", contains="padding")
+    plain.padding = {"left": 0, "top": 5, "right": 16, "bottom": 5}  # the last label of an axis reaches beyond it
     return st.altair_chart(plain, width="stretch", alt=said, key=key, on_select=on_select or "ignore", **options)
 
 
@@ -184,8 +188,9 @@ def table(
 
 def figures(rows: Sequence[dict[str, Any]]) -> None:
     """A row of numbers: each `label`, `value` and, if known, `delta`, `delta_color`, `help`, `delta_description`."""
-    for place, row in zip(st.columns(len(rows)), rows, strict=True):
-        place.metric(border=True, height="stretch", **row)
+    with st.container(horizontal=True):  # as many beside each other as can be read
+        for row in rows:
+            st.metric(border=True, height="stretch", width="stretch", **row)
 
 
 def kpi_row(numbers: Sequence[Kpi]) -> None:

@@ -32,7 +32,7 @@ def trace_picker(key: str = "trace") -> TraceChoice | None:
         help="× 2: the same requests arrive in half the time, so that bursts keep their shape.",
     )
     over = "error"
-    if source != "synthetic":
+    if source in ("upload", "file"):
         over = st.selectbox(
             "Requests longer than the model's context",
             OVER_CONTEXT,
