@@ -142,7 +142,7 @@ with shared.error_in_place():
                 show(profile)
     run_tab, profile_tab = tabs[3:]
     if run_tab.open:
-        with run_tab, shared.error_in_place():
+        with run_tab, shared.error_in_place(*shared.given_runs().values()):
             if run := this_run(shared.given_runs()):
                 commands.insert(0, extent(run))
     if profile_tab.open:

@@ -8,7 +8,6 @@ import streamlit as st
 from app_pages import plan_views as views
 from app_pages import shared
 from app_pages.quick import answer
-from app_pages.shared_scenario import other_fields
 from llmsim.engines import ENGINES
 from llmsim.hardware import gpu_names, model_names
 from llmsim.plan_study import Demand, planned, quick
@@ -35,7 +34,7 @@ def model_picker() -> dict[str, object]:
     fields: dict[str, object] = {"model": model}
     if weights != PUBLISHED:
         fields["quantization"] = weights
-    return fields | other_fields(more)
+    return fields | shared.other_fields(more)
 
 
 def fleet_picker() -> dict[str, tuple[object, ...]]:
@@ -72,13 +71,19 @@ def demand_picker() -> dict[str, float | int | None]:
             "Budget ($ per hour)", 0.0, None, None, key="plan_budget", bind="query-params", placeholder="none"
         )
     with fourth:
-        most = st.number_input("GPUs at most", 1, 10_000, 256, key="plan_most", bind="query-params")
+        most = st.number_input("GPUs at most", 1, None, 256, key="plan_most", bind="query-params")
     with fifth:
         confidence = st.selectbox(
             "Confidence", [NO_CONFIDENCE, *CONFIDENCES], key="plan_sure", bind="query-params",
             help="The answers hold with this probability, given how far the cost model may be off. Looked at on the "
             "whole trace.",
         )  # fmt: skip
+    for field, value, limit in (
+        ("Rate to hold", rate, 10_000),
+        ("Replicas", replicas, 64),
+        ("GPUs at most", most, 512),
+    ):
+        shared.within(field, value, limit, "llmsim plan takes any")
     return {
         "rate": rate or None,
         "replicas": replicas,
@@ -111,6 +116,7 @@ with shared.error_in_place():
     asked = demand_picker()
     if choice is not None and fields is not None:
         scenario = Scenario.from_dict(fields | {"gpu": kinds["gpus"][0]}, source="other settings")
+        shared.check_size(scenario)
         shared.ask_for_files(scenario)
         demand = Demand(choice, scenario, tuple(slos), **kinds, **asked)
 if demand is None:

@@ -12,6 +12,7 @@ from llmsim.compare_study import Study
 
 CACHE = "KV cache"
 VIEWS = {"Differences": views.differences, "Goodput": views.rates, "Fairness": views.fairness}
+MOST_SIDES = 12  # that are told apart on a chart
 USUAL = ["vllm", "vllm-v0", "vtc", "engine=sglang"]
 
 
@@ -67,5 +68,7 @@ with shared.error_in_place():
             what_they_are()
         shared.ask_for_files([pair.split("=")[-1] for word in words for pair in word.split(",")])
         sides = sides_of(given(scenario), *parted(words), source="set-up")
+        shared.within("number of sides", len(sides), MOST_SIDES, "llmsim compare takes any")
+        shared.check_size(*sides.values())
         study = Study(choice, tuple(sides.items()), goodput, stamps=stamps(sides.values()))
         VIEWS[view](study, base_of(scenario, words), flags_of(words))

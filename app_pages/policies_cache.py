@@ -27,6 +27,7 @@ def cache(choice: TraceChoice, scenario: Scenario) -> None:
         select_all=False,
         help="Which cached content goes when blocks are needed. Type your own: file.py:Class.",
     )
+    shared.within("number of eviction policies", len(evictions), 12, "llmsim trace reuse takes any")
     shared.ask_for_files(evictions)
     with shared.error_in_place():
         _reuse(choice, scenario, evictions)

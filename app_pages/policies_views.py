@@ -104,9 +104,7 @@ def differences(study: Study, base: Scenario, flags: Sequence[str]) -> None:
 
 
 def _said(found: Compared) -> None:
-    lines = [*found.assigned, *found.notes, *([found.calm] if found.calm else ())]
-    if lines:
-        st.caption("  \n".join(f":material/info: {shared.plain(line)}." for line in lines))
+    shared.say([*found.assigned, *found.notes, *([found.calm] if found.calm else ())])
 
 
 def _compare_lines(

@@ -159,9 +159,59 @@ def show_table(frame: pd.DataFrame) -> None:
     )  # fmt: skip
 
 
+def show(chosen: Chosen, measure: str, rows: int) -> None:
+    folder = chosen.folder
+    run = shared.read(folder, shared.REQUESTS)
+    if chosen.choice is None:
+        shared.say(run.manifest.get("notes", ()))
+    shared.warn_of_rejections({"run": run})
+    left, right = st.columns([3, 2])
+    with left:
+        bounds = brushed(folder, measure)
+        ids = views.within(run, bounds or {})
+        some = bounds is not None and len(ids) > 0
+        if not some:
+            ids = run.requests["id"]
+        st.caption(
+            f"{len(ids):,} of {len(run.requests['id']):,} requests are in the rectangle."
+            if some
+            else "Draw a rectangle over the dots: everything below and beside is then about the requests in it."
+        )
+    with right:
+        if some:
+            curves = views.ecdf({"all requests": run, "in the rectangle": views.subset(run, ids)}, measure)
+        else:
+            curves = shared.cached_frame(views.ecdf, {"all requests": folder}, tables=shared.REQUESTS, metric=measure)
+        shared.chart(ecdf_chart(curves), key="requests_ecdf")
+
+    gantt = views.gantt(run, ids, worst=measure, rows=rows)
+    if not len(gantt):
+        st.warning("None of these requests was answered: there is nothing to show of them.", icon=":material/block:")
+        return
+    drawing = gantt_chart(gantt)
+    table = views.table(run, ids, by=measure, rows=MOST_ROWS)
+    left, right = st.columns([3, 2])
+    with left:
+        shared.chart(drawing, key="requests_gantt", on_select=lambda: picked("requests_gantt"))
+    with right:
+        request = show_life(chosen, int(table["id"].iloc[0]))
+    show_table(table)
+    left, right = st.columns([4, 1])
+    with left:
+        shared.command_line(*chosen.commands, chosen.explain(request))
+    with right:
+        shared.downloads(
+            "requests",
+            lambda: views.table(run, ids, by=measure, rows=None),
+            name="requests",
+            drawing=drawing,
+            more={"perfetto.json.gz": lambda: timeline_bytes(shared.read(folder), views.window_s(run, ids))},
+        )
+
+
 shared.page_header("Requests", "Single requests: how long each waited, and for what.")
 chosen = None
-with st.sidebar, shared.error_in_place():
+with st.sidebar, shared.error_in_place(*shared.given_runs().values()):
     chosen = chosen_run()
     measure = st.segmented_control(
         "Latency",
@@ -177,50 +227,6 @@ if chosen is None:
     st.info("Requests appear here once the settings at the left are complete.", icon=":material/arrow_back:")
     st.stop()
 
-folder = chosen.folder
-run = shared.read(folder, shared.REQUESTS)
-if chosen.choice is None:
-    shared.say(run.manifest.get("notes", ()))
-shared.warn_of_rejections({"run": run})
-left, right = st.columns([3, 2])
-with left:
-    bounds = brushed(folder, measure)
-    ids = views.within(run, bounds or {})
-    some = bounds is not None and len(ids) > 0
-    if not some:
-        ids = run.requests["id"]
-    st.caption(
-        f"{len(ids):,} of {len(run.requests['id']):,} requests are in the rectangle."
-        if some
-        else "Draw a rectangle over the dots: everything below and beside is then about the requests in it."
-    )
-with right:
-    if some:
-        curves = views.ecdf({"all requests": run, "in the rectangle": views.subset(run, ids)}, measure)
-    else:
-        curves = shared.cached_frame(views.ecdf, {"all requests": folder}, tables=shared.REQUESTS, metric=measure)
-    shared.chart(ecdf_chart(curves), key="requests_ecdf")
-
-gantt = views.gantt(run, ids, worst=measure, rows=rows)
-if not len(gantt):
-    st.warning("None of these requests was answered: there is nothing to show of them.", icon=":material/block:")
-    st.stop()
-drawing = gantt_chart(gantt)
-table = views.table(run, ids, by=measure, rows=MOST_ROWS)
-left, right = st.columns([3, 2])
-with left:
-    shared.chart(drawing, key="requests_gantt", on_select=lambda: picked("requests_gantt"))
-with right:
-    request = show_life(chosen, int(table["id"].iloc[0]))
-show_table(table)
-left, right = st.columns([4, 1])
-with left:
-    shared.command_line(*chosen.commands, chosen.explain(request))
-with right:
-    shared.downloads(
-        "requests",
-        lambda: views.table(run, ids, by=measure, rows=None),
-        name="requests",
-        drawing=drawing,
-        more={"perfetto.json.gz": lambda: timeline_bytes(shared.read(folder), views.window_s(run, ids))},
-    )
+given = () if chosen.choice is not None else (chosen.folder,)
+with shared.error_in_place(*given):
+    show(chosen, measure, rows)

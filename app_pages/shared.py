@@ -40,7 +40,7 @@ from app_pages.shared_runs import (
     runs_picker,
     store,
 )
-from app_pages.shared_scenario import scenario_picker
+from app_pages.shared_scenario import check_size, other_fields, scenario_picker, within
 from app_pages.shared_trace import trace_picker
 from app_pages.shared_words import plain
 from llmsim.choice import TraceChoice
@@ -52,6 +52,7 @@ __all__ = [
     "ask_for_files",
     "cached_frame",
     "chart",
+    "check_size",
     "command_line",
     "downloads",
     "drawn_with_downloads",
@@ -64,6 +65,7 @@ __all__ = [
     "kpi_row",
     "kpi_table",
     "long_job",
+    "other_fields",
     "page_header",
     "plain",
     "quick_run",
@@ -76,4 +78,5 @@ __all__ = [
     "table",
     "trace_picker",
     "warn_of_rejections",
+    "within",
 ]

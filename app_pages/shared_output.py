@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from errno import EDQUOT, ENOSPC
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import altair
@@ -15,13 +18,20 @@ import streamlit as st
 
 from app_pages.shared_files import UnaskedError, ask
 from app_pages.shared_words import plain
+from llmsim.choice import SHIPPED
 from llmsim.command_line import as_text
 from llmsim.metrics import json_safe
-from llmsim.plugins import PolicyError
+from llmsim.plugins import PolicyError, users_line
 from llmsim.runs import Run
 from llmsim.views import Kpi, rejections
 
 SAME = 0.0005  # relative: shown as no difference
+WIDGETS = {  # options, and what they are called here
+    "Give --over-context drop or truncate": "Choose drop or truncate for requests longer than the model's context",
+    "give --over-context drop or truncate": "choose drop or truncate for requests longer than the model's context",
+    "aise --max-model-len": "aise max_model_len (other settings)",
+}
+FLAG = re.compile(r"(?<![\w-])--(?:columns|format|time-unit|rate|failed|model-filter|log-type|block-tokens|start)\b")
 Files = dict[str, Callable[[], bytes]]
 
 
@@ -35,7 +45,7 @@ def show_error(error: Exception) -> None:
     if isinstance(error, UnaskedError):
         ask(error.path)
     else:
-        st.error(plain(error), icon=":material/error:")
+        st.error(plain(in_words(error)), icon=":material/error:")
 
 
 def say(notes: Iterable[str]) -> None:
@@ -52,12 +62,51 @@ def warn_of_rejections(runs: Mapping[str, Run]) -> None:
 
 
 @contextmanager
-def error_in_place() -> Iterator[None]:
-    """What the user can put right is shown where it happened; the rest of the page goes on without it."""
+def error_in_place(*folders: Path) -> Iterator[None]:
+    """What the user can put right is shown where it happened; the rest of the page goes on without it.
+
+    That is what the library refuses, a full disk, an error in a user's own file, and, of run `folders` that the
+    dashboard was started with, whatever is not as llmsim writes it.
+    """
     try:
         yield
-    except (ValueError, FileNotFoundError, PolicyError) as error:
+    except (ValueError, OSError, PolicyError) as error:
         show_error(error)
+    except Exception as error:
+        where = users_line(error)
+        if where:
+            show_error(PolicyError(f"{where}: {_told(error)}: repair the file"))
+        elif folders and isinstance(error, LookupError | TypeError | AttributeError):
+            named = ", ".join(map(str, folders))
+            show_error(ValueError(f"{named}: not as llmsim writes a run ({_told(error)}): make the run again"))
+        else:
+            raise
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def for_pages(words: str) -> str:
+    """Advice that names options of the command line, so that it can be followed here."""
+    if words.startswith("synthetic:"):
+        words = words.replace("Give --over-context drop or truncate", "Take shorter prompts and answers")
+    if words.startswith(tuple(f"{name}:" for name in SHIPPED)):  # for which there is no widget
+        words = words.replace("Give --over-context drop or truncate, or raise", "Raise")
+    for option, widget in WIDGETS.items():
+        words = words.replace(option, widget)
+    if FLAG.search(words):
+        words = words.rstrip(".") + "; such options belong to `llmsim trace convert`, whose file can be opened here"
+    return words
+
+
+def in_words(error: Exception) -> str:
+    """The library's own sentence; of the system's refusals the file, and what can be done about it."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return for_pages(str(error))
+    full = error.errno in (ENOSPC, EDQUOT)
+    fix = "free some space, or set TMPDIR to a roomier folder" if full else "see whether it is there and yours"
+    return f"{error.filename or 'a file'}: {error.strerror}: {fix}"
 
 
 def chart(
@@ -82,6 +131,7 @@ def chart(
     plain.config = _of_theme(plain.config)
     if plain.autosize is altair.Undefined:  # the height that the chart was given is that of its plot
         plain.autosize = altair.AutoSizeParams(type="fit-x", contains="padding")
+    plain.padding = {"left": 0, "top": 5, "right": 16, "bottom": 5}  # the last label of an axis reaches beyond it
     return st.altair_chart(plain, width="stretch", alt=said, key=key, on_select=on_select or "ignore", **options)
 
 
@@ -138,8 +188,9 @@ def table(
 
 def figures(rows: Sequence[dict[str, Any]]) -> None:
     """A row of numbers: each `label`, `value` and, if known, `delta`, `delta_color`, `help`, `delta_description`."""
-    for place, row in zip(st.columns(len(rows)), rows, strict=True):
-        place.metric(border=True, height="stretch", **row)
+    with st.container(horizontal=True):  # as many beside each other as can be read
+        for row in rows:
+            st.metric(border=True, height="stretch", width="stretch", **row)
 
 
 def kpi_row(numbers: Sequence[Kpi]) -> None:

@@ -19,6 +19,7 @@ from app_pages.shared_output import say, show_error
 from app_pages.shared_words import plain
 from llmsim.choice import Replay, TraceChoice, replay, replay_all
 from llmsim.command_line import argv_of
+from llmsim.compare_sides import stamps
 from llmsim.jobs import Job
 from llmsim.jobs_store import Store, remove_stale
 from llmsim.runs import TABLES, Run
@@ -109,7 +110,7 @@ def answers(key: str, choice: TraceChoice, scenarios: Mapping[str, Scenario]) ->
 
 
 def key_of(choice: TraceChoice, scenario: Scenario, limit: int | None) -> str:
-    text = json.dumps([choice.facts(), scenario.to_dict(), limit], sort_keys=True, default=str)
+    text = json.dumps([choice.facts(), scenario.to_dict(), limit, stamps([scenario])], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 

@@ -9,11 +9,10 @@ from typing import Any
 import streamlit as st
 
 from app_pages.shared_files import ask_for_files
-from app_pages.shared_output import show_error
+from app_pages.shared_output import error_in_place
 from llmsim.cli_options import value_of
 from llmsim.engines import ENGINES
 from llmsim.hardware import gpu_names, model_names
-from llmsim.plugins import PolicyError
 from llmsim.routers import BUILTIN as ROUTERS
 from llmsim.scenario import KV_CACHE_DTYPES, QUANTIZATIONS, Scenario
 from llmsim.schedulers import BUILTIN as SCHEDULERS
@@ -23,6 +22,7 @@ OWN = "auto"  # the engine decides, for this model and GPU
 SEQS = [OWN, 1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048]
 TOKENS = [OWN, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768]
 MEMORY = [OWN, *(share / 100 for share in range(50, 99, 2))]
+MOST_REPLICAS = 256  # of what a page simulates at once, in the server's own process
 SWITCH = ("on", "off")
 WIDGETS = (
     "model", "gpu", "tp", "replicas", "engine", "scheduler", "seqs", "tokens", "memory", "weights", "kv", "router",
@@ -41,11 +41,9 @@ def scenario_picker(key: str, label: str = "", *, follows: str | None = None) ->
     if follows is not None:
         _follow(key, follows)
     values = _hardware(key) | _engine(key) | _details(key)
-    try:
+    with error_in_place():
         return _made(values, st.session_state.get(f"{key}_more", ""))
-    except (ValueError, FileNotFoundError, PolicyError) as error:
-        show_error(error)
-        return None
+    return None
 
 
 def _follow(key: str, leader: str) -> None:
@@ -64,18 +62,37 @@ def _made(values: dict[str, Any], more: str) -> Scenario:
     """Checked as far as a simulation would: against the model, the GPU and its memory."""
     given = {name: value for name, value in values.items() if value is not None}
     scenario = Scenario.from_dict(given | other_fields(more), source="other settings")
+    check_size(scenario)
     ask_for_files(scenario)
     blocks_of(scenario)
     return scenario
 
 
+def check_size(*scenarios: Scenario) -> None:
+    """Raises ValueError for more than a page answers at once, whichever setting says so."""
+    for scenario in scenarios:
+        within("replicas", scenario.replicas, MOST_REPLICAS, "llmsim replay takes any")
+
+
+def within(field: str, value: float | None, most: float, instead: str) -> None:
+    """A limit of the page's own, which the library does not have."""
+    if value is not None and value > most:
+        raise ValueError(f"{field}={value:,.10g} is more than this page tries, {most:,}: {instead}")
+
+
 def other_fields(text: str) -> dict[str, Any]:
     """{"watermark": 0.01} from "watermark=0.01"; words as on the command line."""
     fields: dict[str, Any] = {}
-    for word in shlex.split(text):
+    try:
+        words = shlex.split(text)
+    except ValueError:
+        raise ValueError(f"other settings {text!r}: a quote or a backslash is left open: close it") from None
+    for word in words:
         name, sign, value = word.partition("=")
         if not sign or not name.isidentifier():
             raise ValueError(f"other settings {word!r}: write FIELD=VALUE, e.g. kv_cache_dtype=fp8")
+        if name in fields:
+            raise ValueError(f"other settings: {name} is given twice, {fields[name]!r} and {value!r}: leave one out")
         fields[name] = value_of(value)
     return fields
 
@@ -88,7 +105,9 @@ def _hardware(key: str) -> dict[str, Any]:
     with left:
         values["tensor_parallel"] = st.selectbox("Tensor parallel", [1, 2, 4, 8], key=f"{key}_tp", bind="query-params")
     with right:
-        values["replicas"] = st.number_input("Replicas", 1, 256, 1, key=f"{key}_replicas", bind="query-params")
+        values["replicas"] = st.number_input(
+            "Replicas", 1, MOST_REPLICAS, 1, key=f"{key}_replicas", bind="query-params"
+        )
     return values
 
 

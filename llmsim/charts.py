@@ -204,14 +204,24 @@ def _decades(low: float, high: float) -> list[float]:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Every decade or every second; on a short axis what is between them too."""
+    """Every decade or every second; on a short axis what is between them too, on a very short one even steps."""
     decades = _decades(low, high)
     if len(decades) >= 2:
         return decades[:: ceil(len(decades) / 5)]
     powers = range(floor(log10(low)), ceil(log10(high)))
     fine = ([m * 10.0**power for power in powers for m in steps] for steps in ((1, 2, 5), range(1, 10)))
     coarse, all_of_them = ([tick for tick in ticks if low <= tick <= high] for ticks in fine)
-    return coarse if len(coarse) >= 2 else all_of_them
+    found = coarse if len(coarse) >= 2 else all_of_them
+    return found if len(found) >= 2 else _even_ticks(low, high)
+
+
+def _even_ticks(low: float, high: float) -> list[float]:
+    """Two to six multiples of 1, 2 or 5 times a power of ten; of an empty range its end."""
+    if not high > low:
+        return [low]
+    power = 10.0 ** floor(log10((high - low) / 2))
+    step = next(m * power for m in (5, 2, 1) if m * power <= (high - low) / 2)
+    return [float(f"{step * k:.12g}") for k in range(ceil(low / step), floor(high / step) + 1)]
 
 
 def _texts(

@@ -71,8 +71,8 @@ def parity_chart(
     low, high = float(values.min()) / 1.4, float(values.max()) * 1.4
     scale = alt.Scale(type="log", domain=[low, high], nice=False)
     axis: dict[str, Any] = {"values": _ticks(low, high), "labelExpr": f"format(datum.value, '~s') + '{unit}'"}
-    x = alt.X(f"{measured}:Q", scale=scale, axis=alt.Axis(title=f"Measured ({unit.strip()})", **axis))
-    y = alt.Y(f"{predicted}:Q", scale=scale, axis=alt.Axis(title=f"Predicted ({unit.strip()})", **axis))
+    x = alt.X(f"{measured}:Q", scale=scale, axis=alt.Axis(title="Measured", **axis))
+    y = alt.Y(f"{predicted}:Q", scale=scale, axis=alt.Axis(title="Predicted", **axis))
     lines = [
         alt.Chart(pd.DataFrame({measured: [low, high], predicted: [low * ratio, high * ratio]}))
         .mark_line(color=GREY, strokeWidth=1.2, strokeDash=dash, clip=True)

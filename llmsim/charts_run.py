@@ -148,7 +148,11 @@ def _panel(frame: pd.DataFrame, labels: Sequence[str], field: str, title: str, f
     import altair as alt
 
     x, colour = _time(frame), run_colour(labels, legend=legend, above=24)
-    y = alt.Y(f"{field}:Q", axis=alt.Axis(title=title, format=form, tickCount=3, **ABOVE), scale=alt.Scale(zero=True))
+    whole: dict[str, Any] = (
+        {} if "%" in form else {"tickMinStep": 1}
+    )  # of few requests no halves, which would read 1, 1
+    axis = alt.Axis(title=title, format=form, tickCount=3, **whole, **ABOVE)
+    y = alt.Y(f"{field}:Q", axis=axis, scale=alt.Scale(zero=True))
     shown = ".1%" if "%" in form else SHORT_NUMBER
     tips = [
         alt.Tooltip("label:N", title="run"),

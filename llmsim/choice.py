@@ -151,9 +151,11 @@ class TraceChoice:
         """`command_line`, with the path as it is seen from the current folder; of an upload, its name."""
         words = self.command_line()
         if self.uploaded:
-            return [self.shown_as, *words[1:]]
+            words[0] = self.shown_as
         with suppress(ValueError):
             words[0] = str(Path(words[0]).relative_to(Path.cwd()))
+        if words[0].startswith("-"):  # or it would be taken for an option
+            words[0] = f"./{words[0]}"
         return words
 
     def before(self) -> list[str] | None:

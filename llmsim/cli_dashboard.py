@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 from importlib.resources import files
 from importlib.util import find_spec
@@ -42,6 +43,7 @@ def dashboard(runs: tuple[Path, ...], port: int, browser: bool | None) -> None:
     llmsim dashboard runs/2026-01-01T12-00-00_1a2b3c
     """
     command = command_of(port, sys.stdout.isatty() if browser is None else browser)
+    _check_free(port)
     environment = os.environ | {RUNS_VARIABLE: json.dumps([str(run) for run in checked(runs)])}
     sys.stdout.flush()
     os.execve(sys.executable, command, environment)  # this process becomes the server: one to watch and to stop
@@ -62,6 +64,17 @@ def command_of(port: int, browser: bool = False) -> list[str]:
         *(sys.executable, "-m", "streamlit", "run", str(app())),
         *(f"--{name}={value}" for name, value in flags.items()),
     ]
+
+
+def _check_free(port: int) -> None:
+    """Said here, since the server would only log that it did not start."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server: one that has just ended is no one
+        try:
+            probe.bind((FLAGS["server.address"], port))
+        except OSError as error:
+            why = error.strerror or str(error)
+            raise ValueError(f"--port {port}: {why} on {FLAGS['server.address']}: give another one") from None
 
 
 def app() -> Path:

@@ -13,6 +13,8 @@ from typing import Any
 # asked before a user's file is run; what one of them raises is raised. None here: who names a file wants it run
 checks: set[Callable[[Path], None]] = set()
 
+USERS = "llmsim_user_"  # how modules made of users' files are called
+
 
 class PolicyError(Exception):
     """A policy broke a rule: names the policy, the request, the value and the limit."""
@@ -55,6 +57,16 @@ def _check_types(what: str, defaults: dict[str, Any], arguments: dict[str, Any])
             raise ValueError(f"{what}: {name}={value!r} is not {expected}. The default is {defaults[name]!r}.")
 
 
+def users_line(error: BaseException) -> str:
+    """Where in a user's file an error came up, as "file, line N"; empty if it came up elsewhere."""
+    found, step = "", error.__traceback__
+    while step is not None:
+        if str(step.tb_frame.f_globals.get("__name__", "")).startswith(USERS):
+            found = f"{step.tb_frame.f_code.co_filename}, line {step.tb_lineno}"
+        step = step.tb_next
+    return found
+
+
 def _find_class(spec: str, kind: str, builtin: dict[str, str], method: str, signature: str) -> Any:
     if spec in builtin:
         module_name, class_name = builtin[spec].split(":")
@@ -68,7 +80,7 @@ def _find_class(spec: str, kind: str, builtin: dict[str, str], method: str, sign
         raise FileNotFoundError(f"{kind} {spec!r}: no file {path_text} in {Path.cwd()}. Give your own file's path.")
     for check in checks:
         check(path)
-    module_spec = importlib.util.spec_from_file_location(f"llmsim_user_{path.stem}", path)
+    module_spec = importlib.util.spec_from_file_location(f"{USERS}{path.stem}", path)
     assert module_spec is not None and module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module  # dataclasses look a class's module up there

@@ -88,3 +88,18 @@ def test_commands_of_samples_say_so_on_other_pages():
     sample = one.split("--limit ")[1].split()[0]
     assert f"Planned on the first {int(sample):,} of 4,000 requests." in captions(test)
     assert one.replace(f" --limit {sample}", "") == whole
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "words"),
+    [
+        ("what_if", {"cand_more": "replicas=1000000000"}, "replicas=1,000,000,000 is more than this page tries, 256"),
+        ("policies", {"pol_sides": ["vllm", "replicas=5000"]}, "replicas=5,000 is more than this page tries, 256"),
+        ("plan", {"plan_replicas": "1000000"}, "Replicas=1,000,000 is more than this page tries, 64"),
+        ("plan", {"plan_rate": "1e5"}, "Rate to hold=100,000 is more than this page tries, 10,000"),
+        ("plan", {"plan_most": "10000"}, "GPUs at most=10,000 is more than this page tries, 512"),
+    ],
+)
+def test_what_a_page_does_not_try_is_refused_with_its_limit(name, asked, words):
+    (line,) = errors(linked(name, **SMALL, **asked))
+    assert line.startswith(words) and "takes any" in line

@@ -125,7 +125,21 @@ def test_the_dashboard_replaces_this_process_and_hands_the_runs_on(monkeypatch, 
     (tmp_path / "manifest.json").write_text("{}")
     called = []
     monkeypatch.setattr(cli_dashboard.os, "execve", lambda *call: called.append(call))
+    monkeypatch.setattr(cli_dashboard, "_check_free", lambda port: None)  # somebody may look at a dashboard meanwhile
     assert main(["dashboard", str(tmp_path), "--no-browser"]) == 0
     ((program, command, environment),) = called
     assert program == command[0] and command[4].endswith("app.py")
     assert json.loads(environment[cli_dashboard.RUNS_VARIABLE]) == [str(tmp_path)]
+
+
+def test_a_port_in_use_is_named(capsys, monkeypatch):
+    import socket
+
+    monkeypatch.setattr(cli_dashboard.os, "execve", lambda *_: pytest.fail("a server was started"))
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        assert main(["dashboard", "--port", str(port)]) == 2
+    line = capsys.readouterr().err
+    assert line == f"error: --port {port}: Address already in use on 127.0.0.1: give another one\n"
