@@ -96,6 +96,11 @@ class Comparison:
     seeds: tuple[int, ...] = ()  # of the replays, if there are several for each side
     promises: dict[str, tuple[Promise, ...]] = field(default_factory=dict)  # of each side, one for every SLO
 
+    @property
+    def has_intervals(self) -> bool:
+        """Whether there were requests enough for any."""
+        return any(change.low is not None for found in self.differences.values() for change in found.values())
+
     def frame(self) -> pd.DataFrame:
         """A row a side (but the first) and number: its value, the difference, the interval, and a verdict."""
         from llmsim.compare_frames import differences_frame

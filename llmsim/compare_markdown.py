@@ -62,13 +62,19 @@ def _change(comparison: Comparison, name: str, key: str, factor: float, digits: 
 def _notes(comparison: Comparison) -> list[str]:
     first = comparison.sides[0]
     seeds = f", mean over {len(comparison.seeds)} seeds" if comparison.seeds else ""
+    count, drawn = len(first.requests["id"]), comparison.has_intervals
     text = (
-        f"{len(first.requests['id']):,} requests, the same for every side{seeds}; in brackets the difference to"
-        f" {_escaped(first.name)} with its 95 % interval (paired bootstrap, {RESAMPLES:,} draws of blocks of"
-        f" {comparison.block} arrivals), bold where it leaves out 0: ▲ better, ▼ worse."
+        f"{count:,} request{'s' * (count != 1)}, the same for every side{seeds}; in brackets the difference to"
+        f" {_escaped(first.name)}"
     )
+    if drawn:
+        text += (
+            f" with its 95 % interval (paired bootstrap, {RESAMPLES:,} draws of blocks of {comparison.block} arrivals),"
+            " bold where it leaves out 0: ▲ better, ▼ worse"
+        )
+    text += "."
     if comparison.promises:
-        text += f" {TICK} {CROSS}: whether the SLO is kept, and the share of the draws that keep it."
+        text += f" {TICK} {CROSS}: whether the SLO is kept{', and the share of the draws that keep it' * drawn}."
     return [text, *(f"Note: {note}." for note in comparison.notes)]
 
 

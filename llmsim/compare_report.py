@@ -32,7 +32,7 @@ def report(comparison: Comparison) -> str:
     first = comparison.sides[0]
     count = len(first.requests["id"])
     label = min(LABEL, max(14, *(len(side.name) + 4 for side in comparison.sides)))
-    drawn = any(change.low is not None for found in comparison.differences.values() for change in found.values())
+    drawn = comparison.has_intervals
     requests = f"{count} request{'s' * (count != 1)}, the same for every side"
     lines = [f"{requests}. Below each side: difference to {first.name}{' [95 % interval]' * drawn}"]
     for name in LATENCIES:

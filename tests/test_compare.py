@@ -555,7 +555,9 @@ def test_of_few_requests_nothing_is_certain(requests: int, drawn: bool, capsys: 
     assert ("there are no intervals: replay 10 or more" in text) != drawn
     assert (", 100%" in text) == drawn  # the share of draws that keep the promise
     assert f"{requests} request{'s' * (requests != 1)}, the same for every side" in text
-    assert "1 requests" not in text
+    marked = printed(capsys, "compare", "few.csv", *MACHINE, "--set", "max_num_seqs=4", "--md")
+    assert ("95 % interval" in marked) == drawn
+    assert "1 requests" not in text + marked
 
 
 @pytest.mark.parametrize(("change_s", "higher"), [(4e-6, 0.0), (6e-6, 1.0)])
