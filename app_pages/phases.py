@@ -135,7 +135,7 @@ with st.sidebar:
         "context_tokens": st.select_slider("Cached of each decode (tokens)", LENGTHS, 1024, key="ph_context", **BOUND),
     }
 if scenario is None:
-    st.stop()
+    shared.end_page()
 roofline_tab, times_tab, batch_tab, table_tab = st.tabs(
     ["Roofline", "Time", "One batch", "Table"], key="ph_tab", on_change="rerun", **BOUND
 )

@@ -120,7 +120,7 @@ with shared.error_in_place():
         shared.ask_for_files(scenario)
         demand = Demand(choice, scenario, tuple(slos), **kinds, **asked)
 if demand is None:
-    st.stop()
+    shared.end_page()
 
 with shared.error_in_place():
     whole, sample, found = choice.size(demand.scenario), quick(demand), None

@@ -56,7 +56,7 @@ view = st.segmented_control(
 )
 if choice is None or scenario is None:
     st.info("The answer appears here once the settings at the left are complete.", icon=":material/arrow_back:")
-    st.stop()
+    shared.end_page()
 with shared.error_in_place():
     if view == CACHE:
         cache(choice, scenario)

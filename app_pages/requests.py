@@ -225,7 +225,7 @@ with st.sidebar, shared.error_in_place(*shared.given_runs().values()):
     rows = st.slider("Requests in the Gantt chart", 10, 500, 40, 10, key="requests_rows", bind="query-params")
 if chosen is None:
     st.info("Requests appear here once the settings at the left are complete.", icon=":material/arrow_back:")
-    st.stop()
+    shared.end_page()
 
 given = () if chosen.choice is not None else (chosen.folder,)
 with shared.error_in_place(*given):

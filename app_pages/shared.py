@@ -11,6 +11,7 @@ Keys name URL parameters and must be unique over all pages, unless two pages mea
 """
 
 from app_pages.shared_files import ask_for_files
+from app_pages.shared_link import end_page
 from app_pages.shared_output import (
     chart,
     command_line,
@@ -56,6 +57,7 @@ __all__ = [
     "command_line",
     "downloads",
     "drawn_with_downloads",
+    "end_page",
     "error_in_place",
     "figures",
     "footer",

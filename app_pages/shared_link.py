@@ -3,33 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn
 
 import streamlit as st
+from streamlit.runtime.scriptrunner import StopException
 
 from app_pages.shared_scenario import WIDGETS
 from app_pages.shared_words import plain
 
 PAGES = ("trace_", "slo_", "plan_", "pol_", "ph_", "ca_", "requests_", "shown_", "embed")  # how keys begin
 WHOLE = {"trace", "shown", *(f"{side}_{name}" for side in ("base", "cand") for name in WIDGETS)}
-UNUSED = "unused"  # of the session's state: by key what the link said, and what the widget showed instead
+ASKED = "link_asked"  # of the session's state: what its link said
+UNUSED = "link_unused"  # of the session's state: by key what the link said, and what the widget showed instead
 
 
 @contextmanager
 def checked_link() -> Iterator[None]:
     """Around a page: a line above it names what of its link was not used, for as long as the widget shows the same."""
     state, place = st.session_state, st.container()
-    first = UNUSED not in state
-    asked = {key: st.query_params.get_all(key) for key in st.query_params} if first else {}
-    try:
+    if ASKED not in state:  # as it came: what is not used is gone from the address in the next run
+        state[ASKED] = {key: st.query_params.get_all(key) for key in st.query_params}
+    with suppress(StopException):  # of a page that ends early, by `end_page`
         yield
-    finally:  # a page may stop early
-        if first:
-            state[UNUSED] = {key: (raw, _now(key)) for key, raw in asked.items() if not _used(key, raw)}
-        lines = [_told(key, raw) for key, (raw, instead) in state[UNUSED].items() if _now(key) == instead]
-        if lines:
-            place.warning("Not used of this link: " + "; ".join(lines) + ".", icon=":material/link_off:")
+    _tell(place)
+
+
+def end_page() -> NoReturn:
+    """No more of this page. Unlike `st.stop`, which lets nothing be drawn any more, around the page either."""
+    raise StopException
+
+
+def _tell(place: Any) -> None:
+    state = st.session_state
+    if UNUSED not in state:
+        state[UNUSED] = {key: (raw, _now(key)) for key, raw in state[ASKED].items() if not _used(key, raw)}
+    lines = [_told(key, raw) for key, (raw, instead) in state[UNUSED].items() if _now(key) == instead]
+    if lines:
+        place.warning("Not used of this link: " + "; ".join(lines) + ".", icon=":material/link_off:")
 
 
 def _now(key: str) -> Any:

@@ -29,6 +29,7 @@ SAME = 0.0005  # relative: shown as no difference
 WIDGETS = {  # options, and what they are called here
     "Give --over-context drop or truncate": "Choose drop or truncate for requests longer than the model's context",
     "give --over-context drop or truncate": "choose drop or truncate for requests longer than the model's context",
+    "add another --scheduler NAME or --set FIELD=VALUE (--set engine=sglang)": "add a side, e.g. engine=sglang",
     "aise --max-model-len": "aise max_model_len (other settings)",
 }
 FLAG = re.compile(r"(?<![\w-])--(?:columns|format|time-unit|rate|failed|model-filter|log-type|block-tokens|start)\b")

@@ -79,7 +79,7 @@ with shared.error_in_place(*(given or {}).values()):
         commands = [used.before(), *(argv_of(one, trace=used.shown(), goodput=slo) for one in pair.values())]
 if folders is None:
     st.info("The answer appears here once the settings at the left are complete.", icon=":material/arrow_back:")
-    st.stop()
+    shared.end_page()
 with shared.error_in_place(*(given or {}).values()):
     if given is not None:
         shared.say(

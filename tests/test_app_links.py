@@ -108,6 +108,11 @@ def test_what_a_link_says_in_vain_is_named():
     assert "cand_model" not in warnings(test)[0] and "cand_tp=3" in warnings(test)[0]
 
 
+def test_a_page_that_ends_early_names_them_too():
+    test = app({"cand_more": "oops", "cand_tp": "3"})
+    assert warnings(test) == ["Not used of this link: cand_tp=3 (1 instead)."] and len(errors(test)) == 1
+
+
 def test_repeated_settings_are_named_and_others_are_not():
     test = app(SMALL | {"cand_replicas": ["1", "2"]})
     assert warnings(test) == ["Not used of this link: cand_replicas=1 and cand_replicas=2 (2 instead)."]

@@ -80,7 +80,10 @@ def test_a_shared_link_shows_what_was_shared(window):
     assert {"cand_gpu=h200-sxm", "trace=bursty.csv", "trace_traffic=1.5"} <= set(
         window.page.url.split("?")[1].split("&")
     )
-    window.open("/?cand_gpu=no-such-gpu&trace_traffic=99")  # not ours: the defaults, no error
+    window.open("/?cand_gpu=no-such-gpu&trace_traffic=99")  # not ours: the defaults, and a line that says so
+    window.page.get_by_text(
+        "Not used of this link: cand_gpu=no-such-gpu (h100-sxm instead); trace_traffic=99"
+    ).wait_for()
     assert window.exceptions() == [] and window.errors_shown() == []
     assert window.numbers() != numbers
 
