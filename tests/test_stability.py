@@ -37,7 +37,7 @@ def share(said: bool | None, utilisation: float, **kind: float) -> float:
 @pytest.mark.parametrize("kind", [{}, {"servers": 16}, {"burst": 4.0}], ids=["m/d/1", "m/d/16", "bursts"])
 def test_verdicts_follow_the_utilisation(kind: dict[str, float]) -> None:
     assert share(True, 0.5, **kind) == 1.0
-    assert share(False, 0.9, **kind) <= 0.04 and share(True, 0.9, **kind) >= 0.8
+    assert share(False, 0.9, **kind) <= 0.04 and share(True, 0.9, **kind) >= 0.6
     assert share(True, 1.3, **kind) <= 0.04 and share(False, 1.3, **kind) >= 0.8
     assert share(True, 1.05, **kind) <= 0.4, "1,000 arrivals stray by 3 %, in bursts by 6 %"
 
@@ -45,7 +45,22 @@ def test_verdicts_follow_the_utilisation(kind: dict[str, float]) -> None:
 def test_just_above_the_capacity_takes_a_long_trace() -> None:
     assert share(True, 1.05, count=3000) == 0.0 and share(False, 1.05, count=3000) >= 0.7
     words = [stability(queue(1.05, seed), None)[1] for seed in SEEDS]
-    assert any(one.startswith("saturated: in the second half") and one.endswith("give a longer trace") for one in words)
+    assert any(one.startswith("saturated: in one half of") and one.endswith("give a longer trace") for one in words)
+
+
+def test_an_overload_that_ends_is_not_called_stable() -> None:
+    """Two thirds of the arrivals come at 1.2 times what is served, the rest at a third of it: all is served in the end,
+    after waits that grew for most of the trace. A short rush, of a tenth of them, is caught up with."""
+    for rushing, calm in ((0.66, False), (0.1, True)):
+        pace = np.where(np.arange(3000) < 3000 * rushing, 1.2, 0.33)
+        sent_s = np.cumsum(1.0 / pace)
+        scheduled_s, free_s = np.empty(3000), 0.0
+        for i, at_s in enumerate(sent_s.tolist()):
+            scheduled_s[i] = max(at_s, free_s)
+            free_s = scheduled_s[i] + 1.0
+        columns = {"arrival_s": sent_s, "scheduled_s": scheduled_s, "finish_s": scheduled_s + 1.0}
+        stable, words = stability(columns, None)
+        assert (stable is True) is calm, words
 
 
 def test_growth_names_more_in_the_end_than_at_the_start() -> None:
