@@ -40,7 +40,8 @@ OPTION_COLUMNS = {
 
 def show(demand: Demand, used: Demand, found: Plan) -> None:
     """`used`: the demand that the plan was made for, perhaps on the first requests only."""
-    shared.say(found.notes)
+    for note in found.notes:
+        st.warning(shared.plain(note), icon=":material/timer:")
     answers(found)
     view = st.segmented_control(
         "Look at", VIEWS, default="Fleets", required=True, key="plan_view", bind="query-params",

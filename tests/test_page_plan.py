@@ -6,7 +6,7 @@ import time
 from functools import partial
 
 import pytest
-from pages import AppTest, charts, commands, errors, linked
+from pages import AppTest, charts, commands, errors, linked, warnings
 
 from llmsim.choice import shipped
 from llmsim.plan_study import Demand, planned, quick_requests
@@ -33,7 +33,7 @@ def test_the_answers_are_the_librarys() -> None:
     found = planned(replace(DEMAND, limit=quick_requests(DEMAND)))
     cheapest = found.cheapest
     assert cheapest is not None
-    assert found.notes and [warning.value for warning in at.warning] == list(found.notes)
+    assert found.notes and warnings(at) == list(found.notes)
     assert any("queues hardly form" in note for note in found.notes)
     limits = [caption.value for caption in at.caption if caption.value.startswith("Holds up to")]
     assert cheapest.capacity_broken is not None and any(cheapest.capacity_broken.why_not in words for words in limits)
