@@ -71,6 +71,8 @@ def answers(found: Plan) -> None:
                 help=option.run and shared.plain(_margins(option)),
             )
             st.markdown(f"**{shared.plain(option.name)}**")
+            if option.run and (few := [str(one.slo) for one in option.run.measured if option.run.too_few(one.slo)]):
+                st.caption(f"From too few requests to bound the percentile: {shared.plain(', '.join(few))}")
             if option.broken is not None:
                 st.caption(f"Breaks {shared.plain(plan_frames.next_break(option))}")
             if option.capacity_broken is not None and not found.fleet:

@@ -124,14 +124,17 @@ def judge(
     if stable is not False:
         for name, slo in promised(recorded, promises).items():
             rates = [_highest(recorded, replace(scenario, seed=seed), slo) for seed in seeds]
-            answers[name] = Answer(slo.limit_s, tuple(rates))
+            if None not in rates:
+                answers[name] = Answer(slo.limit_s, tuple(rate for rate in rates if rate is not None))
     simulated = simulate(trace, scenario).summary()
     carried = CARRIED in simulated["calibration"]["label"]
     return Judged(folder, recorded.name, mean_rate_per_s(trace), carried, stable, simulated["stable"], answers)
 
 
-def _highest(recorded: RecordedScenario, scenario: Scenario, slo: Slo) -> float:
-    return capacity(recorded.trace, scenario, [slo], tolerance=TOLERANCE).rate or 0.0
+def _highest(recorded: RecordedScenario, scenario: Scenario, slo: Slo) -> float | None:
+    """0: not even the lowest; None: the trace does not tell."""
+    found = capacity(recorded.trace, scenario, [slo], tolerance=TOLERANCE)
+    return None if found.untold else found.rate or 0.0
 
 
 def judge_folder(folder: Path) -> list[Judged]:
@@ -151,13 +154,19 @@ def table(loads: Sequence[Judged]) -> str:
         "|---|---|---:|" + "---:|" * (2 * len(heads)),
     ]
     for one in loads:
-        cells = [
-            f"{1e3 * answer.limit_s:.4g} ms | {mean(errors):+.1%} ({min(errors):+.1%} to {max(errors):+.1%})"
-            for name, answer in one.answers.items()
-            for errors in [one.errors(name)]
-        ] or ["falls behind", "falls behind" if one.predicted_stable is False else "keeps up", "", ""]
+        cells = [_cells(one, f"{metric}_{word}") for metric, word in PROMISES]
+        if one.stable is False:
+            cells = ["falls behind", "falls behind" if one.predicted_stable is False else "keeps up", "", ""]
         lines.append(f"| `{one.folder}` | {one.load} | {one.rate:.2f} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", *_summed(loads)])
+
+
+def _cells(one: Judged, promise: str) -> str:
+    if promise not in one.answers:
+        return "- | the trace does not tell"
+    errors = one.errors(promise)
+    limit_ms = 1e3 * one.answers[promise].limit_s
+    return f"{limit_ms:.4g} ms | {mean(errors):+.1%} ({min(errors):+.1%} to {max(errors):+.1%})"
 
 
 def _summed(loads: Sequence[Judged]) -> list[str]:
@@ -166,8 +175,9 @@ def _summed(loads: Sequence[Judged]) -> list[str]:
     for metric, word in PROMISES:
         said = []
         for name, carried in groups:
-            kept = [one for one in loads if one.answers and one.carried == carried]
-            errors = [abs(mean(one.errors(f"{metric}_{word}"))) for one in kept]
+            promise = f"{metric}_{word}"
+            kept = [one for one in loads if promise in one.answers and one.carried == carried]
+            errors = [abs(mean(one.errors(promise))) for one in kept]
             if errors:
                 within = sum(error <= 0.03 for error in errors)
                 said.append(f"{name} median |error| {median(errors):.1%}, {within} of {len(errors)} loads within 3 %")

@@ -23,6 +23,7 @@ from benchmarks.accuracy import FOLDERS, METRICS, ROOT, Load, cells, judged, rec
 WHOLE_LINES = 5  # of output; fewer are an excerpt
 POLICIES = ROOT / "docs" / "policies"
 README, ACCURACY, UNCERTAINTY = ROOT / "README.md", ROOT / "docs" / "accuracy.md", ROOT / "docs" / "uncertainty.md"
+PLOT = "speculation.png"
 PLANNING = ROOT / "docs" / "planning.md"
 SECOND = FOLDERS[0] / "vllm-0.25.1_h100-sxm_llama-3.1-8b_bf16_second-machine"
 
@@ -116,6 +117,7 @@ def main() -> None:
     PLANNING.write_text(plan_blocks(PLANNING.read_text(encoding="utf-8")), encoding="utf-8")
     for page in sorted(POLICIES.glob("*.md")):
         page.write_text(whatif_blocks(page.read_text(encoding="utf-8")), encoding="utf-8")
+    (ROOT / PLOT).replace(POLICIES / PLOT)  # where a command of that page draws it
     ACCURACY.write_text(host_scale_rows(ACCURACY.read_text(encoding="utf-8")), encoding="utf-8")
     pages.main()
 

@@ -30,6 +30,7 @@ SHOWN = 80  # characters of a path in a message
 SYNTHETIC = "synthetic.csv"  # where the command line puts a synthetic trace
 SHIPPED = {
     "chat.csv": "2,000 chats at 5 a second",
+    "busy.csv": "6,000 chats at 40 a second",
     "bursty.csv": "code completion in bursts of 30 a second",
     "shared_prefixes.csv": "24 long system prompts, shared",
     "sessions.jsonl": "220 conversations whose turns wait for the answer",

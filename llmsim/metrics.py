@@ -209,7 +209,7 @@ def latencies_s(requests: Columns) -> dict[str, Floats]:
     return {"ttft": ttft_s, "tpot": tpot_s, "e2el": e2el_s}
 
 
-def fewest_samples(percent: int) -> int:
+def fewest_samples(percent: float) -> int:
     """Of fewer the largest is below the percentile with a probability above 2.5 %: nothing bounds it from above."""
     return ceil(log(0.025) / log(percent / 100))
 

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmsim.metrics import fewest_samples, json_safe
+from llmsim.metrics import json_safe
 from llmsim.plan_capacity import curve_rows
 from llmsim.plan_runs import Measured, Run
 from llmsim.plan_types import Option, Plan
@@ -177,9 +177,7 @@ def _with_margin(one: Measured) -> str:
 
 def _mark(one: Measured, run: Run) -> str:
     """Too few requests to bound this percentile."""
-    percent = one.slo.percent
-    few = percent is not None and one.slo.metric != "itl" and percent > 50.0
-    return "*" if few and run.values["completed"] < fewest_samples(percent) else ""  # type: ignore[arg-type]
+    return "*" if run.too_few(one.slo) else ""
 
 
 def _options(plan: Plan) -> Iterator[str]:

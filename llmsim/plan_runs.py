@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from math import inf, isinf, log
 from typing import TYPE_CHECKING, Any
 
+from llmsim.metrics import fewest_samples
 from llmsim.slo import Slo, parse_slos
 
 if TYPE_CHECKING:
@@ -99,6 +100,13 @@ class Run:
     @property
     def breaks(self) -> tuple[Measured, ...]:
         return tuple(one for one in self.measured if not one.met)
+
+    def too_few(self, slo: Slo) -> bool:
+        """Whether nothing bounds the percentile of this promise from above: of gaps between tokens there are enough."""
+        percent = slo.percent
+        if percent is None or percent <= 50.0 or slo.metric == "itl":
+            return False
+        return bool(self.values["completed"] < fewest_samples(percent))
 
     @property
     def pressure(self) -> float:
