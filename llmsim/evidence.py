@@ -94,8 +94,8 @@ def _operator(panel: str, dtype: str) -> str:
 
 
 def _load(recording: str, load: str) -> str:
-    """A load's name, and what its recording's name ends in beyond engine, GPU, model and precision."""
-    more = "_".join(recording.split("_")[4:])
+    """A load's name, and what its recording's name says beyond engine, GPU, model and the precision of weights."""
+    more = "_".join(word for at, word in enumerate(recording.split("_")) if at > 3 or word.startswith("kv-"))
     return f"{load} ({more})" if more else load
 
 

@@ -253,3 +253,9 @@ def test_commands_name_files_that_are_there() -> None:
         assert len(paths) > 1
         for path in paths:
             assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("profile", profile_names())
+def test_no_two_loads_have_one_label(profile: str) -> None:
+    found = evidence.loads(profile)
+    assert not found.duplicated(["label", "model", "metric", "statistic"]).any()
