@@ -85,13 +85,10 @@ def scenario_of(recorded: RecordedScenario) -> Scenario:
 
 
 def open_loops(folder: Path) -> list[RecordedScenario]:
-    """Loads with a rate: nothing that waits for an answer, nothing that arrives at once."""
-    return [
-        one
-        for file in sorted(folder.glob("*.requests.json.gz"))
-        for one in load_recording(file)
-        if one.concurrency is None and np.isfinite(one.trace.arrival_s).all() and np.ptp(one.trace.arrival_s) > 1.0
-    ]
+    """Loads with a rate: nothing that waits for an answer, arrives at once, or was cut short."""
+    loads = [one for file in sorted(folder.glob("*.requests.json.gz")) for one in load_recording(file)]
+    sent_alone = [one for one in loads if one.concurrency is None and np.isfinite(one.trace.arrival_s).all()]
+    return [one for one in sent_alone if np.ptp(one.trace.arrival_s) > 1.0 and np.isfinite(one.e2el_s).all()]
 
 
 def promised(recorded: RecordedScenario, promises: Sequence[tuple[str, str]]) -> dict[str, Slo]:
