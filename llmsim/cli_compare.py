@@ -28,8 +28,9 @@ from llmsim.cli_options import (
     trace_arguments,
     trace_options,
 )
-from llmsim.cli_replay import PROGRESS_AFTER_S, _check_closed_loop, _load
+from llmsim.cli_replay import _check_closed_loop, _load
 from llmsim.compare_sides import sides_of
+from llmsim.progress import PROGRESS_AFTER_S
 from llmsim.scenario import Scenario
 
 if TYPE_CHECKING:

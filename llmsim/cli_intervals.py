@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from llmsim.cli_options import DRAWS, HumanInt, apply
+from llmsim.progress import StatusLine
 
 if TYPE_CHECKING:
     from llmsim.metrics import Result
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
     from llmsim.scenario import Scenario
     from llmsim.trace import Trace
 
-PROGRESS_AFTER_S = 2.0
 
 FLAGS: list[Callable[[Any], Any]] = [
     click.option(
@@ -108,25 +106,11 @@ def summary_part(
     return {"intervals": found.to_dict()}
 
 
-class _Told:
-    """Draws done, on stderr, once they take longer than two seconds."""
-
-    def __init__(self) -> None:
-        self.next_s = time.monotonic() + PROGRESS_AFTER_S
-        self.live, self.shown = sys.stderr.isatty(), False
+class _Told(StatusLine):
+    """Draws done."""
 
     def __call__(self, done: int, draws: int) -> None:
-        now_s = time.monotonic()
-        if now_s < self.next_s:
-            return
-        self.next_s = now_s + (0.5 if self.live else 10.0)
-        text = f"{done} of {draws} draws replayed"
-        print(f"\r{text}" if self.live else text, end="" if self.live else "\n", file=sys.stderr, flush=True)
-        self.shown = True
-
-    def close(self) -> None:
-        if self.shown and self.live:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        self.say(lambda _: f"{done} of {draws} draws replayed")
 
 
 def kept_part(result: Result, own: dict[str, Any]) -> dict[str, Any]:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +23,7 @@ from llmsim.cli_options import (
     tell,
     trace_arguments,
 )
+from llmsim.progress import StatusLine
 from llmsim.scenario import Scenario
 
 if TYPE_CHECKING:
@@ -44,7 +43,6 @@ TAKEN = (
 )  # flags of our own, or none
 # What a window of the trace would not repeat: drawn for what is loaded, or counted from where that begins.
 NO_WINDOWS = ("spread", "assign_classes", "predict", "start_s")
-PROGRESS_AFTER_S = 2.0
 
 
 def _without(flags: list[Callable[[Any], Any]], names: tuple[str, ...]) -> list[Callable[[Any], Any]]:
@@ -134,7 +132,7 @@ def plan(
     scenario = _scenario(flags, gpus)
     names = {"gpus": gpus, "tensor_parallels": tensor_parallels, "engines": engines}
     trace, repeat = _load(trace_path, scenario, flags, rate)
-    progress = Progress()
+    progress = Progress(live_every_s=0.2)
     processes = jobs or len(os.sched_getaffinity(0))
     windows = not any(flags[name] for name in NO_WINDOWS)
     try:
@@ -258,26 +256,8 @@ def _curve(trace: Trace, found: Plan, jobs: int, progress: Progress) -> tuple[Ru
     return curve(trace, best.scenario, found.slos, knee_rates(highest), jobs=jobs, progress=progress)
 
 
-class Progress:
-    """Simulations so far and the last one, on stderr once that takes longer than two seconds: one line that changes on
-    a terminal, a line every ten seconds elsewhere."""
-
-    def __init__(self) -> None:
-        self.started_s = time.monotonic()
-        self.next_s = self.started_s + PROGRESS_AFTER_S
-        self.live = sys.stderr.isatty()
-        self.shown = False
+class Progress(StatusLine):
+    """Simulations so far, and the last one."""
 
     def __call__(self, done: int, expected: int, words: str) -> None:
-        now_s = time.monotonic()
-        if now_s < self.next_s:
-            return
-        self.next_s = now_s + (0.2 if self.live else 10.0)
-        text = f"{done} of about {expected} simulations in {now_s - self.started_s:.0f} s; {words}"
-        line = f"\r\x1b[K{text[:110]}" if self.live else f"{text}\n"
-        print(line, end="", file=sys.stderr, flush=True)
-        self.shown = True
-
-    def close(self) -> None:
-        if self.shown and self.live:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        self.say(lambda took_s: f"{done} of about {expected} simulations in {took_s:.0f} s; {words}")

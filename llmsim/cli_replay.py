@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -29,6 +28,7 @@ from llmsim.cli_options import (
     trace_arguments,
     trace_options,
 )
+from llmsim.progress import StatusLine
 from llmsim.scenario import Scenario
 
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ DEMO_TRACE = "chat.csv"
 RUNS = "runs"
 LATEST_S = 1e10  # a double no longer resolves a microsecond beyond
 STRICT_EXTRAPOLATED = 0.05  # share of GPU time outside the measured range that --strict accepts
-PROGRESS_AFTER_S = 2.0
 
 
 @click.command(cls=SectionedCommand, context_settings=CONTEXT, epilog="The scenario flags are those of 'vllm serve'.")
@@ -237,28 +236,11 @@ def _simulate(trace: Trace, scenario: Scenario) -> Result:
         progress.close()
 
 
-class Progress:
-    """Share of requests answered, on stderr, once a replay takes longer than two seconds: one line that changes on a
-    terminal, a line every ten seconds elsewhere."""
-
-    def __init__(self) -> None:
-        self.started_s = time.monotonic()
-        self.next_s = self.started_s + PROGRESS_AFTER_S
-        self.live = sys.stderr.isatty()
-        self.shown = False
+class Progress(StatusLine):
+    """Requests answered."""
 
     def __call__(self, done: int, total: int, simulated_s: float) -> None:
-        now_s = time.monotonic()
-        if now_s < self.next_s:
-            return
-        self.next_s = now_s + (0.5 if self.live else 10.0)
-        text = f"{done} of {total} requests answered, {simulated_s:.0f} s simulated in {now_s - self.started_s:.0f} s"
-        print(f"\r{text}" if self.live else text, end="" if self.live else "\n", file=sys.stderr, flush=True)
-        self.shown = True
-
-    def close(self) -> None:
-        if self.shown and self.live:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        self.say(lambda took_s: f"{done} of {total} requests answered, {simulated_s:.0f} s simulated in {took_s:.0f} s")
 
 
 def _check_extrapolation(summary: dict[str, Any]) -> None:

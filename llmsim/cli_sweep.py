@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +12,12 @@ import click
 
 from llmsim.cli import INTERRUPTED
 from llmsim.cli_options import CONTEXT, json_option
+from llmsim.progress import StatusLine
 
 if TYPE_CHECKING:
     from llmsim.sweep_spec import Spec
 
 SWEEPS = "sweeps"
-PROGRESS_AFTER_S = 2.0
 ALL_FAILED = 1
 ENDING = (".yaml", ".yml")
 
@@ -123,28 +122,15 @@ def _named(spec: Spec, labels: tuple[Any, ...]) -> dict[str, Any]:
     return dict(zip(spec.columns, labels, strict=True))
 
 
-class Line:
-    """Runs done and time left on stderr, once a sweep takes longer than two seconds: one line that changes on a
-    terminal, a line every ten seconds elsewhere."""
-
-    def __init__(self) -> None:
-        self.next_s = time.monotonic() + PROGRESS_AFTER_S
-        self.live = sys.stderr.isatty()
-        self.shown = False
+class Line(StatusLine):
+    """Runs done and time left."""
 
     def __call__(self, done: int, total: int, left_s: float | None) -> None:
-        now_s = time.monotonic()
-        if now_s < self.next_s or done == total:
-            return
-        from llmsim.sweep_report import duration
+        if done < total:
+            self.say(lambda _: f"{done} of {total} runs done{_left(left_s)}")
 
-        self.next_s = now_s + (0.5 if self.live else 10.0)
-        left = "" if left_s is None else f", about {duration(left_s)} left"
-        text = f"{done} of {total} runs done{left}"
-        end = "" if self.live else "\n"
-        print(f"\r\x1b[K{text}" if self.live else text, end=end, file=sys.stderr, flush=True)
-        self.shown = True
 
-    def close(self) -> None:
-        if self.shown and self.live:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+def _left(seconds: float | None) -> str:
+    from llmsim.sweep_report import duration
+
+    return "" if seconds is None else f", about {duration(seconds)} left"

@@ -21,7 +21,8 @@ import pytest
 
 from llmsim import cli
 from llmsim.cli_options import TRACE_PARAMETERS
-from llmsim.cli_replay import PROGRESS_AFTER_S, Progress, demo_trace, replay
+from llmsim.cli_replay import Progress, demo_trace, replay
+from llmsim.progress import PROGRESS_AFTER_S
 from llmsim.scenario import Scenario
 
 ROOT = Path(__file__).parents[1]

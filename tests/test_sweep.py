@@ -451,7 +451,7 @@ def test_a_line_says_how_many_are_done_and_how_long_the_rest_takes(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [100.0]
-    monkeypatch.setattr("llmsim.cli_sweep.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("llmsim.progress.time.monotonic", lambda: clock[0])
     line = Line()
     for at, done, left_s in (
         (101.0, 1, None),
