@@ -137,34 +137,21 @@ def _unzstd(name: str, stored: bytes) -> bytes:
             f"{name}: Zstandard-compressed, and the zstandard package is not installed; "
             'pip install "llmsim[zstd]", or unpack it with: zstd -d'
         ) from None
+    parts, length, at = [], 0, 0
     try:
-        reader = zstandard.ZstdDecompressor().decompressobj(read_across_frames=True)
-        parts, length = [], 0
-        for start in range(0, len(stored), PIECE_BYTES):
-            parts.append(reader.decompress(stored[start : start + PIECE_BYTES]))
-            length += len(parts[-1])
-            _check_unpacked(name, stored, length)
-        data = b"".join(parts)
-        complete = bool(reader.eof) or (not reader.unconsumed_tail and _frames_end(stored))
+        while at < len(stored):
+            frame = zstandard.ZstdDecompressor().decompressobj()
+            while at < len(stored) and not frame.eof:
+                piece = stored[at : at + PIECE_BYTES]
+                parts.append(frame.decompress(piece))
+                at += len(piece) - len(frame.unused_data)
+                length += len(parts[-1])
+                _check_unpacked(name, stored, length)
+            if not frame.eof:
+                raise ValueError(f"{name}: Zstandard data is cut short; fetch the file again")
     except zstandard.ZstdError as error:
         raise ValueError(f"{name}: Zstandard data is damaged ({error}); fetch the file again") from None
-    if not complete:
-        raise ValueError(f"{name}: Zstandard data is cut short; fetch the file again")
-    return data
-
-
-def _frames_end(stored: bytes) -> bool:
-    """Whether the last frame is whole: reading across frames never reports an end of its own."""
-    import zstandard
-
-    rest = stored
-    while rest:
-        one = zstandard.ZstdDecompressor().decompressobj()
-        one.decompress(rest)
-        if not one.eof:
-            return False
-        rest = one.unused_data
-    return True
+    return b"".join(parts)
 
 
 def _refuse(name: str, data: bytes) -> None:
