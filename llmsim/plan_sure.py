@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from math import ceil, comb, floor, fsum
+from math import ceil, floor
 
 from llmsim.plan_asked import check_number
 from llmsim.plan_bench import Ask, Bench, Drawn
@@ -52,14 +52,9 @@ class Tally:
 def lower_bound(kept: int, draws: int, doubt: float = 0.05) -> float:
     """The least probability to hold with which so many of the draws would hold in `doubt` of all cases: the one-sided
     bound of Clopper and Pearson. Of n of n it is doubt^(1 / n): 0.86 of 20."""
-    if kept == 0:
-        return 0.0
-    low, high = 0.0, 1.0
-    for _ in range(50):
-        middle = 0.5 * (low + high)
-        terms = (comb(draws, i) * middle**i * (1.0 - middle) ** (draws - i) for i in range(kept, draws + 1))
-        low, high = (middle, high) if fsum(terms) < doubt else (low, middle)
-    return low
+    from scipy.special import betaincinv
+
+    return float(betaincinv(kept, draws - kept + 1, doubt)) if kept else 0.0
 
 
 def draws_for(confidence: float) -> int:
