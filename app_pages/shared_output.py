@@ -127,13 +127,13 @@ def chart(
             for number, panel in enumerate(drawing):
                 chart(panel, key=f"{key}_{number}", alt=said and f"{said}, panel {number + 1}")
         return None
-    plain = drawing.copy(deep=False)
-    plain.description = altair.Undefined  # `alt` says it
-    plain.config = _of_theme(plain.config)
-    if plain.autosize is altair.Undefined:  # the height that the chart was given is that of its plot
-        plain.autosize = altair.AutoSizeParams(type="fit-x", contains="padding")
-    plain.padding = {"left": 0, "top": 5, "right": 16, "bottom": 5}  # the last label of an axis reaches beyond it
-    return st.altair_chart(plain, width="stretch", alt=said, key=key, on_select=on_select or "ignore", **options)
+    drawn = drawing.copy(deep=False)
+    drawn.description = altair.Undefined  # `alt` says it
+    drawn.config = _of_theme(drawn.config)
+    if drawn.autosize is altair.Undefined:  # the height that the chart was given is that of its plot
+        drawn.autosize = altair.AutoSizeParams(type="fit-x", contains="padding")
+    drawn.padding = {"left": 0, "top": 5, "right": 16, "bottom": 5}  # the last label of an axis reaches beyond it
+    return st.altair_chart(drawn, width="stretch", alt=said, key=key, on_select=on_select or "ignore", **options)
 
 
 TEXTS = ("labelColor", "titleColor", "color")  # a theme has no colour of subtitles

@@ -113,7 +113,7 @@ def main() -> None:
     update(ACCURACY, capacity.report(recordings()), capacity.MARKS)
     UNCERTAINTY.write_text(intervals_block(UNCERTAINTY.read_text(encoding="utf-8")), encoding="utf-8")
     update(README, table([load for load in loads if (FOLDERS[0] / load.folder).is_dir()]))
-    README.write_text(phases_block(replay_block(README.read_text(encoding="utf-8"))), encoding="utf-8")
+    README.write_text(plan_blocks(phases_block(replay_block(README.read_text(encoding="utf-8")))), encoding="utf-8")
     PLANNING.write_text(plan_blocks(PLANNING.read_text(encoding="utf-8")), encoding="utf-8")
     for page in sorted(POLICIES.glob("*.md")):
         page.write_text(whatif_blocks(page.read_text(encoding="utf-8")), encoding="utf-8")
