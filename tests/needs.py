@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from pathlib import Path
 
 import pytest
 
@@ -14,3 +15,8 @@ def require(module: str) -> None:
         if os.environ.get("CI"):
             raise RuntimeError(f"{module} is not installed: CI installs it (.ci/run)")
         pytest.skip(f"{module} is not installed: pip install {module}", allow_module_level=True)
+
+
+def there(path: Path) -> pytest.MarkDecorator:
+    """Marks a test that reads files which stand beside a checkout."""
+    return pytest.mark.skipif(not path.exists() and not os.environ.get("CI"), reason=f"{path} is absent")

@@ -11,6 +11,7 @@ from random import Random
 
 import numpy as np
 import pytest
+from needs import there
 
 from llmsim.cli import main
 from llmsim.eviction import BUILTIN
@@ -85,7 +86,7 @@ def test_the_lru_curve_is_exactly_that_of_stack_distances(seed: int) -> None:
     assert len(set(found)) > 5
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the public traces are not beside this checkout")
+@there(SHARED)
 def test_the_lru_curve_of_the_mooncake_conversations_is_exact() -> None:
     trace = load_trace(SHARED / "conversation_trace.first2000.jsonl", limit=1000)
     distances, sizes = stack_distances(trace), [1000, 5000]
@@ -94,7 +95,7 @@ def test_the_lru_curve_of_the_mooncake_conversations_is_exact() -> None:
     assert 1000 < found[0] < found[1]
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the public traces are not beside this checkout")
+@there(SHARED)
 def test_an_unlimited_cache_finds_what_a_set_of_seen_ids_finds() -> None:
     """64.0 % of the synthetic trace's blocks; ids of this trace name their whole prefix, so a set is enough."""
     path = SHARED / "synthetic_trace.jsonl.gz"
@@ -227,7 +228,7 @@ def test_a_turn_that_waits_comes_its_think_time_after_the_one_before() -> None:
     assert curves(turns, [5], ["lru"])[0].hit_blocks == 4
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the public traces are not beside this checkout")
+@there(SHARED)
 def test_the_order_of_the_mooncake_paper() -> None:
     """Its Table 1 at 10,000 blocks: LRU 0.40, LFU 0.35, LengthAware 0.35. Another trace of theirs, the same order."""
     trace = load_trace(SHARED / "synthetic_trace.jsonl.gz")
