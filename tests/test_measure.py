@@ -17,8 +17,8 @@ require("torch")
 import torch
 from click.testing import CliRunner
 
-from calibration.measure import command, elementwise, layers, linear, run
-from calibration.measure.plan import Measured, Plan, expected_error, leave_one_out
+from calibration.measure import command, elementwise, layers, linear, run, stacks
+from calibration.measure.plan import SHARES, Measured, Plan, expected_error, leave_one_out
 from calibration.measure.points import Point, Unavailable, Wanted
 from calibration.measure.rows import Journal, Row, read_parquet, write_parquet
 from calibration.measure.timing import Bench, Nvml, quantile
@@ -150,6 +150,50 @@ def test_bytes_by_dtype():
     assert elementwise.least_bytes(point) == 4 * 2 * 3 * 64
 
 
+def test_stacks_time_each_set_of_shapes_once_at_both_clocks():
+    models = tuple(find_model(name) for name in ("llama-3.1-8b", "mistral-7b", "qwen2.5-7b"))  # two of one layer
+    asked = Wanted(models, ("bfloat16", "fp8", "float16"), tensor_parallel=(1, 2, 8))
+    points = list(stacks.Stacks().points(asked))
+    assert len({point.key for point in points}) == len(points)
+    pairs = [(name, tp) for tp in (1, 2, 8) for name in ("llama-3.1-8b", "qwen2.5-7b")]
+    timed = [pair for pair in pairs if pair[1] in find_model(pair[0]).tensor_parallel_sizes()]
+    assert list(dict.fromkeys((point["model"], point["tensor_parallel"]) for point in points)) == timed
+    assert {point["dtype"] for point in points} == {"bfloat16", "fp8"}
+    for clocks, fewest, most in (("cold", 1, stacks.COLD_TO), ("sustained", stacks.SUSTAINED_FROM, 8192)):
+        sizes = {point["tokens"] for point in points if point["clocks"] == clocks}
+        assert {size for size in stacks.COARSE if fewest <= size <= most} <= sizes
+        assert fewest <= min(sizes) and max(sizes) <= most
+    assert stacks.layer_shapes(LLAMA, 2) == [(3072, 4096), (4096, 2048), (14336 * 2 // 2, 4096), (4096, 7168)]
+
+
+def test_a_stack_runs_its_products_in_turn_on_buffers_of_their_own(monkeypatch):
+    called = []
+
+    def product(bench, count, dtype, tokens, n, k, of):
+        return [lambda i=i: called.append((n, k, i, of)) for i in range(count)]
+
+    class Bench:
+        cuda = False
+
+        def copies(self, nbytes):
+            self.nbytes = nbytes
+            return 2
+
+        def time(self, point, calls, **columns):
+            for call in calls:
+                call()
+            return columns
+
+    monkeypatch.setitem(stacks.CALLS, "cublas", product)
+    operator, bench = stacks.Stacks(), Bench()
+    point = next(iter(operator.points(Wanted((LLAMA,), ("bfloat16",), tensor_parallel=(1,)))))
+    columns = operator.measure(point, bench)
+    shapes = stacks.layer_shapes(LLAMA, 1)
+    order = [(n, k, i, f" {place}") for i in (0, 1) for place, (n, k) in enumerate(shapes)]
+    assert called[1:] == order, "after one call that tries the kernel out"
+    assert columns["flops"] == sum(2.0 * n * k for n, k in shapes) and columns["bytes"] == bench.nbytes
+
+
 def test_points_cover_every_shape_of_every_model_and_tensor_parallel_size():
     models = tuple(find_model(name) for name in command.DENSE_FAMILIES.split(","))
     asked = Wanted(models, ("bfloat16", "fp8", "float16"), tensor_parallel=(1, 2, 4, 8))
@@ -256,7 +300,7 @@ def test_every_operator_gets_its_turn():
         for point in plan.next():
             plan.measured(point, [row()], 0.1)
             spent[point.op] += 0.1
-    assert spent["linear"] == pytest.approx(spent["attention_decode"], rel=0.2)
+    assert spent["linear"] / SHARES["linear"] == pytest.approx(spent["attention_decode"] / SHARES["attention"], rel=0.2)
 
 
 # ---- timing -------------------------------------------------------------------------------------------------------
@@ -459,7 +503,7 @@ def test_buffers_exceed_twice_the_cache(gpu_bench):
 def test_a_linear_call_is_the_matrix_product(bench, variant):
     dtype = {"cublas": "bfloat16", "scaled_mm": "fp8", "int8_weight": "int8"}[variant]
     tokens, n, k = 16, 48, 64
-    out = linear._CALLS[variant](bench, 2, dtype, tokens, n, k)[1]()
+    out = linear.CALLS[variant](bench, 2, dtype, tokens, n, k)[1]()
     x = bench.views(2, (tokens, k), "bfloat16" if variant == "int8_weight" else dtype, "x")[1].float()
     weight = bench.views(2, (n, k), dtype, "weight")[1].float()
     assert out.shape == (tokens, n)

@@ -165,7 +165,7 @@ class Linear:
             raise Unavailable(reason)
         nbytes = linear_bytes(dtype, tokens, n, k)
         bench.torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
-        calls = _CALLS[point.variant](bench, bench.copies(nbytes), dtype, tokens, n, k)
+        calls = CALLS[point.variant](bench, bench.copies(nbytes), dtype, tokens, n, k)
         row = bench.time(point, calls, flops=linear_flops(tokens, n, k), bytes=nbytes)
         bench.torch.set_float32_matmul_precision("highest")
         return row
@@ -173,7 +173,7 @@ class Linear:
     def _try(self, variant: str, dtype: str, bench: Bench) -> str | None:
         """Why a variant cannot run here at all, found with a shape every kernel accepts."""
         try:
-            _CALLS[variant](bench, 1, dtype, 64, 256, 256)[0]()
+            CALLS[variant](bench, 1, dtype, 64, 256, 256)[0]()
             bench.synchronize()
         except bench.torch.OutOfMemoryError:
             raise
@@ -182,61 +182,61 @@ class Linear:
         return None
 
 
+# One on each of `count` buffers. `of`: whose they are, where products of several shapes are held at once.
 Calls = list[Callable[[], Any]]
 
 
-def _operands(bench: Bench, count: int, dtype: str, tokens: int, n: int, k: int) -> Iterator[tuple[Any, Any]]:
-    inputs = bench.views(count, (tokens, k), dtype, "x")
-    return zip(inputs, bench.views(count, (n, k), dtype, "weight"), strict=True)
+def _operands(bench: Bench, count: int, dtype: str, tokens: int, n: int, k: int, of: str) -> Iterator[tuple[Any, Any]]:
+    inputs = bench.views(count, (tokens, k), dtype, f"x{of}")
+    return zip(inputs, bench.views(count, (n, k), dtype, f"weight{of}"), strict=True)
 
 
-def _cublas(bench: Bench, count: int, dtype: str, tokens: int, n: int, k: int) -> Calls:
-    outputs = bench.views(count, (tokens, n), dtype, "out")
-    pairs = zip(_operands(bench, count, dtype, tokens, n, k), outputs, strict=True)
+def _cublas(bench: Bench, count: int, dtype: str, tokens: int, n: int, k: int, of: str = "") -> Calls:
+    outputs = bench.views(count, (tokens, n), dtype, f"out{of}")
+    pairs = zip(_operands(bench, count, dtype, tokens, n, k, of), outputs, strict=True)
     return [partial(bench.torch.mm, x, weight.t(), out=out) for (x, weight), out in pairs]
 
 
-def _scaled_mm(bench: Bench, count: int, dtype: str, tokens: int, n: int, k: int) -> Calls:
+def _scaled_mm(bench: Bench, count: int, dtype: str, tokens: int, n: int, k: int, of: str = "") -> Calls:
     torch = bench.torch
     scale = torch.ones((), device=bench.device)
     more = {"scale_a": scale, "scale_b": scale, "out_dtype": torch.bfloat16, "use_fast_accum": True}
-    return [
-        partial(torch._scaled_mm, x, weight.t(), **more) for x, weight in _operands(bench, count, dtype, tokens, n, k)
-    ]
+    pairs = _operands(bench, count, dtype, tokens, n, k, of)
+    return [partial(torch._scaled_mm, x, weight.t(), **more) for x, weight in pairs]
 
 
-def _vllm_cutlass(bench: Bench, count: int, dtype: str, tokens: int, n: int, k: int) -> Calls:
+def _vllm_cutlass(bench: Bench, count: int, dtype: str, tokens: int, n: int, k: int, of: str = "") -> Calls:
     from vllm import _custom_ops as ops
 
     torch = bench.torch
     rows, whole = torch.ones((tokens, 1), device=bench.device), torch.ones((1, 1), device=bench.device)
     return [
         partial(ops.cutlass_scaled_mm, x, weight.t(), rows, whole, torch.bfloat16)
-        for x, weight in _operands(bench, count, dtype, tokens, n, k)
+        for x, weight in _operands(bench, count, dtype, tokens, n, k, of)
     ]
 
 
-def _int8_weight(bench: Bench, count: int, dtype: str, tokens: int, n: int, k: int) -> Calls:
-    inputs = bench.views(count, (tokens, k), "bfloat16", "x")
-    weights = bench.views(count, (n, k), "int8", "weight")
+def _int8_weight(bench: Bench, count: int, dtype: str, tokens: int, n: int, k: int, of: str = "") -> Calls:
+    inputs = bench.views(count, (tokens, k), "bfloat16", f"x{of}")
+    weights = bench.views(count, (n, k), "int8", f"weight{of}")
     scales = bench.randn((n,), "bfloat16")
     return [partial(bench.torch._weight_int8pack_mm, x, w, scales) for x, w in zip(inputs, weights, strict=True)]
 
 
-def _int4_weight(bench: Bench, count: int, dtype: str, tokens: int, n: int, k: int) -> Calls:
+def _int4_weight(bench: Bench, count: int, dtype: str, tokens: int, n: int, k: int, of: str = "") -> Calls:
     torch = bench.torch
     if not bench.cuda:
         raise NotImplementedError("torch's packed int4 weights for CUDA do not run on a CPU")
-    inputs = bench.views(count, (tokens, k), "bfloat16", "x")
+    inputs = bench.views(count, (tokens, k), "bfloat16", f"x{of}")
     # Packed as `torch._convert_weight_to_int4pack` lays them out with 8 inner tiles. Random bits are as good.
-    bits = bench.views(count, (n * k // 2,), "int8", "weight")
+    bits = bench.views(count, (n * k // 2,), "int8", f"weight{of}")
     weights = [view.view(torch.int32).view(n // 8, k // (8 * 16), 32, 4) for view in bits]
     scales = bench.randn((k // GROUP, n, 2), "bfloat16")
     pairs = zip(inputs, weights, strict=True)
     return [partial(torch._weight_int4pack_mm, x, weight, GROUP, scales) for x, weight in pairs]
 
 
-_CALLS: dict[str, Callable[[Bench, int, str, int, int, int], Calls]] = {
+CALLS: dict[str, Callable[..., Calls]] = {
     "cublas": _cublas,
     "scaled_mm": _scaled_mm,
     "vllm_cutlass": _vllm_cutlass,

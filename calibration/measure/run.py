@@ -32,6 +32,7 @@ from llmsim.hardware import find_gpu
 # family: where its class is, and the ops of its points
 OPERATORS = {
     "linear": ("linear:Linear", ("linear",)),
+    "stacks": ("stacks:Stacks", ("linear_stack",)),
     "attention": ("attention:Attention", ("attention_prefill", "attention_decode", "attention_mixed")),
     "elementwise": (
         "elementwise:Elementwise",
