@@ -159,9 +159,9 @@ def fit_mixed(
     linear = columns(basis, [*small.tokens, *large], padded)
     known_s = linear[:, : len(small.tokens)] @ np.array(small.linear_s)
     seqs, chunks = (np.array(column, float) for column in zip(*((s.seqs, len(s.chunks)) for s in steps), strict=True))
-    known_s += basis.head_s(seqs + chunks) + basis.base_s(seqs) + basis.call_s * chunks
+    known_s += basis.head_s(seqs + chunks) + basis.base_s(seqs) + basis.call_s
     known_s += basis.span_s * np.array([sum(new + done for new, done in step.chunks) for step in steps])
-    known_s += basis.cached_s * np.array([sum(done > 0 for _, done in step.chunks) for step in steps])
+    known_s += basis.cached_s * np.array([any(done for _, done in step.chunks) for step in steps])
     pairs, kv_tokens = attention_work(steps, small.mixed_kv_token_s / max(small.pair_s, 1e-15), basis.least_rows)
     # b_mixed is b_full plus something not below 0: alone in a full graph a decode reads at its best
     known_s += small.full_kv_token_s * kv_tokens

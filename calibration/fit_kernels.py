@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 
 from calibration.fit import monotone
+from calibration.fit_stacks import with_stacks
 from llmsim.cost.kernels import (
     TILE_ROWS,
     Curve,
@@ -76,6 +77,9 @@ def fit_kernels(
         for dtype, group in _by(rows, "linear", lambda r: r.dtype).items()
         if dtype in ELEMENT_BYTES and any(row.variant in LINEAR_VARIANTS for row in group)
     }
+    for dtype, group in _by(rows, "linear_stack", lambda r: r.dtype).items():
+        if dtype in linears:
+            linears[dtype] = with_stacks(linears[dtype], preferred(group, LINEAR_VARIANTS), dtype, judge)
     if "bfloat16" not in linears:
         raise ValueError("measurements: no linear layer in bfloat16 (op=linear). Measure some first")
     decodes, prefills = fit_attention(rows, gpu, judge, rest)

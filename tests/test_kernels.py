@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmsim.cost.basis import Coefficients, KernelBasis, StepClock
 from llmsim.cost.graphs import Graphs
 from llmsim.cost.kernels import (
-    RANK_WAIT_S,
+    CLOCKS_FALL_S,
     TILE_AT_ONCE,
     TILE_PAID,
     TILE_PAID_ROWS,
@@ -25,10 +26,11 @@ from llmsim.cost.kernels import (
     LinearTable,
     NotTimedError,
     PrefillForm,
+    Stack,
     nearest,
 )
 from llmsim.cost.load import CostSettings
-from llmsim.cost.profile import Profile, ProfileCost, read_profile
+from llmsim.cost.profile import Profile, ProfileCost, by_kernels, fitted_basis, read_profile
 from llmsim.hardware import find_gpu, find_model
 
 FLOPS, BANDWIDTH = 1e12, 1e12
@@ -196,7 +198,7 @@ def by_hand(tensor_parallel: int, rows: float) -> float:
     layer_s += kernel_s("silu_mul", 3 * 512 / tp)
     layer_s += kernel_s("kv_write", 4 * 2 * 64 / tp)
     if tp > 1:
-        layer_s += 2 * (9e-6 + 8e-12 * 2 * rows * 256 + RANK_WAIT_S)
+        layer_s += 2 * (9e-6 + 8e-12 * 2 * rows * 256)
     return 3 * layer_s
 
 
@@ -204,6 +206,59 @@ def by_hand(tensor_parallel: int, rows: float) -> float:
 def test_the_body_is_the_sum_of_its_kernels(tensor_parallel: int) -> None:
     body_s = Forward(KERNELS, TOY, "bfloat16", "auto", tensor_parallel).body_s(ROWS)
     assert body_s == pytest.approx([by_hand(tensor_parallel, rows) for rows in ROWS], rel=1e-12)
+
+
+TOGETHER = tuple(Forward(KERNELS, TOY, "bfloat16", "auto", 1).layer_linears)
+
+
+def stacked(*stacks: Stack) -> LinearTable:
+    return msgspec.structs.replace(KERNELS.linears["bfloat16"], stacks=stacks)
+
+
+def test_a_layers_products_take_what_was_timed_of_them_together() -> None:
+    alone, both = KERNELS.linears["bfloat16"], stacked(Stack(TOGETHER, (1, 100), (0.9, 1.1), loaded=1.3))
+    rows = np.array([1.0, 10.0, 100.0, 5000.0])
+    summed = sum(alone.seconds(n, k, rows) for n, k in TOGETHER)
+    assert alone.layer_s(TOGETHER, rows) == pytest.approx(summed)
+    assert both.layer_s(TOGETHER, rows) == pytest.approx(summed * [0.9, 1.0, 1.1, 1.1])
+    assert both.layer_s(TOGETHER, rows, loaded=True) == pytest.approx(summed * 1.3)
+
+
+def test_a_layer_that_was_not_timed_lies_between_its_neighbours() -> None:
+    twice, eight_times = (tuple((n * far, k) for n, k in TOGETHER) for far in (2, 8))
+    table = stacked(Stack(twice, (1,), (0.8,), loaded=1.0), Stack(eight_times, (1,), (1.0,), loaded=1.0))
+    summed = sum(table.seconds(n, k, ROWS) for n, k in TOGETHER)
+    near, far = 4.0**-3, 12.0**-3  # four products, log2 of 2 and of 8 away
+    assert table.layer_s(TOGETHER, ROWS) == pytest.approx(summed * 0.8 ** (near / (near + far)))
+    assert table.layer_s(twice, ROWS, without=table.stacks[0]) == pytest.approx(
+        sum(table.seconds(n, k, ROWS) for n, k in twice)
+    )
+
+
+def test_long_iterations_run_at_the_clocks_of_sustained_load() -> None:
+    table = stacked(Stack(TOGETHER, (1,), (0.9,), loaded=1.2))
+    kernels = msgspec.structs.replace(KERNELS, linears={"bfloat16": table})
+    forward, rows = Forward(kernels, TOY, "bfloat16", "auto", 1), np.geomspace(1.0, 1e8, 200)
+    cold_s = 3 * table.layer_s(TOGETHER, rows)
+    ratio = forward.body_parts(rows)["linear"] / cold_s
+    short, long = cold_s <= CLOCKS_FALL_S[0], cold_s >= CLOCKS_FALL_S[1]
+    assert short.any() and long.any()
+    assert ratio[short] == pytest.approx(1.0) and ratio[long] == pytest.approx(1.2 / 0.9)
+    assert (np.diff(ratio) >= -1e-12).all()
+    middle = np.interp(0.1, cold_s, ratio)  # half-way between 50 and 200 ms, in logarithms
+    assert middle == pytest.approx((1.2 / 0.9) ** 0.5, rel=0.01)
+
+
+def test_a_layer_timed_together_is_not_of_its_neighbours() -> None:
+    other = replace(TOY, intermediate=640)
+    before = Forward(KERNELS, other, "bfloat16", "auto", 1)
+    assert [name for name in before.extrapolated if "linear" in name] == [
+        "linear 1280x256",
+        "linear 256x640",
+    ]
+    table = stacked(Stack(tuple(before.layer_linears), (1,), (1.0,), loaded=1.0))
+    after = Forward(msgspec.structs.replace(KERNELS, linears={"bfloat16": table}), other, "bfloat16", "auto", 1)
+    assert not [name for name in after.extrapolated if "linear" in name]
 
 
 def test_two_all_reduces_a_layer_and_half_of_one_for_the_logits() -> None:
@@ -253,12 +308,53 @@ def test_quantising_the_input_is_counted_once() -> None:
     )
     inputs = (256, 256, 256, 512)
     first_s, per_byte_s = LINES["quant_fp8"]
-    assert apart - inside == pytest.approx(3 * sum(first_s + per_byte_s * ROWS * k * 3 for k in inputs))
+    # a kernel of its own for attention's output; in those of two norms and the activation no launch
+    assert apart - inside == pytest.approx(3 * (first_s + sum(per_byte_s * ROWS * k * 3 for k in inputs)))
 
 
 def test_weights_alone_in_eight_bits_quantise_no_input() -> None:
     eight = Forward(with_linear("int8"), TOY, "int8", "auto", 1).body_s(ROWS)
     assert eight == pytest.approx(Forward(with_linear("fp8", quantises=True), TOY, "fp8", "auto", 1).body_s(ROWS))
+
+
+def test_one_call_of_attention_serves_all_chunks_of_an_iteration() -> None:
+    basis = KernelBasis(Forward(KERNELS, TOY, "bfloat16", "auto", 1))
+    clock = StepClock(basis, Coefficients((1, 4096), (1e-3, 2e-3), 1e-8, 1e-8, 2e-11, 0.0), lambda rows: rows)
+    form = basis.forward.chunk()
+
+    def attention_s(*chunks: tuple[int, int]) -> float:
+        return clock.mixed_s(chunks, 0, 0) - clock.rows_s(sum(new for new, _ in chunks), len(chunks))
+
+    assert attention_s((256, 0)) > form.call_s > 0
+    assert attention_s((256, 0), (256, 0)) == pytest.approx(2 * attention_s((256, 0)) - form.call_s)
+    assert attention_s((256, 64), (256, 64)) == pytest.approx(2 * attention_s((256, 64)) - form.call_s - form.cached_s)
+    assert attention_s((256, 0), (256, 64)) == pytest.approx(
+        attention_s((256, 0)) + attention_s((256, 64)) - form.call_s
+    )
+
+
+@pytest.mark.parametrize("excess", [1.1, 0.9])
+def test_what_the_engine_adds_is_a_gap_a_layer_and_beyond_that_a_ratio(excess: float) -> None:
+    """A profile whose L is `excess` times its kernels' body at few rows, and twice that at 256."""
+    shipped = read_profile("h200-sxm")
+    knots = np.array([1.0, 8.0, 64.0, 256.0])
+    body_s, layers = fitted_basis(shipped).body_s(knots), find_model(shipped.model).layers
+    clock = msgspec.structs.replace(
+        shipped.gpu_clock,
+        tokens=tuple(map(int, knots)),
+        linear_s=tuple(body_s * np.array([excess, excess, excess, 2.0])),
+    )
+    assert shipped.kernels
+    forward = Forward(shipped.kernels, find_model("qwen2.5-32b"), "bfloat16", "auto", 1)
+    _, coefficients = by_kernels(msgspec.structs.replace(shipped, gpu_clock=clock), forward)
+    linear_s, own_s = np.array(coefficients.linear_s), forward.body_s(knots)
+    if excess < 1.0:  # nothing to add: kernels were timed too slow
+        assert linear_s == pytest.approx(own_s * [0.9, 0.9, 0.9, 2.0])
+        return
+    usual_s = float(np.median(0.1 * body_s[:3])) / layers
+    gap_s = np.minimum(0.1 * body_s / layers, usual_s)
+    assert linear_s[:2] == pytest.approx((own_s + 64 * gap_s)[:2])
+    assert linear_s[3] == pytest.approx(own_s[3] * (2.0 - layers * usual_s / body_s[3]) + 64 * usual_s)
 
 
 def test_more_gpus_than_were_timed_take_the_links_share() -> None:

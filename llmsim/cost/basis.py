@@ -4,17 +4,22 @@ GPU seconds of an iteration of n rows (tokens, padded in graph modes), s decodes
 chunks (new, done):
 
     pure decodes    T = L(n) + head(q) + base(s) + b(s) * kv_tokens
-    with chunks     B = L(n) + head(q) + base(s) + b_mixed * kv_tokens + sum over chunks C(new, done)
+    with chunks     B = L(n) + head(q) + base(s) + b_mixed * kv_tokens + call + (cached if any done > 0)
+                        + sum over chunks C(new, done)
                     T = B + w * power(s) * min(B, 50 ms)
-    C = call + span * (done + new) + max(a * (done * max(new, least) + new (new + 1) / 2), b_mixed * done)
-        + (cached if done > 0)
+    C = span * (done + new) + max(a * (done * max(new, least) + new (new + 1) / 2), b_mixed * done)
+
+One call of the attention kernel serves all chunks of an iteration (FlashAttention's variable-length form; charged with
+a call each, four chunks of 256 tokens came out 9 % too long).
+
 
 L is given at knots. Two bases say what lies between them and what another model's terms are:
 
     `ShapeBasis`    no kernels were timed: L includes the head and is linear in `effective_rows`; base, call, span and
                     cached are 0, least 1; other models by data-sheet shapes (llmsim.cost.profile)
     `KernelBasis`   L(n) = r(n) * body(n), body composed from timed kernels (llmsim.cost.kernels), r linear in log n
-                    between the knots: what an engine adds to its kernels. Other models: the same r, their own body
+                    between the knots: what an engine adds to its kernels. Other models: their own body, and what is
+                    added as a gap a layer and a ratio (llmsim.cost.profile.by_kernels)
 """
 
 from __future__ import annotations
@@ -111,6 +116,10 @@ class KernelBasis:
     def body_s(self, rows: Floats) -> Floats:
         return self.forward.body_s(rows)
 
+    @property
+    def layers(self) -> int:
+        return self.forward.layers
+
     def head_s(self, requests: Floats) -> Floats:
         return self.forward.head_s(requests)
 
@@ -199,14 +208,15 @@ class StepClock:
     def mixed_s(self, chunks: Sequence[tuple[int, int]], seqs: int, kv_tokens: float) -> float:
         own, basis = self._coefficients, self._basis
         kv_s, pair_s, call_s, span_s, least = own.mixed_kv_s, own.pair_s, basis.call_s, basis.span_s, basis.least_rows
-        seconds = kv_s * kv_tokens
-        tokens, requests = seqs, seqs + len(chunks)
+        seconds = call_s + kv_s * kv_tokens
+        tokens, requests, cached = seqs, seqs + len(chunks), 0
         for new, done in chunks:
             tokens += new
+            cached += done
             pairs = done * (new if new > least else least) + 0.5 * new * (new + 1)
-            seconds += call_s + span_s * (new + done) + max(pair_s * pairs, kv_s * done)
-            if done:
-                seconds += basis.cached_s
+            seconds += span_s * (new + done) + max(pair_s * pairs, kv_s * done)
+        if cached:
+            seconds += basis.cached_s
         if requests >= len(self._head_s):
             self._widen(2 * requests)
         seconds += self.linear_s(self._padded(tokens)) + self._head_s[requests] + self._base_s[seqs]

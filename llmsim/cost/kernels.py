@@ -2,12 +2,13 @@
 
 Seconds of R rows (tokens of an iteration, padded in graph modes) and r requests on one rank:
 
-    body(R)    layers * (sum of the four linear layers t(n, k, R) + norms, RoPE, activation, KV write
+    body(R)    layers * (the four linear layers + norms, RoPE, activation, KV write, fp8 quantising
                          + two all-reduces of R * hidden elements if tensor_parallel > 1)
     head(r)    LM head t(vocab, hidden, r), sampling of r rows
     decode     layers * (base(s) + token(s) * cached tokens), s requests of one token each
-    prefill    layers * (call + span * (c + n) + pair * (c * max(n, least) + n (n + 1) / 2) + cached if c > 0),
-               n new tokens after c: span is what the longest row of tiles takes, which few heads cannot hide
+    prefill    layers * (call + cached if any c > 0 + sum over chunks of n new tokens after c of
+                         span * (c + n) + pair * (c * max(n, least) + n (n + 1) / 2)):
+               one kernel serves all chunks; span is what the longest row of tiles takes, which few heads cannot hide
 
 A linear layer of n outputs, k inputs takes t = q * ridge, where ridge = sqrt(memory^2 + compute^2) of data-sheet rates
 and q is measured: a table over rows for each (n, k), linear between them, constant beyond the ends. Rows count as
@@ -15,9 +16,13 @@ and q is measured: a table over rows for each (n, k), linear between them, const
 quarter of a full one and half a tile nearly all of it (on an H200, of what 1,152 rows cost more than 1,024, 1,032 cost
 0.3 and 1,090 cost 0.95). For an (n, k) that was not measured q is the mean over the nearest shapes that were, by
 distance^-3 in (log2 n, log2 k). Where both sides of many tile edges were timed (fp8, whose time falls as a tile fills),
-rows count as themselves. Memory-bound kernels are curves of seconds over bytes moved, all-reduces over bytes of the
-message: linear between measured sizes, in proportion beyond the last. Decode attention is affine in cached tokens for
-each number of requests; `least` is the smallest query tile.
+rows count as themselves. A layer's four products, timed one after the other, take the sum of t times a ratio (`Stack`):
+by rows at the clocks of a rested GPU, one number under sustained load. An iteration lies between the two by how long
+it lasts (CLOCKS_FALL_S). A layer that was not timed has the geometric mean of its nearest ones' ratios, by distance^-3.
+
+Memory-bound kernels are curves of seconds over bytes moved, all-reduces over bytes of the message: linear between
+measured sizes, in proportion beyond the last. Decode attention is affine in cached tokens for each number of requests;
+`least` is the smallest query tile.
 
 Everything is computed when a model is loaded; the loop sees tables. `error` carries how far each operator's prediction
 is from measurements held out (python -m calibration check-kernels).
@@ -39,10 +44,10 @@ Floats = NDArray[np.float64]
 
 NEIGHBOURS = 6  # measured shapes that stand for one that was not
 FALL_OFF = 3.0
-# In an engine the ranks reach an all-reduce one after the other: decode steps of Llama-3.1-8B on two H200s take 1.9 us
-# longer for each than the sum of their kernels.
-RANK_WAIT_S = 2e-6
 
+# Iterations up to the first run at the clocks of a rested GPU, from the second on at those of sustained load.
+CLOCKS_FALL_S = (0.05, 0.2)
+LAYER_LINEARS = 4
 
 TILE_ROWS = 128
 TILE_AT_ONCE = 0.25  # of a full tile's time, as soon as its first row is there
@@ -62,6 +67,23 @@ class NotTimedError(ValueError):
     """The kernels lack what a model needs."""
 
 
+class Stack(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The products of one layer, one after the other: seconds over the sum of what the table says of each."""
+
+    shapes: tuple[tuple[int, int], ...]
+    tokens: tuple[int, ...]
+    ratio: tuple[float, ...]  # at cold clocks
+    loaded: float  # under sustained load, at any rows
+
+    def at(self, tokens: Floats) -> Floats:
+        ratio: Floats = np.interp(np.log(np.maximum(tokens, 1.0)), np.log(self.tokens), self.ratio)
+        return ratio
+
+    def far_from(self, shapes: Sequence[tuple[int, int]]) -> float:
+        pairs = zip(shapes, self.shapes, strict=True)
+        return sum(hypot(log2(n / own_n), log2(k / own_k)) for (n, k), (own_n, own_k) in pairs)
+
+
 class LinearTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """q of every measured shape: measured seconds over the ridge of data-sheet rates."""
 
@@ -74,6 +96,7 @@ class LinearTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     shapes: tuple[tuple[int, int], ...]  # (n outputs, k inputs)
     slowness: tuple[tuple[float, ...], ...]  # by shape, by tokens
     quantises: bool = False  # whether quantising the input is in the time
+    stacks: tuple[Stack, ...] = ()
 
     def rows(self, tokens: Floats) -> Floats:
         return effective_rows(tokens) if self.tiled else tokens
@@ -107,6 +130,24 @@ class LinearTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
         for i, weight in self.weights(n, k, without):
             slowness += weight * np.interp(at, known, self.slowness[i])
         seconds: Floats = slowness * self.ridge_s(n, k, tokens)
+        return seconds
+
+    def layer_s(
+        self,
+        shapes: Sequence[tuple[int, int]],
+        tokens: Floats,
+        loaded: bool = False,
+        without: Stack | None = None,
+    ) -> Floats:
+        """Of a layer's products one after the other, at cold clocks or under sustained load; `without`: a stack held
+        out."""
+        seconds = sum((self.seconds(n, k, tokens) for n, k in shapes), np.zeros(len(tokens)))
+        far = sorted((stack.far_from(shapes), i) for i, stack in enumerate(self.stacks) if stack is not without)
+        far = [(1.0, far[0][1])] if far and far[0][0] < 1e-9 else far[:NEIGHBOURS]
+        total = sum(distance**-FALL_OFF for distance, _ in far)
+        for distance, i in far:
+            ratio = self.stacks[i].loaded if loaded else self.stacks[i].at(tokens)
+            seconds = seconds * ratio ** (distance**-FALL_OFF / total)
         return seconds
 
 
@@ -211,6 +252,10 @@ class Forward:
         self._pair_ratio = wanted.q_heads * wanted.head_dim / (measured.q_heads * measured.head_dim)
 
     @property
+    def layers(self) -> int:
+        return self._model.layers
+
+    @property
     def layer_linears(self) -> list[tuple[int, int]]:
         """(n, k) of a layer's linear layers on this rank: QKV, output, gate and up, down."""
         model, tp, heads = self._model, self._tp, self._heads
@@ -225,11 +270,9 @@ class Forward:
     def body_s(self, rows: Floats) -> Floats:
         model, tp, size = self._model, self._tp, self._activation_bytes
         rows = np.asarray(rows, float)
-        seconds = np.zeros(len(rows))
-        for n, k in self.layer_linears:
-            seconds += self._linear.seconds(n, k, rows)
-            if self._quantises:
-                seconds += self._kernels.elementwise["quant_fp8"].at(rows * k * (size + ELEMENT_BYTES["fp8"]))
+        seconds = self._linears_s(rows)
+        if self._quantises:
+            seconds += self._quantising_s(rows)
         heads, kv = self._heads.q_heads * model.head_dim, self._heads.kv_heads * model.head_dim
         moved = {
             "add_rms_norm": (model.norms_per_layer, 4 * model.hidden),
@@ -243,17 +286,33 @@ class Forward:
             if op in self._kernels.elementwise:
                 seconds += times * self._kernels.elementwise[op].at(rows * width * size)
         if tp > 1:
-            seconds += 2 * (self._all_reduce().at(rows * model.hidden * size) + RANK_WAIT_S)
+            seconds += 2 * self._all_reduce().at(rows * model.hidden * size)
         return model.layers * seconds
+
+    def _linears_s(self, rows: Floats) -> Floats:
+        """Of a layer's products, at the clocks of an iteration as long as all layers' take."""
+        cold_s, loaded_s = (self._linear.layer_s(self.layer_linears, rows, loaded) for loaded in (False, True))
+        lasting = np.interp(np.log(self._model.layers * cold_s), np.log(CLOCKS_FALL_S), (0.0, 1.0))
+        seconds: Floats = cold_s * (loaded_s / cold_s) ** lasting
+        return seconds
+
+    def _quantising_s(self, rows: Floats) -> Floats:
+        """Of the inputs of a layer's products: a kernel for attention's output; norms and activation write theirs in
+        fp8 themselves (compiled as one kernel by vLLM 0.25.1), which saves a launch, not the work."""
+        curve, bytes_each = self._kernels.elementwise["quant_fp8"], self._activation_bytes + ELEMENT_BYTES["fp8"]
+        (_, hidden), (_, attended), _, (_, width) = self.layer_linears
+        fused = sum(curve.at(rows * k * bytes_each) - curve.seconds[0] for k in (hidden, hidden, width))
+        seconds: Floats = curve.at(rows * attended * bytes_each) + fused
+        return seconds
 
     def body_parts(self, rows: Floats) -> dict[str, Floats]:
         """`body_s` by term: matrix products, what lies between, all-reduces."""
         model, tp = self._model, self._tp
         rows = np.asarray(rows, float)
-        linear = sum((self._linear.seconds(n, k, rows) for n, k in self.layer_linears), np.zeros(len(rows)))
+        linear = self._linears_s(rows)
         reduce = np.zeros(len(rows))
         if tp > 1:
-            reduce = 2 * (self._all_reduce().at(rows * model.hidden * self._activation_bytes) + RANK_WAIT_S)
+            reduce = 2 * self._all_reduce().at(rows * model.hidden * self._activation_bytes)
         linear, reduce = model.layers * linear, model.layers * reduce
         return {"linear": linear, "between": self.body_s(rows) - linear - reduce, "communication": reduce}
 
@@ -304,7 +363,9 @@ class Forward:
     @property
     def extrapolated(self) -> list[str]:
         """What of this model was not measured itself but taken from its neighbours."""
-        out = [f"linear {n}x{k}" for n, k in self.layer_linears if (n, k) not in self._linear.shapes]
+        timed_together = any(stack.far_from(self.layer_linears) == 0.0 for stack in self._linear.stacks)
+        alone = [] if timed_together else self.layer_linears
+        out = [f"linear {n}x{k}" for n, k in alone if (n, k) not in self._linear.shapes]
         if self._heads.kv_dtype in KV_BITS:
             out.append(f"attention over {self._heads.kv_dtype} KV, by its bytes; dequantising it was not timed")
         elif self._decode.heads != self._heads:
