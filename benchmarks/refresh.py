@@ -2,9 +2,9 @@
 
 The README's replay is run as it stands there (its trace has to be in ../shared/traces), and so are its comparison of
 the phases, the intervals of docs/uncertainty.md and the what-ifs of docs/policies; the tables of accuracy are those of
-`benchmarks.accuracy`, `touch_up` and `coverage`, the data that the dashboard's page on calibration shows that of
-`benchmarks.evidence`. Excerpts and
-figures in sentences are left alone, and so is the table of speed, which depends on the machine.
+`benchmarks.accuracy`, `repeats`, `touch_up` and `coverage`, the data that the dashboard's page on calibration shows
+that of `benchmarks.evidence`. Excerpts and figures in sentences are left alone, and so is the table of speed, which
+depends on the machine.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import tempfile
 
 import click
 
-from benchmarks import capacity, coverage, evidence, pages, touch_up
+from benchmarks import capacity, coverage, evidence, pages, repeats, touch_up
 from benchmarks.accuracy import FOLDERS, METRICS, ROOT, Load, cells, judged, recordings, table, update
 
 WHOLE_LINES = 5  # of output; fewer are an excerpt
@@ -107,6 +107,7 @@ def main() -> None:
     evidence.main([], standalone_mode=False)
     loads = [load for folder in recordings() for load in judged(folder, "auto", 1.0)]
     update(ACCURACY, table(loads))
+    update(ACCURACY, repeats.report(loads, repeats.repeated(recordings())), (repeats.START, repeats.END))
     update(ACCURACY, touch_up.table(touch_up.judge_all()), (touch_up.START, touch_up.END))
     update(ACCURACY, coverage.table(coverage.judge_all()), (coverage.START, coverage.END))
     update(ACCURACY, coverage.spread_table(), coverage.SPREAD)

@@ -96,7 +96,7 @@ def _scenario(
 
 def compare(results: Sequence[Result], recorded: RecordedScenario) -> dict[str, Any]:
     """Replays of the same load, differing in their seed, against what was measured."""
-    guesses, truth = [_predicted_metrics(result, recorded) for result in results], _measured_metrics(recorded)
+    guesses, truth = [_predicted_metrics(result, recorded) for result in results], measured_metrics(recorded)
     guess = {
         metric: {name: float(np.mean([one[metric][name] for one in guesses])) for name in statistics}
         for metric, statistics in truth.items()
@@ -116,7 +116,7 @@ def compare(results: Sequence[Result], recorded: RecordedScenario) -> dict[str, 
     }
 
 
-def _measured_metrics(recorded: RecordedScenario) -> dict[str, Statistics]:
+def measured_metrics(recorded: RecordedScenario) -> dict[str, Statistics]:
     kept, outputs = recorded.finished, recorded.trace.output_tokens
     several = kept & (outputs > 1)
     tpot_s = (recorded.e2el_s[several] - recorded.ttft_s[several]) / (outputs[several] - 1)

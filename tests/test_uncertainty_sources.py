@@ -227,6 +227,8 @@ def test_a_recording_is_judged_without_its_machine_or_its_model() -> None:
     two_gpus = coverage.kept(next(path for path in carried if path.name.endswith("qwen2.5-14b_bf16_tp2")))
     assert {coverage.model_of(path) for path in two_gpus["h200-sxm"].carried} == {
         "llama-3.1-8b",
+        "llama-3.2-3b",
+        "mistral-small-24b",
         "qwen2.5-32b",
         "qwen2.5-7b",
         "qwen3-8b",
