@@ -12,7 +12,6 @@ chunks (new, done):
 One call of the attention kernel serves all chunks of an iteration (FlashAttention's variable-length form; charged with
 a call each, four chunks of 256 tokens came out 9 % too long).
 
-
 L is given at knots. Two bases say what lies between them and what another model's terms are:
 
     `ShapeBasis`    no kernels were timed: L includes the head and is linear in `effective_rows`; base, call, span and
