@@ -1,8 +1,10 @@
 """What a layer's products take together, over the sum of what a `LinearTable` says of each (`llmsim.cost.kernels`).
 
-At cold clocks by rows: waves of tiles show there, and the power limit does not. Beyond the rows timed cold the ratio is
-the median from `LOADED_FROM` rows on, which is what load costs a product; a stack timed at none of them is left out.
-Under load one ratio for all rows, the median: a single point is off by 5 to 10 %.
+At cold clocks by rows: waves of tiles show there, and the power limit does not. Beyond the rows timed cold the ratio
+is the median from `LOADED_FROM` rows on, which is what load costs a product; a stack timed at none of them is left
+out. From `STEADY_FROM` rows on the repeats of a point can pull the clocks down themselves (2,048 rows came out 6 to 10
+% longer than 2,056 of some models): there the median of a point and its two neighbours on either side counts. Under
+load one ratio for all rows, the median: a single point is off by 5 to 10 %.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 Shapes = tuple[tuple[int, int], ...]
 
 LOADED_FROM = 1024  # rows from which the tables hold times under sustained load and tiles of all widths are many
+STEADY_FROM = 1280
 LONG_FROM = 2048  # rows from which a chunk lasts long enough to be under sustained load
 
 
@@ -57,6 +60,9 @@ def _ratios(table: LinearTable, shapes: Shapes, timed: dict[int, float]) -> dict
 
 
 def _stack(shapes: Shapes, cold: dict[int, float], loaded: dict[int, float], last: int) -> Stack:
+    at = sorted(cold)
+    steady = {t: median(cold[near] for near in at[max(i - 2, 0) : i + 3]) for i, t in enumerate(at) if t >= STEADY_FROM}
+    cold = cold | steady
     if max(cold) < last:
         cold = cold | {max(cold) + 1: median(ratio for tokens, ratio in cold.items() if tokens >= LOADED_FROM)}
     under_load = [ratio for tokens, ratio in loaded.items() if tokens >= LONG_FROM]

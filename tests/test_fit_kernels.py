@@ -562,6 +562,9 @@ def test_stacks_are_ratios_to_their_products_timed_alone() -> None:
     errors = judge.operators()["layer's linears bfloat16"]
     assert errors == pytest.approx(1 / 0.95 - 1, rel=1e-2), "without it the sum of its parts"
     assert fitted([*alone, *decodes(), *prefills(), *others(), *cold[:2]]).linears["bfloat16"].stacks == (), "cut short"
+    hot = [stack(tokens, 1.2 if tokens == 2048 else 0.95, "cold") for tokens in (1024, 1280, 1792, 2048, 2056)]
+    (steady,) = fitted([*alone, *decodes(), *prefills(), *others(), *cold, *hot]).linears["bfloat16"].stacks
+    assert steady.ratio == pytest.approx([0.95] * len(steady.tokens), abs=1e-3), "a point that pulled the clocks down"
     other = stack(8, 0.5, "cold", variant="vllm_cutlass")
     assert fitted([*alone, *decodes(), *prefills(), *others(), *cold, *loaded, other]).linears["bfloat16"].stacks == ()
     with pytest.raises(ValueError, match="nobodys-1b"):
