@@ -28,6 +28,8 @@ FOLDERS = (ROOT / "tests" / "data" / "recordings", ROOT / "calibration" / "recor
 METRICS = {"ttft_ms": "TTFT", "tpot_ms": "TPOT", "itl_ms": "ITL", "e2el_ms": "E2EL", "output_throughput": "tok/s"}
 STATISTICS = ("mean", *(f"p{percent}" for percent in PERCENTS))
 START, END = "<!-- accuracy -->", "<!-- /accuracy -->"
+GRID_NAME = GRID.split(".")[0]
+CARRIED = ", scaled from "  # in the label of a profile that is used for another model than it was fitted to
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,15 @@ class Load:
     fitted: bool
     cost: str
     errors: dict[str, dict[str, float]]  # metric -> statistic -> (predicted - measured) / measured
+
+    @property
+    def grid(self) -> bool:
+        return self.name.startswith(GRID_NAME)
+
+    @property
+    def carried(self) -> bool:
+        """To another model, precision or number of GPUs than the profile was fitted to."""
+        return CARRIED in self.cost
 
 
 def recordings() -> list[Path]:
@@ -62,7 +73,7 @@ def judged(folder: Path, cost: str, host_scale: float) -> Iterator[Load]:
         seen = [] if profile is None else profile.provenance.recordings.values()
         fitted = hashlib.sha256(file.read_bytes()).hexdigest() in seen
         grid = file.name == GRID
-        name = f"{GRID.split('.')[0]} ({len(scenarios)} batches)" if grid else scenarios[0].name
+        name = f"{GRID_NAME} ({len(scenarios)} batches)" if grid else scenarios[0].name
         requests = sum(len(scenario.trace) for scenario in scenarios)
         yield Load(folder.name, name, requests, fitted, model.label, _errors(outcomes, sizes=grid))
 
@@ -96,7 +107,7 @@ def table(loads: Sequence[Load]) -> str:
 
 def cells(load: Load, metric: str) -> str:
     statistics = load.errors[metric]
-    sign = "" if load.name.startswith("decode_grid") else "+"
+    sign = "" if load.grid else "+"
     errors = [100 * statistics[name] for name in STATISTICS if name in statistics]
     return " / ".join("-" if error != error else f"{error:{sign}z.1f}" for error in errors)
 

@@ -33,7 +33,7 @@ from statistics import mean, median
 import click
 import numpy as np
 
-from benchmarks.accuracy import ROOT, recordings, update
+from benchmarks.accuracy import CARRIED, ROOT, recordings, update
 from llmsim.hardware import gpu_names, model_names
 from llmsim.plan import Slo, capacity
 from llmsim.rates import stability
@@ -48,7 +48,6 @@ PAGE, MARKS = ROOT / "docs" / "accuracy.md", ("<!-- capacity -->", "<!-- /capaci
 PROMISES = (("tpot", "p95"), ("ttft", "p99"))
 SEEDS = range(4)  # of the launch noise: the mean of so many answers
 TOLERANCE = 0.005  # of a rate
-CARRIED = ", scaled from "  # in the label of a profile that is used for another model than it was fitted to
 CROSSING_SEEDS = range(16)
 LOAD = re.compile(r"(poisson_\d+_\d+)_q([\d.]+)\.requests\.json\.gz")
 

@@ -17,14 +17,14 @@ from typing import Any, NamedTuple
 import click
 import numpy as np
 
-from benchmarks.accuracy import Load, judged, recordings, update
+from benchmarks.accuracy import METRICS as ALL_METRICS
+from benchmarks.accuracy import STATISTICS, Load, judged, recordings, update
 from llmsim.recorded import RecordedScenario
 from llmsim.recording import load_recording
 from llmsim.validate import measured_metrics
 
 START, END = "<!-- repeats -->", "<!-- /repeats -->"
-METRICS = {"ttft_ms": "TTFT", "tpot_ms": "TPOT", "e2el_ms": "E2EL"}
-STATISTICS = ("mean", "p50", "p90", "p99")
+METRICS = {metric: ALL_METRICS[metric] for metric in ("ttft_ms", "tpot_ms", "e2el_ms")}
 BOUNDS = {"mean": 0.03, "p50": 0.03, "p90": 0.03, "p99": 0.06}
 TIMES = 1.5
 SAME_S = 0.05  # arrivals that differ by less in the median are the same: now and then a client is late
@@ -96,13 +96,13 @@ def within(loads: Sequence[Load], groups: Sequence[Repeated]) -> dict[tuple[bool
     spread = pooled([group for group in groups if not group.eager])
     held: dict[tuple[bool, str], list[bool]] = defaultdict(list)
     for load in loads:
-        if load.fitted or load.name.startswith("decode_grid") or is_eager(Path(load.folder)):
+        if load.fitted or load.grid or is_eager(Path(load.folder)):
             continue
         for metric in METRICS:
             for statistic, error in load.errors[metric].items():
                 if error == error:
                     most = bound(statistic, spread[metric, statistic])
-                    held["scaled from" in load.cost, metric].append(abs(error) <= most)
+                    held[load.carried, metric].append(abs(error) <= most)
     return held
 
 

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
-from calibration.measure.stacks import layer_shapes
 from llmsim.cost.kernels import LinearTable, Stack
 from llmsim.hardware import find_model
 
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 Shapes = tuple[tuple[int, int], ...]
 
 LOADED_FROM = 1024  # rows from which the tables hold times under sustained load and tiles of all widths are many
-STEADY_FROM = 1280
+STEADY_FROM = 1280  # rows from which a point's own repeats can pull the clocks down
 LONG_FROM = 2048  # rows from which a chunk lasts long enough to be under sustained load
 
 
@@ -41,21 +40,21 @@ def with_stacks(table: LinearTable, rows: Sequence[Row], dtype: str, judge: Judg
     stacks, measured = [], []
     for (model, tensor_parallel), by_clocks in timed.items():
         if max(by_clocks["cold"], default=0) >= LOADED_FROM:  # not of a run that was stopped before
-            shapes = tuple(layer_shapes(find_model(model), tensor_parallel))
+            shapes = tuple(find_model(model).layer_linears(tensor_parallel).values())
             cold, loaded = (_ratios(table, shapes, by_clocks[clocks]) for clocks in ("cold", "sustained"))
             stacks.append(_stack(shapes, cold, loaded, table.tokens[-1]))
             at, seconds = (np.array(column, float) for column in zip(*sorted(by_clocks["cold"].items()), strict=True))
             measured.append((f"{model} tp={tensor_parallel}", at, seconds))
     table = msgspec.structs.replace(table, stacks=tuple(stacks))
     for stack, (name, at, seconds) in zip(stacks, measured, strict=True):
-        predicted = table.layer_s(stack.shapes, at, without=stack)
+        predicted, _ = table.layer_s(stack.shapes, at, without=stack)
         for tokens, predicted_s, measured_s in zip(at, predicted, seconds, strict=True):
             judge.add(f"layer's linears {dtype}", float(measured_s), float(predicted_s), f"{name} tokens={tokens:.0f}")
     return table
 
 
 def _ratios(table: LinearTable, shapes: Shapes, timed: dict[int, float]) -> dict[int, float]:
-    alone_s = table.layer_s(shapes, np.array(list(timed), float))
+    alone_s, _ = table.layer_s(shapes, np.array(list(timed), float))
     return {tokens: timed[tokens] / float(seconds) for tokens, seconds in zip(timed, alone_s, strict=True)}
 
 

@@ -115,6 +115,20 @@ class Model:
                 f"of {self.name}. Use one of {sizes}"
             )
 
+    def layer_linears(self, tp: int = 1) -> dict[str, tuple[int, int]]:
+        """(n outputs, k inputs) of a dense layer's linear layers on one rank, in the order they run in.
+
+        ValueError: a `tp` that does not divide the model.
+        """
+        self.check_tensor_parallel(tp)
+        heads, width = self.heads // tp, self.intermediate // tp
+        return {
+            "qkv": ((heads + 2 * self._kv_heads_on_rank(tp)) * self.head_dim, self.hidden),
+            "output": (self.hidden, heads * self.head_dim),
+            "gate_up": (2 * width, self.hidden),  # both halves in one product, as engines run it
+            "down": (self.hidden, width),
+        }
+
     # ---- elements on one rank ---------------------------------------------------------------------------------
 
     def _kv_heads_on_rank(self, tp: int) -> int:

@@ -22,7 +22,6 @@ from calibration.fit import fit_cooling, gpu_seconds  # noqa: E402
 from calibration.fit_kernels import Judge, fit_kernels, linear_seconds, preferred, steadier  # noqa: E402
 from calibration.kernel_profiles import read_kernels, same_gpu, without_engine  # noqa: E402
 from calibration.measure.rows import Row, write_parquet  # noqa: E402
-from calibration.measure.stacks import layer_shapes  # noqa: E402
 from calibration.observe import timed_on_gpu  # noqa: E402
 from calibration.steps import Scenario, StepRow, pair_steps, read_recording  # noqa: E402
 from llmsim.cost import WARM_S, WORKER_RETURN_S, Host, worker_host  # noqa: E402
@@ -539,7 +538,7 @@ def test_a_run_that_was_slow_for_a_while_does_not_say_how_long_a_few_rows_take()
 
 def test_stacks_are_ratios_to_their_products_timed_alone() -> None:
     """Llama-3.1-8B's layer 5 % faster at cold clocks, 10 % slower under load, one point of three off by a third."""
-    shapes = layer_shapes(find_model("llama-3.1-8b"), 1)
+    shapes = list(find_model("llama-3.1-8b").layer_linears().values())
     alone = [linear(n, k, tokens, 1.3 * ridge_s(n, k, tokens)) for n, k in {*shapes, *SHAPES} for tokens in TOKENS]
 
     def stack(tokens: int, ratio: float, clocks: str, **more: Any) -> Row:
@@ -558,7 +557,9 @@ def test_stacks_are_ratios_to_their_products_timed_alone() -> None:
     assert found.shapes == tuple(shapes) and found.loaded == pytest.approx(1.1, abs=1e-3)
     assert found.tokens == (1, 64, 1024, 1025) and found.ratio == pytest.approx([0.95] * 4, abs=1e-3)
     at = np.array([8.0, 4096.0])
-    assert table.layer_s(shapes, at) == pytest.approx(0.95 * sum(table.seconds(n, k, at) for n, k in shapes), rel=1e-3)
+    assert table.layer_s(shapes, at)[0] == pytest.approx(
+        0.95 * sum(table.seconds(n, k, at) for n, k in shapes), rel=1e-3
+    )
     errors = judge.operators()["layer's linears bfloat16"]
     assert errors == pytest.approx(1 / 0.95 - 1, rel=1e-2), "without it the sum of its parts"
     assert fitted([*alone, *decodes(), *prefills(), *others(), *cold[:2]]).linears["bfloat16"].stacks == (), "cut short"

@@ -219,9 +219,10 @@ def test_a_layers_products_take_what_was_timed_of_them_together() -> None:
     alone, both = KERNELS.linears["bfloat16"], stacked(Stack(TOGETHER, (1, 100), (0.9, 1.1), loaded=1.3))
     rows = np.array([1.0, 10.0, 100.0, 5000.0])
     summed = sum(alone.seconds(n, k, rows) for n, k in TOGETHER)
-    assert alone.layer_s(TOGETHER, rows) == pytest.approx(summed)
-    assert both.layer_s(TOGETHER, rows) == pytest.approx(summed * [0.9, 1.0, 1.1, 1.1])
-    assert both.layer_s(TOGETHER, rows, loaded=True) == pytest.approx(summed * 1.3)
+    assert alone.layer_s(TOGETHER, rows)[0] == pytest.approx(summed)
+    cold_s, loaded_s = both.layer_s(TOGETHER, rows)
+    assert cold_s == pytest.approx(summed * [0.9, 1.0, 1.1, 1.1])
+    assert loaded_s == pytest.approx(summed * 1.3)
 
 
 def test_a_layer_that_was_not_timed_lies_between_its_neighbours() -> None:
@@ -229,8 +230,8 @@ def test_a_layer_that_was_not_timed_lies_between_its_neighbours() -> None:
     table = stacked(Stack(twice, (1,), (0.8,), loaded=1.0), Stack(eight_times, (1,), (1.0,), loaded=1.0))
     summed = sum(table.seconds(n, k, ROWS) for n, k in TOGETHER)
     near, far = 4.0**-3, 12.0**-3  # four products, log2 of 2 and of 8 away
-    assert table.layer_s(TOGETHER, ROWS) == pytest.approx(summed * 0.8 ** (near / (near + far)))
-    assert table.layer_s(twice, ROWS, without=table.stacks[0]) == pytest.approx(
+    assert table.layer_s(TOGETHER, ROWS)[0] == pytest.approx(summed * 0.8 ** (near / (near + far)))
+    assert table.layer_s(twice, ROWS, without=table.stacks[0])[0] == pytest.approx(
         sum(table.seconds(n, k, ROWS) for n, k in twice)
     )
 
@@ -239,7 +240,7 @@ def test_long_iterations_run_at_the_clocks_of_sustained_load() -> None:
     table = stacked(Stack(TOGETHER, (1,), (0.9,), loaded=1.2))
     kernels = msgspec.structs.replace(KERNELS, linears={"bfloat16": table})
     forward, rows = Forward(kernels, TOY, "bfloat16", "auto", 1), np.geomspace(1.0, 1e8, 200)
-    cold_s = 3 * table.layer_s(TOGETHER, rows)
+    cold_s = 3 * table.layer_s(TOGETHER, rows)[0]
     ratio = forward.body_parts(rows)["linear"] / cold_s
     short, long = cold_s <= CLOCKS_FALL_S[0], cold_s >= CLOCKS_FALL_S[1]
     assert short.any() and long.any()

@@ -163,17 +163,20 @@ def test_stacks_time_each_set_of_shapes_once_at_both_clocks():
         sizes = {point["tokens"] for point in points if point["clocks"] == clocks}
         assert {size for size in stacks.COARSE if fewest <= size <= most} <= sizes
         assert fewest <= min(sizes) and max(sizes) <= most
-    assert stacks.layer_shapes(LLAMA, 2) == [(3072, 4096), (4096, 2048), (14336 * 2 // 2, 4096), (4096, 7168)]
+    assert list(LLAMA.layer_linears(2).values()) == [(3072, 4096), (4096, 2048), (14336 * 2 // 2, 4096), (4096, 7168)]
 
 
 def test_a_stack_runs_its_products_in_turn_on_buffers_of_their_own(monkeypatch):
     called = []
 
-    def product(bench, count, dtype, tokens, n, k, of):
+    def product(bench, count, dtype, tokens, n, k, of=""):
         return [lambda i=i: called.append((n, k, i, of)) for i in range(count)]
 
     class Bench:
         cuda = False
+
+        def synchronize(self):
+            pass
 
         def copies(self, nbytes):
             self.nbytes = nbytes
@@ -188,7 +191,7 @@ def test_a_stack_runs_its_products_in_turn_on_buffers_of_their_own(monkeypatch):
     operator, bench = stacks.Stacks(), Bench()
     point = next(iter(operator.points(Wanted((LLAMA,), ("bfloat16",), tensor_parallel=(1,)))))
     columns = operator.measure(point, bench)
-    shapes = stacks.layer_shapes(LLAMA, 1)
+    shapes = list(LLAMA.layer_linears().values())
     order = [(n, k, i, f" {place}") for i in (0, 1) for place, (n, k) in enumerate(shapes)]
     assert called[1:] == order, "after one call that tries the kernel out"
     assert columns["flops"] == sum(2.0 * n * k for n, k in shapes) and columns["bytes"] == bench.nbytes

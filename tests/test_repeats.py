@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.accuracy import Load
+from benchmarks.accuracy import STATISTICS, Load
 from benchmarks.repeats import (
     BOUNDS,
     METRICS,
-    STATISTICS,
     Repeated,
     bound,
     pooled,
@@ -64,7 +63,7 @@ def test_fitted_loads_grids_and_engines_without_graphs_do_not_count() -> None:
     loads = [
         load(-0.029),
         load(0.05),
-        load(0.05, cost="scaled from x"),
+        load(0.05, cost="profile, scaled from x"),
         load(0.5, name="decode_grid (8 batches)"),
         load(0.5, folder="x_eager"),
         load(0.5, fitted=True),

@@ -45,17 +45,8 @@ OTHER_BYTES = {"float32": 4.0, "tf32": 4.0}  # of inputs and outputs; 2 elsewher
 
 def linear_shapes(model: Model, tensor_parallel: int = 1) -> dict[str, tuple[int, int]]:
     """(n, k) of each linear layer on one rank."""
-    model.check_tensor_parallel(tensor_parallel)
-    heads = model.heads // tensor_parallel
-    kv_heads = max(1, model.kv_heads // tensor_parallel)
-    width = model.intermediate // tensor_parallel
-    return {
-        "qkv": ((heads + 2 * kv_heads) * model.head_dim, model.hidden),
-        "output": (model.hidden, heads * model.head_dim),
-        "gate_up": (2 * width, model.hidden),
-        "down": (model.hidden, width),
-        "lm_head": (-(-model.vocab // 64) * 64 // tensor_parallel, model.hidden),
-    }
+    head = -(-model.vocab // 64) * 64 // tensor_parallel, model.hidden
+    return {**model.layer_linears(tensor_parallel), "lm_head": head}
 
 
 def linear_flops(tokens: int, n: int, k: int) -> float:
@@ -159,7 +150,7 @@ class Linear:
     def measure(self, point: Point, bench: Bench) -> Row:
         tokens, n, k, dtype = point["tokens"], point["n"], point["k"], point["dtype"]
         if point.variant not in self._unavailable:
-            self._unavailable[point.variant] = self._try(point.variant, dtype, bench)
+            self._unavailable[point.variant] = unavailable(point.variant, dtype, bench)
         reason = self._unavailable[point.variant]
         if reason:
             raise Unavailable(reason)
@@ -170,16 +161,17 @@ class Linear:
         bench.torch.set_float32_matmul_precision("highest")
         return row
 
-    def _try(self, variant: str, dtype: str, bench: Bench) -> str | None:
-        """Why a variant cannot run here at all, found with a shape every kernel accepts."""
-        try:
-            CALLS[variant](bench, 1, dtype, 64, 256, 256)[0]()
-            bench.synchronize()
-        except bench.torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, NotImplementedError, AttributeError, ImportError) as error:
-            return f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
-        return None
+
+def unavailable(variant: str, dtype: str, bench: Bench) -> str | None:
+    """Why a variant cannot run here at all, found with a shape every kernel accepts; None if it can."""
+    try:
+        CALLS[variant](bench, 1, dtype, 64, 256, 256)[0]()
+        bench.synchronize()
+    except bench.torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, NotImplementedError, AttributeError, ImportError) as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
+    return None
 
 
 # One on each of `count` buffers. `of`: whose they are, where products of several shapes are held at once.

@@ -23,8 +23,15 @@ SLICE = 24  # points of one queue in a row
 ENOUGH = 0.005  # expected error of an interpolation
 
 # Of the time: by family of operators, and within it by dtype; what is not named has DEFAULT_SHARE.
-SHARES = {"linear": 0.25, "attention": 0.35, "stacks": 0.1, "elementwise": 0.08, "layers": 0.08}
-SHARES |= {"launch": 0.05, "communication": 0.05}
+SHARES = {
+    "linear": 0.25,
+    "attention": 0.35,
+    "stacks": 0.1,
+    "elementwise": 0.08,
+    "layers": 0.08,
+    "launch": 0.05,
+    "communication": 0.05,
+}
 DTYPE_SHARES = {None: 1.0, "bfloat16": 1.0, "fp8": 0.5}
 DEFAULT_SHARE = 0.03
 

@@ -14,11 +14,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from calibration.measure.linear import CALLS, linear_bytes, linear_flops, linear_shapes, tiny
+from calibration.measure.linear import CALLS, linear_bytes, linear_flops, tiny, unavailable
 from calibration.measure.points import Point, Unavailable, Wanted
 from calibration.measure.rows import Row
 from calibration.measure.timing import Bench
-from llmsim.model import Model
 
 COARSE = (1, 8, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 BETWEEN = (2, 4, 16, 24, 48, 96, 160, 192, 224, 288, 320, 384, 448, 640, 768, 896, 1025, 1032, 1056, 1088, 1152)
@@ -32,7 +31,7 @@ class Stacks:
 
     def __init__(self) -> None:
         self._shapes: dict[tuple[str, int], list[tuple[int, int]]] = {}
-        self._missing: dict[str, str] = {}
+        self._unavailable: dict[str, str | None] = {}
 
     def points(self, wanted: Wanted) -> Iterator[Point]:
         if not wanted.wants("linear_stack"):
@@ -55,7 +54,7 @@ class Stacks:
             for model in wanted.models:
                 if tp not in model.tensor_parallel_sizes():
                     continue
-                shapes = layer_shapes(model, tp)
+                shapes = list(model.layer_linears(tp).values())
                 if wanted.tiny:
                     shapes = [(tiny(n), tiny(k)) for n, k in shapes]
                 if tuple(shapes) not in seen:
@@ -64,29 +63,19 @@ class Stacks:
 
     def measure(self, point: Point, bench: Bench) -> Row:
         """Raises `Unavailable` where the dtype's kernel is not on this machine."""
-        if point.variant in self._missing:
-            raise Unavailable(self._missing[point.variant])
         tokens, dtype = point["tokens"], point["dtype"]
+        if point.variant not in self._unavailable:
+            self._unavailable[point.variant] = unavailable(point.variant, dtype, bench)
+        reason = self._unavailable[point.variant]
+        if reason:
+            raise Unavailable(reason)
         shapes = self._shapes[point["model"], point["tensor_parallel"]]
         nbytes = sum(linear_bytes(dtype, tokens, n, k) for n, k in shapes)
-        layers = bench.copies(nbytes)
-        try:
-            products = [
-                CALLS[point.variant](bench, layers, dtype, tokens, n, k, f" {i}") for i, (n, k) in enumerate(shapes)
-            ]
-            products[0][0]()
-        except (NotImplementedError, AttributeError, ImportError) as error:
-            self._missing[point.variant] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            raise Unavailable(self._missing[point.variant]) from None
+        layers, make = bench.copies(nbytes), CALLS[point.variant]
+        products = [make(bench, layers, dtype, tokens, n, k, f" {i}") for i, (n, k) in enumerate(shapes)]
         calls = [partial(_one_after_the_other, layer) for layer in zip(*products, strict=True)]
         flops = sum(linear_flops(tokens, n, k) for n, k in shapes)
         return bench.time(point, calls, flops=flops, bytes=nbytes, layers=1)
-
-
-def layer_shapes(model: Model, tensor_parallel: int) -> list[tuple[int, int]]:
-    """(n, k) of a layer's four products on one rank, in the order they run in."""
-    shapes = linear_shapes(model, tensor_parallel)
-    return [shapes[name] for name in ("qkv", "output", "gate_up", "down")]
 
 
 def _by_clocks(tokens: tuple[int, ...], small: bool) -> Iterator[tuple[str, list[int]]]:

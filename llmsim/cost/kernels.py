@@ -133,22 +133,18 @@ class LinearTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
         return seconds
 
     def layer_s(
-        self,
-        shapes: Sequence[tuple[int, int]],
-        tokens: Floats,
-        loaded: bool = False,
-        without: Stack | None = None,
-    ) -> Floats:
-        """Of a layer's products one after the other, at cold clocks or under sustained load; `without`: a stack held
+        self, shapes: Sequence[tuple[int, int]], tokens: Floats, without: Stack | None = None
+    ) -> tuple[Floats, Floats]:
+        """Of a layer's products one after the other, at cold clocks and under sustained load; `without`: a stack held
         out."""
-        seconds = sum((self.seconds(n, k, tokens) for n, k in shapes), np.zeros(len(tokens)))
+        cold_s = loaded_s = sum((self.seconds(n, k, tokens) for n, k in shapes), np.zeros(len(tokens)))
         far = sorted((stack.far_from(shapes), i) for i, stack in enumerate(self.stacks) if stack is not without)
         far = [(1.0, far[0][1])] if far and far[0][0] < 1e-9 else far[:NEIGHBOURS]
         total = sum(distance**-FALL_OFF for distance, _ in far)
         for distance, i in far:
-            ratio = self.stacks[i].loaded if loaded else self.stacks[i].at(tokens)
-            seconds = seconds * ratio ** (distance**-FALL_OFF / total)
-        return seconds
+            share, stack = distance**-FALL_OFF / total, self.stacks[i]
+            cold_s, loaded_s = cold_s * stack.at(tokens) ** share, loaded_s * stack.loaded**share
+        return cold_s, loaded_s
 
 
 class Curve(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -232,7 +228,7 @@ class Forward:
     """The forward pass of one model on one rank of `tensor_parallel` GPUs. All seconds are of the GPU."""
 
     def __init__(self, kernels: Kernels, model: Model, dtype: str, kv_dtype: str, tensor_parallel: int) -> None:
-        model.check_tensor_parallel(tensor_parallel)
+        self.layer_linears = list(model.layer_linears(tensor_parallel).values())
         self._kernels, self._model, self._tp = kernels, model, tensor_parallel
         stored = model.weight_format(dtype)
         self._linear = kernels.linear(stored)
@@ -254,18 +250,6 @@ class Forward:
     @property
     def layers(self) -> int:
         return self._model.layers
-
-    @property
-    def layer_linears(self) -> list[tuple[int, int]]:
-        """(n, k) of a layer's linear layers on this rank: QKV, output, gate and up, down."""
-        model, tp, heads = self._model, self._tp, self._heads
-        attention = heads.q_heads * model.head_dim
-        return [
-            (attention + 2 * heads.kv_heads * model.head_dim, model.hidden),
-            (model.hidden, attention),
-            (2 * model.intermediate // tp, model.hidden),
-            (model.hidden, model.intermediate // tp),
-        ]
 
     def body_s(self, rows: Floats) -> Floats:
         model, tp, size = self._model, self._tp, self._activation_bytes
@@ -291,7 +275,7 @@ class Forward:
 
     def _linears_s(self, rows: Floats) -> Floats:
         """Of a layer's products, at the clocks of an iteration as long as all layers' take."""
-        cold_s, loaded_s = (self._linear.layer_s(self.layer_linears, rows, loaded) for loaded in (False, True))
+        cold_s, loaded_s = self._linear.layer_s(self.layer_linears, rows)
         lasting = np.interp(np.log(self._model.layers * cold_s), np.log(CLOCKS_FALL_S), (0.0, 1.0))
         seconds: Floats = cold_s * (loaded_s / cold_s) ** lasting
         return seconds
