@@ -513,7 +513,7 @@ class Recorded:
         return None
 
     def decide(self, replica: Any) -> list[Request]:
-        raise NotImplementedError
+        raise NotImplementedError  # each rule below is a subclass with its own
 
 
 def admit(replica: Any, most: int) -> None:

@@ -169,6 +169,7 @@ def unavailable(variant: str, dtype: str, bench: Bench) -> str | None:
         bench.synchronize()
     except bench.torch.OutOfMemoryError:
         raise
+    # What torch and vLLM raise for a kernel they lack: not for this GPU, not in this version, not installed.
     except (RuntimeError, NotImplementedError, AttributeError, ImportError) as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
     return None

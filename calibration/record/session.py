@@ -265,7 +265,7 @@ class _signals:  # noqa: N801
 
     def _remove(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
-            with suppress(NotImplementedError, RuntimeError, ValueError):
+            with suppress(NotImplementedError, RuntimeError, ValueError):  # where none could be added
                 self._loop.remove_signal_handler(number)
 
     def __exit__(self, *error: object) -> None:
