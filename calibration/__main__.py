@@ -14,7 +14,7 @@ from calibration.fit_command import fit_command
 from calibration.imports.command import import_
 from calibration.measure.command import measure
 from calibration.profiles import write_profile
-from calibration.record.command import engine_command, record_command
+from calibration.record.command import engine_command, record_command, trace_command
 from calibration.steps import read_recording
 from calibration.touch_up_command import spread_command, touch_up_command
 from llmsim.charts import check_plot
@@ -70,6 +70,7 @@ main.add_command(touch_up_command)
 main.add_command(spread_command)
 main.add_command(record_command)
 main.add_command(engine_command)
+main.add_command(trace_command)
 main.add_command(fit_command)
 main.add_command(check_kernels_command)
 

@@ -2,7 +2,8 @@
 
 unfused attention   "sdpa_math" rows: decodes by relative least squares over contexts for each number of requests,
                     prompts by non-negative relative least squares over all; held out one point at a time
-plain operations    "torch" rows in a CUDA graph, a curve over bytes; beside them "vllm" rows of the same operators
+plain operations    "torch" rows in a CUDA graph, a curve over bytes; beside them "vllm" rows of the same operators, and
+                    those of an engine's steps (`python -m calibration trace`)
 launch              "eager" launches of whole forward passes over the operations they hold
 """
 
@@ -18,9 +19,11 @@ import click
 import msgspec
 import numpy as np
 
-from calibration.fit_kernels import AFFINE_FROM_TOKENS, Judge, fit_curve, judge_held_out, relative_fit
+from calibration.fit_kernels import AFFINE_FROM_TOKENS, Judge, fit_curve, judge_held_out, moved_bytes, relative_fit
 from calibration.kernel_profiles import read_rows
+from calibration.record.kernels import LAUNCH, VARIANT
 from llmsim.cost.alternatives import FORMAT, VERSION, Alternatives, UnfusedAttention, decode_alternatives
+from llmsim.cost.kernels import Curve
 
 if TYPE_CHECKING:
     from calibration.measure.rows import Row
@@ -48,11 +51,14 @@ def alternatives_command(files: tuple[Path, ...], gpu: str, out: Path) -> None:
 
 
 def fit_alternatives(rows: Sequence[Row], gpu: str, source: str, files: dict[str, str], judge: Judge) -> Alternatives:
-    curves: dict[str, dict[str, object]] = {"torch": {}, "vllm": {}}
-    for variant, by_op in curves.items():
+    launched = {"torch": "graph", "vllm": "graph", VARIANT: LAUNCH}
+    curves: dict[str, dict[str, Curve]] = {variant: {} for variant in launched}
+    for variant, launch in launched.items():
         for op in OPERATORS:
-            chosen = [r for r in rows if (r.op, r.variant, r.launch) == (op, variant, "graph") and r.kv_dtype != "fp8"]
-            by_op[op] = fit_curve(((row.bytes, row.median_s) for row in chosen), f"{op} {variant}", judge)
+            chosen = [r for r in rows if (r.op, r.variant, r.launch) == (op, variant, launch) and r.kv_dtype != "fp8"]
+            if chosen or variant != VARIANT:
+                points = ((moved_bytes(row), row.median_s) for row in chosen)
+                curves[variant][op] = fit_curve(points, f"{op} {variant}", judge)
     eager = [row for row in rows if (row.op, row.variant) == ("launch", "eager")]
     if not eager:
         raise ValueError("measurements: no eager launch (op=launch). Measure it (--ops launch)")
@@ -65,6 +71,7 @@ def fit_alternatives(rows: Sequence[Row], gpu: str, source: str, files: dict[str
         attention=fit_attention(rows, judge),
         plain=curves["torch"],
         fused=curves["vllm"],
+        compiled=curves[VARIANT],
         operation_launch_s=_rounded(median(row.median_s / row.layers for row in eager) / LAUNCHED_OPERATIONS),
         error=judge.summary(),
     )

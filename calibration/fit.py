@@ -42,6 +42,8 @@ POWER_SHARE, POWER_SHARE_SD = 0.18, 0.05
 # The same of what a chunk loses right after another, and of cached tokens that decodes read beside a chunk (3 % more).
 WARM_SHARE, WARM_SHARE_SD = 0.047, 0.02
 MIXED_KV_SD = 0.1
+LINEAR_SD = 0.01  # of what a layer takes from 512 rows on, over its kernels timed alone
+ATTENTION_SD = 0.01  # of an engine's calls of attention over those timed alone: on an H200 equal within 1 %
 STEP_SD = 0.06  # of a step's residual, 0.02, and its neighbours' that are alike
 # What decodes lose after a chunk: on an H200, by CUDA events, 0.035 to 0.045 of its first 50 ms in five loads.
 COOL_SHARE, COOL_STEPS, FEWEST_CHUNKS = 0.04, 12, 50
@@ -158,13 +160,22 @@ def fit_mixed(
     large = [k for k in near if np.sum((padded > k / NEAR) & (padded < k * NEAR)) >= FEWEST]
     linear = columns(basis, [*small.tokens, *large], padded)
     known_s = linear[:, : len(small.tokens)] @ np.array(small.linear_s)
-    seqs, chunks = (np.array(column, float) for column in zip(*((s.seqs, len(s.chunks)) for s in steps), strict=True))
-    known_s += basis.head_s(seqs + chunks) + basis.base_s(seqs) + basis.call_s
-    known_s += basis.span_s * np.array([sum(new + done for new, done in step.chunks) for step in steps])
-    known_s += basis.cached_s * np.array([any(done for _, done in step.chunks) for step in steps])
-    pairs, kv_tokens = attention_work(steps, small.mixed_kv_token_s / max(small.pair_s, 1e-15), basis.least_rows)
-    # b_mixed is b_full plus something not below 0: alone in a full graph a decode reads at its best
-    known_s += small.full_kv_token_s * kv_tokens
+    requests = np.array([step.seqs + len(step.chunks) for step in steps], float)
+    known_s += basis.head_s(requests)
+    if isinstance(basis, KernelBasis) and basis.schedule is not None:
+        calls_s = [basis.schedule.seconds(step.chunks, step.seqs, step.kv_tokens) for step in steps]
+        # in as many pairs as the kernel timed alone does in these seconds; no term of decodes beside them
+        pairs, kv_tokens = basis.layers * np.array(calls_s) / basis.pair_s, np.zeros(len(steps))
+        pair_prior = (basis.pair_s * 1e9, ATTENTION_SD * basis.pair_s * 1e9)
+        large_s = basis.body_s(np.array(large, float)).tolist()
+    else:
+        seqs, pair_prior = np.array([step.seqs for step in steps], float), None
+        known_s += basis.base_s(seqs) + basis.call_s
+        known_s += basis.span_s * np.array([sum(new + done for new, done in step.chunks) for step in steps])
+        known_s += basis.cached_s * np.array([any(done for _, done in step.chunks) for step in steps])
+        pairs, kv_tokens = attention_work(steps, small.mixed_kv_token_s / max(small.pair_s, 1e-15), basis.least_rows)
+        # b_mixed is b_full plus something not below 0: alone in a full graph a decode reads at its best
+        known_s += small.full_kv_token_s * kv_tokens
     pulled = np.array([0.0 if step.held else power(step.seqs) for step in steps])
     target = np.array([row.gpu_s for row in rows])
     warm = np.array([step.warm for step in steps], float)
@@ -174,6 +185,9 @@ def fit_mixed(
         (-2, POWER_SHARE, POWER_SHARE_SD),
         (-1, WARM_SHARE, WARM_SHARE_SD),
     ]
+    if pair_prior is not None:
+        priors.append((-4, *pair_prior))
+        priors += [(knot, seconds, LINEAR_SD * seconds) for knot, seconds in enumerate(large_s)]
     base_s = target
     used = np.ones(plain.shape[1] + 2, bool)
     coefficients = np.zeros(len(used))

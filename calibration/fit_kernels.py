@@ -3,6 +3,8 @@
     linear      q = measured / ridge on the rows that the densely timed shapes have; held out: one (n, k) at a time
     decode      base and token by relative least squares over contexts, for each number of requests; held out: one
                 context at a time
+    tiles       of FlashAttention 3 by head size, robust least squares on log seconds over all head shapes, chunks alone
+                and beside decodes; held out: one half of the points from the other, both ways
     prefill     call, pair, cached by non-negative relative least squares, the query tile by search; held out: one
                 (new, cached) at a time
     elementwise, all-reduce      medians of what was timed, made to rise; held out: one size at a time, from its
@@ -28,6 +30,7 @@ from scipy.optimize import nnls
 
 from calibration.fit import monotone
 from calibration.fit_stacks import with_stacks
+from calibration.measure import attention
 from llmsim.cost.kernels import (
     TILE_ROWS,
     Curve,
@@ -37,8 +40,10 @@ from llmsim.cost.kernels import (
     LinearTable,
     PrefillForm,
     effective_rows,
+    kv_write_width,
     nearest,
 )
+from llmsim.cost.tiles import Schedule, Tiles
 from llmsim.hardware import ELEMENT_BYTES, Gpu, find_gpu
 
 if TYPE_CHECKING:
@@ -49,12 +54,17 @@ Floats = NDArray[np.float64]
 # Not among them: torch's int4 and int8 products, which engines do not run, and tf32, which is no format of weights.
 LINEAR_VARIANTS = ("vllm_cutlass", "vllm_fp8", "cublas", "scaled_mm")
 ATTENTION_VARIANTS = ("fa3", "flashinfer_trtllm", "fa2", "varlen", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient")
-ELEMENTWISE_VARIANTS = ("vllm", "torch")
-LAUNCHES = ("graph", "compiled_graph", "eager", "compiled", "host")
+# "vllm_compiled": of the steps of an engine itself (calibration.record.kernels)
+ELEMENTWISE_VARIANTS = ("vllm_compiled", "vllm", "torch")
+LAUNCHES = ("engine", "graph", "compiled_graph", "eager", "compiled", "host")
 LEAST_ROWS = (1.0, 16.0, 32.0, 64.0, 128.0, 256.0)
 ELEMENTWISE = ("rms_norm", "add_rms_norm", "rope", "silu_mul", "kv_write", "quant_fp8")
 LEAST_WIDTH, MOST_TOKENS = 512, 16_384  # of imported linear layers: no layer of a language model is narrower
 FEWEST_PREFILLS = 12  # points that make a form of their own
+FEWEST_TILED = 24
+HOPPER_PROCESSORS = 132  # of the H100 and H200 SXM
+# Where the search for a head size's constants begins: block, tile, call, combine (seconds), bandwidth (bytes/s).
+FIRST_TILES = (1.8e-6, 4e-6, 5e-6, 3e-6, 4e12)
 MMA_TOKENS = 8  # tensor cores take so many rows at once: below, time is that of eight
 SUSTAINED_TOKENS = 512  # from here up `measure` times linear layers under load
 COMMON = 0.3  # share of the shapes that must have been timed at a number of rows for it to be in the table
@@ -83,11 +93,13 @@ def fit_kernels(
     if "bfloat16" not in linears:
         raise ValueError("measurements: no linear layer in bfloat16 (op=linear). Measure some first")
     decodes, prefills = fit_attention(rows, gpu, judge, rest)
+    tiles = fit_tiles(rows, judge) or (tiles_of(rest, gpu) if rest is not None else ())
     curves = {}
     for op in ELEMENTWISE:
-        group = preferred([row for row in rows if row.op == op], ELEMENTWISE_VARIANTS)
+        # a cache in fp8 takes as long as one of twice its bytes
+        group = preferred([row for row in rows if row.op == op and row.kv_dtype != "fp8"], ELEMENTWISE_VARIANTS)
         if group:
-            curves[op] = fit_curve(((row.bytes, row.median_s) for row in group), op, judge)
+            curves[op] = fit_curve(((moved_bytes(row), row.median_s) for row in group), op, judge)
         elif rest is not None and op in rest.elementwise:
             curves[op] = slowed(rest.elementwise[op], rest.gpu, gpu)
     sampling = preferred([row for row in rows if row.op == "sample_greedy"], ELEMENTWISE_VARIANTS)
@@ -112,6 +124,7 @@ def fit_kernels(
         prefills=tuple(sorted(prefills, key=lambda form: str(form.heads))),
         all_reduce=links,
         error=judge.summary(),
+        tiles=tiles,
     )
 
 
@@ -154,6 +167,14 @@ def preferred(rows: Sequence[Row], variants: Sequence[str]) -> list[Row]:
             if chosen := [row for row in own if row.launch == launch]:
                 return chosen
     return []
+
+
+def moved_bytes(row: Row) -> float:
+    """What time goes with."""
+    if row.op == "kv_write" and row.kv_heads:
+        kv = row.kv_heads * row.head_dim
+        return float(row.bytes * kv_write_width(kv) / kv)
+    return float(row.bytes)
 
 
 def heads_of(row: Row) -> Heads:
@@ -366,6 +387,67 @@ def fit_decode(rows: Sequence[Row], heads: Heads, judge: Judge) -> DecodeTable |
         what = [f"seqs={row.seqs} context={row.seq_context_tokens} {label(heads)}" for row in group]
         judge_held_out(judge, f"decode attention {heads.kv_dtype}", matrix, target, what)
     return DecodeTable(heads, tuple(seqs), tuple(base), tuple(token)) if seqs else None
+
+
+def tiles_of(rest: Kernels, gpu: Gpu) -> tuple[Tiles, ...]:
+    """Those of a GPU with as many of the same multiprocessors, at this one's bandwidth."""
+    timed_on = find_gpu(rest.gpu)
+    if timed_on.flops_per_s != gpu.flops_per_s:
+        return ()
+    ratio = gpu.bandwidth_bytes_per_s / timed_on.bandwidth_bytes_per_s
+    return tuple(
+        msgspec.structs.replace(tiles, bandwidth_bytes_per_s=float(f"{tiles.bandwidth_bytes_per_s * ratio:.4g}"))
+        for tiles in rest.tiles
+    )
+
+
+def fit_tiles(rows: Sequence[Row], judge: Judge) -> tuple[Tiles, ...]:
+    """Of every head size and KV dtype with enough calls of FlashAttention 3 that hold chunks."""
+    groups: dict[tuple[int, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        if row.op in ("attention_prefill", "attention_mixed") and (row.variant, row.launch) == ("fa3", "graph"):
+            groups[row.head_dim, heads_of(row).kv_dtype].append(row)
+    found = []
+    for (head_dim, kv_dtype), group in sorted(groups.items()):
+        if len(group) >= FEWEST_TILED:
+            for kept, judged in ((group[::2], group[1::2]), (group[1::2], group[::2])):
+                half = fit_tile(kept, head_dim, kv_dtype)
+                for row in judged:
+                    what = f"{batch_text(row)} {label(heads_of(row))}"
+                    judge.add(f"tiled attention {kv_dtype}", row.median_s, tiled_s(half, row), what)
+            found.append(fit_tile(group, head_dim, kv_dtype))
+    return tuple(found)
+
+
+def fit_tile(rows: Sequence[Row], head_dim: int, kv_dtype: str) -> Tiles:
+    from scipy.optimize import least_squares
+
+    measured_s = np.array([row.median_s for row in rows])
+
+    def candidate(x: Floats) -> Tiles:
+        return Tiles(head_dim, kv_dtype, HOPPER_PROCESSORS, *(float(f"{value:.4g}") for value in np.exp(x)))
+
+    def misfit(x: Floats) -> Floats:
+        own = Tiles(head_dim, kv_dtype, HOPPER_PROCESSORS, *np.exp(x).tolist())
+        formed: Floats = np.log(np.array([tiled_s(own, row) for row in rows]) / measured_s)
+        return formed
+
+    found = least_squares(misfit, np.log(FIRST_TILES), loss="soft_l1", f_scale=0.05, max_nfev=40, diff_step=1e-3)
+    return candidate(found.x)
+
+
+def tiled_s(tiles: Tiles, row: Row) -> float:
+    schedule = Schedule(tiles, row.q_heads, row.kv_heads, attention.GRAPH_TOKENS)
+    chunks = [(row.new_tokens, row.context_tokens or 0)] * (row.chunks or 1)
+    seqs = row.seqs or 0
+    groups = attention.decodes(seqs, row.seq_context_tokens, row.skew or "uniform") if seqs else []
+    read = sum(group.count * group.keys for group in groups)
+    return schedule.seconds(chunks, seqs, read, max((group.keys for group in groups), default=0))
+
+
+def batch_text(row: Row) -> str:
+    beside = f" beside {row.seqs} of {row.seq_context_tokens} {row.skew}" if row.seqs else ""
+    return f"{row.chunks or 1} x {row.new_tokens} after {row.context_tokens or 0}{beside}"
 
 
 def fit_prefills(groups: dict[Heads, list[Row]], judge: Judge) -> tuple[PrefillForm, ...]:

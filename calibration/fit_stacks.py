@@ -1,5 +1,8 @@
 """What a layer's products take together, over the sum of what a `LinearTable` says of each (`llmsim.cost.kernels`).
 
+Of a point timed more than once, on several machines, the mean counts: two H200s differ by up to 4 % in what layers take
+at a few rows, one model's either way.
+
 At cold clocks by rows: waves of tiles show there, and the power limit does not. Beyond the rows timed cold the ratio
 is the median from `LOADED_FROM` rows on, which is what load costs a product; a stack timed at none of them is left
 out. From `STEADY_FROM` rows on the repeats of a point can pull the clocks down themselves (2,048 rows came out 6 to 10
@@ -11,7 +14,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from statistics import median
+from statistics import fmean, median
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -33,10 +36,13 @@ LONG_FROM = 2048  # rows from which a chunk lasts long enough to be under sustai
 
 def with_stacks(table: LinearTable, rows: Sequence[Row], dtype: str, judge: Judge) -> LinearTable:
     """`rows` are of one dtype and kernel. ValueError: of a model that `llmsim list models` does not have."""
-    timed: dict[tuple[str, int], dict[str, dict[int, float]]] = defaultdict(lambda: {"cold": {}, "sustained": {}})
+    runs: dict[tuple[str, int, str, int], list[float]] = defaultdict(list)
     for row in rows:
         if row.clocks and row.model and row.tokens:
-            timed[row.model, row.tensor_parallel or 1][row.clocks][row.tokens] = row.median_s
+            runs[row.model, row.tensor_parallel or 1, row.clocks, row.tokens].append(row.median_s)
+    timed: dict[tuple[str, int], dict[str, dict[int, float]]] = defaultdict(lambda: {"cold": {}, "sustained": {}})
+    for (model, tensor_parallel, clocks, tokens), seconds in runs.items():
+        timed[model, tensor_parallel][clocks][tokens] = fmean(seconds)
     stacks, measured = [], []
     for (model, tensor_parallel), by_clocks in timed.items():
         if max(by_clocks["cold"], default=0) >= LOADED_FROM:  # not of a run that was stopped before

@@ -36,6 +36,7 @@ RECORDED = {
                 SHIPPED / "vllm-0.25.1_h200-sxm_llama-3.1-8b_kv-fp8",
             ),
             (SHIPPED / f"{H200}_fifth-machine", SHIPPED / f"{H200}_fifth-machine_eager"),
+            (SHIPPED / f"{H200}_sixth-machine_batched-2048",),  # its `preempt` has no steps
         ),
         carried=(
             SHIPPED / f"{H200}_tp2",

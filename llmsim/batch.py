@@ -25,8 +25,8 @@ class RunningBatch:
     """`iteration`: iterations so far; `kv_tokens`: cached tokens the next iteration reads; `len()`: members."""
 
     __slots__ = (
-        "_heap", "_members", "_offsets", "_squares", "_tickets", "_wheel", "block_tokens", "iteration", "kv_tokens",
-        "size",
+        "_heap", "_largest", "_members", "_offsets", "_squares", "_tickets", "_wheel", "block_tokens", "iteration",
+        "kv_tokens", "size",
     )  # fmt: skip
     even = True  # every member makes one token an iteration
 
@@ -36,6 +36,7 @@ class RunningBatch:
         self.kv_tokens = 0
         self.size = 0
         self._offsets = self._squares = 0  # sums over members of context less iteration, and of its square
+        self._largest: int | None = None  # context less iteration of a member; None: not known
         self._wheel = [0] * block_tokens
         self._heap: list[tuple[int, int, Request]] = []
         self._members: dict[Request, None] = {}
@@ -71,6 +72,8 @@ class RunningBatch:
         offset = computed - now
         self._offsets += offset
         self._squares += offset * offset
+        if self._largest is not None and offset > self._largest:
+            self._largest = offset
 
     def remove(self, request: Request) -> None:
         """Take a request out before its end and settle its progress. O(1)."""
@@ -81,6 +84,8 @@ class RunningBatch:
         self._wheel[-offset % self.block_tokens] -= 1
         self._offsets -= offset
         self._squares -= offset * offset
+        if offset == self._largest:
+            self._largest = None
         request.computed_tokens += steps
         request.generated_tokens += steps
         request.joined = -1
@@ -94,6 +99,15 @@ class RunningBatch:
         """Sum of the squares of the contexts that the next iteration reads."""
         now = self.iteration
         return self._squares + now * (2 * self._offsets + now * self.size)
+
+    @property
+    def longest(self) -> int:
+        """The longest context that the next iteration reads. O(n) after the member that had it has left, else O(1)."""
+        if not self._members:
+            return 0
+        if self._largest is None:
+            self._largest = max(member.computed_tokens - member.joined for member in self._members)
+        return self._largest + self.iteration
 
     def computed(self, request: Request) -> int:
         """Tokens of a member whose KV exists once the iterations so far have run."""

@@ -24,12 +24,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from math import inf, isnan, nan, sqrt
-from typing import Any
+from typing import Any, cast
 
 import simpy
 
 from llmsim.aside import Swap
-from llmsim.cost import FULL, WARM_S, CostModel, LaunchNoise, Ramp
+from llmsim.cost import FULL, WARM_S, CostModel, LaunchNoise, LongestCost, Ramp
 from llmsim.engine import Engine, Limits
 from llmsim.kvcache import KVCache
 from llmsim.macrostep import Plan, Step, plan_run, plan_synchronous_run
@@ -82,6 +82,7 @@ class Replica(Engine):
         super().__init__(scheduler, kv, limits, asynchronous=asynchronous, swap=swap)
         self.env, self.cost, self.index = env, cost, index
         self._skew_share: float = getattr(cost, "skew_share", 0.0)
+        self._by_longest = cast(LongestCost, cost) if getattr(cost, "reads_longest", False) else None
         self.outstanding = 0  # requests sent here that their clients have no answer to; kept by who sends them
         self.iterations = RowLog(ITERATION_COLUMNS)
         self.gaps = RowLog(GAP_COLUMNS)
@@ -299,7 +300,7 @@ class Replica(Engine):
             seqs += self._ghost_seqs
             kv_tokens += self._ghost_kv_tokens
         requests = seqs
-        new_tokens = 0
+        new_tokens = tail = 0
         if self.chunks:
             requests += len(self.chunks)
             chunks = self._padded() if self._special else self.chunks
@@ -310,6 +311,7 @@ class Replica(Engine):
                     members += 1
                     member_tokens += computed
                     squares += computed * computed
+                    tail = max(tail, computed)
                 else:
                     new_tokens += tokens
                     step.chunks.append((tokens, computed))
@@ -318,7 +320,11 @@ class Replica(Engine):
             read_tokens += self._skew_share * sqrt(max(members * squares - member_tokens * member_tokens, 0))
         if step.chunks:
             mode = cost.mode(seqs + new_tokens, len(step.chunks))
-            step.gpu = Ramp(cost.mixed_s(step.chunks, seqs, read_tokens), 0.0)
+            if self._by_longest is not None and seqs:
+                longest = max(self.batch.longest, tail)
+                step.gpu = Ramp(self._by_longest.mixed_s(step.chunks, seqs, read_tokens, longest), 0.0)
+            else:
+                step.gpu = Ramp(cost.mixed_s(step.chunks, seqs, read_tokens), 0.0)
         else:
             mode = cost.mode(seqs, 0)
             step.gpu = cost.decode_ramp(seqs, read_tokens)

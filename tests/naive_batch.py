@@ -51,5 +51,9 @@ class NaiveBatch:
         return {request: self.remove(request) for request in finished}
 
     @property
+    def longest(self) -> int:
+        return max(self.computed.values(), default=0)
+
+    @property
     def kv_tokens(self) -> int:
         return sum(self.computed.values())

@@ -78,6 +78,7 @@ class BatchMachine(RuleBasedStateMachine):
         assert list(fast) == naive.members
         assert len(fast) == len(naive.members)
         assert fast.kv_tokens == naive.kv_tokens
+        assert fast.longest == naive.longest
         for steps in (1, 2, 3, 5, 16, 17, 40):
             assert fast.blocks_needed(steps) == naive.blocks_needed(steps)
         for request in naive.members:

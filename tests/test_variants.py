@@ -29,7 +29,7 @@ MEASUREMENTS = Path(__file__).parent.parent / "calibration" / "measurements" / "
 
 @pytest.fixture(scope="module")
 def rows():
-    return read_rows([MEASUREMENTS], "h200-sxm")
+    return read_rows([MEASUREMENTS, MEASUREMENTS.with_name("h200-sxm-engine.parquet")], "h200-sxm")
 
 
 # ---- the file -----------------------------------------------------------------------------------------------------
@@ -169,10 +169,10 @@ def test_only_attention_changes_and_only_as_timed():
 
 
 def test_a_long_prompt_pays_for_its_whole_square():
-    """4,096 tokens: one layer timed at 6.497 ms, FlashAttention 3 at 0.19 to 0.28; 32 layers."""
+    """4,096 tokens: one layer timed at 6.497 ms, FlashAttention 3 at 0.28; 32 layers."""
     plain, math = cost_of(BASE), cost_of(replace(BASE, **MATH))
     more_s = math.mixed_s([(4096, 0)], 0, 0) - plain.mixed_s([(4096, 0)], 0, 0)
-    assert more_s == pytest.approx(32 * (6.497e-3 - 0.23e-3), rel=0.05)
+    assert more_s == pytest.approx(32 * (6.497e-3 - 0.283e-3), rel=0.05)
 
 
 def test_flash_attention_gains_as_much_as_its_authors_report():
@@ -233,8 +233,18 @@ def test_without_the_compiler_there_are_no_piecewise_graphs():
         EAGER,
         FULL,
     ]
-    same = cost_of(replace(BASE, kernel_fusion="custom", cudagraph="full_decode_only"))
-    assert same.decode_ramp(8, 1000) == cost_of(BASE).decode_ramp(8, 1000)
+
+
+def test_hand_written_kernels_take_what_they_take_beyond_the_compilers():
+    """RoPE of 1,024 rows on an H200: 14 us by hand, 10 compiled, in each layer; all four operations 71 and 57."""
+    compiled, custom = cost_of(BASE), cost_of(replace(BASE, kernel_fusion="custom", cudagraph="full_decode_only"))
+    assert custom.decode_ramp(8, 1000).growth_s == compiled.decode_ramp(8, 1000).growth_s
+    more_s = custom.mixed_s([(1024, 0)], 0, 0) - compiled.mixed_s([(1024, 0)], 0, 0)
+    known = find_alternatives(find_gpu("h200-sxm"))[0]
+    at = np.array([1024 * 2 * 40 * 128 * 2.0])
+    rope_s = float(known.fused["rope"].at(at)[0] - known.compiled["rope"].at(at)[0])
+    assert 3e-6 < rope_s < 6e-6 and 32 * rope_s < more_s < 32 * 20e-6
+    assert "hand-written kernels, timed on this GPU" in custom.label
 
 
 def test_a_variant_says_what_it_rests_on_and_that_no_engine_was_recorded_with_it():

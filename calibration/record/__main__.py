@@ -1,11 +1,11 @@
-"""python -m calibration.record record|engine: the same commands, for a GPU machine without the simulator's packages."""
+"""python -m calibration.record record|engine|trace: for a GPU machine without the simulator's packages."""
 
 from __future__ import annotations
 
 import click
 
 from calibration.console import run
-from calibration.record.command import engine_command, record_command
+from calibration.record.command import engine_command, record_command, trace_command
 
 
 @click.group()
@@ -15,6 +15,7 @@ def main() -> None:
 
 main.add_command(record_command)
 main.add_command(engine_command)
+main.add_command(trace_command)
 
 if __name__ == "__main__":
     run(main)

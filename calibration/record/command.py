@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from math import inf, isnan
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,27 @@ def _record(plan: Plan, out: Path, **options: Any) -> Recorded:
     if not done.scenarios:
         raise ValueError(f"{out}: no scenario was recorded" + (f": {done.cause}" if done.cause else ""))
     return done
+
+
+@click.command("trace")
+@click.option("--model", required=True, help="A dense one in bfloat16, as in: llmsim list models, or a config.json")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="A .parquet; more models add to it.")
+@engine_options
+def trace_command(model: str, out: Path, engine_pairs: tuple[str, ...], **options: Any) -> None:
+    """Time the kernels between matrix products and attention in a real vLLM's steps, for `fit --kernels`."""
+    from calibration.measure.rows import read_parquet, write_parquet
+    from calibration.record.kernels import trace
+
+    if out.suffix != ".parquet":
+        raise ValueError(f"--out {out}: give a file that ends in .parquet")
+    known, about = read_parquet(out) if out.exists() else ([], {})
+    rows, source = trace(model, _engine(options, engine_pairs), partial(click.echo, err=True))
+    if not rows:
+        raise ValueError(f"model={model}: none of its kernels has a known name. Trace llama-3.1-8b")
+    kept = [row for row in known if row.model != rows[0].model]
+    traced = {**about.get("traced", {}), str(rows[0].model): source}
+    write_parquet(out, [*kept, *rows], {"gpu": source["name"], "date": source["date"], "traced": traced})
+    click.echo(f"{out}: {len(rows)} rows of {rows[0].model}. Next: python -m calibration fit ... --kernels {out}")
 
 
 @click.command("engine")

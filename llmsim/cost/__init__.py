@@ -8,6 +8,7 @@ iteration it says how long the GPU runs; its `host` says how long the engine's h
                                plus that share of seqs times their standard deviation, which stays as it is while all
                                grow: uneven contexts leave parts of the GPU idle
                     chunks     [(new tokens, tokens already computed), ...] prompts being prefilled
+                    longest    the longest of those contexts; only a model that `reads_longest` is told
     mode            how the iteration is launched: FULL (one CUDA graph), PIECEWISE (graphs with attention between
                     them) or EAGER (every kernel launched); vLLM's rules are in `llmsim.cost.graphs`
 
@@ -185,3 +186,13 @@ class CostModel(Protocol):
 
     def outside_measured(self, iterations: dict[str, Any]) -> Any:
         """Boolean array: which rows of the iteration log lie outside the range this model was measured on."""
+
+
+class LongestCost(CostModel, Protocol):
+    """One that asks for the longest context: it has `reads_longest` set."""
+
+    reads_longest: bool
+
+    def mixed_s(
+        self, chunks: Sequence[tuple[int, int]], seqs: int, kv_tokens: float, longest: float = 0.0
+    ) -> float: ...

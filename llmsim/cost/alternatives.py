@@ -8,7 +8,8 @@
                         latencies (call, base) apart
     plain operations    seconds over bytes, as the fused kernels they stand for (llmsim.cost.kernels.Curve): what
                         PyTorch does for a norm, RoPE, SiLU * up and the KV write, one kernel for each operation; and
-                        the fused kernels timed in the same session, so that the difference is of one machine
+                        the hand-written fused kernels timed in the same session; and those that the compiler makes,
+                        of an engine's own steps
     launch              host seconds of one more operation
 
 The files are `llmsim/data/GPU.alternatives.json`, made by `python -m calibration alternatives` from measurements;
@@ -67,6 +68,7 @@ class Alternatives(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     fused: dict[str, Curve]
     operation_launch_s: float
     error: dict[str, float]  # operator -> median relative error, held out
+    compiled: dict[str, Curve] = {}  # of the operators that were traced in an engine
 
     @property
     def id(self) -> str:
@@ -80,6 +82,7 @@ class Alternatives(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             attention=self.attention.slowed(ratio),
             plain={op: slowed(curve, ratio) for op, curve in self.plain.items()},
             fused={op: slowed(curve, ratio) for op, curve in self.fused.items()},
+            compiled={op: slowed(curve, ratio) for op, curve in self.compiled.items()},
         )
 
 
@@ -119,4 +122,6 @@ def decode_alternatives(text: bytes, where: str) -> Alternatives:
         raise ValueError(f"{where}: attention.seqs={attention.seqs} needs a base_s and a token_s each. {again}")
     if set(found.plain) != set(found.fused):
         raise ValueError(f"{where}: plain has {sorted(found.plain)}, fused {sorted(found.fused)}. {again}")
+    if not set(found.compiled) <= set(found.fused):
+        raise ValueError(f"{where}: compiled has {sorted(found.compiled)}, fused {sorted(found.fused)}. {again}")
     return found

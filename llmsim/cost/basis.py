@@ -9,8 +9,12 @@ chunks (new, done):
                     T = B + w * power(s) * min(B, 50 ms)
     C = span * (done + new) + max(a * (done * max(new, least) + new (new + 1) / 2), b_mixed * done)
 
-One call of the attention kernel serves all chunks of an iteration (FlashAttention's variable-length form; charged with
-a call each, four chunks of 256 tokens came out 9 % too long).
+Where the tiles of the attention kernel are known (llmsim.cost.tiles), all of an iteration's attention is one call of
+it, as it schedules chunks and decodes: with chunks
+
+    B = L(n) + head(q) + attention * layers * call(chunks, s, kv_tokens, longest)
+
+attention, a over the kernel's seconds per pair, being what the engine's calls take over those timed alone.
 
 L is given at knots. Two bases say what lies between them and what another model's terms are:
 
@@ -26,13 +30,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmsim.cost import WARM_S
+from llmsim.cost.graphs import LARGEST_CAPTURE
 from llmsim.cost.kernels import Forward, effective_rows
+from llmsim.cost.tiles import Schedule
 
 Floats = NDArray[np.float64]
 
@@ -59,6 +65,7 @@ def power(seqs: int) -> float:
 
 
 class Basis(Protocol):
+    schedule: Schedule | None  # of one layer's attention calls
     call_s: float
     span_s: float
     least_rows: float
@@ -78,6 +85,7 @@ class Basis(Protocol):
 
 
 class ShapeBasis:
+    schedule: Schedule | None = None
     call_s = span_s = cached_s = 0.0
     least_rows = 1.0
 
@@ -102,11 +110,14 @@ class ShapeBasis:
 
 
 class KernelBasis:
-    def __init__(self, forward: Forward) -> None:
+    def __init__(self, forward: Forward, graph_tokens: int = LARGEST_CAPTURE) -> None:
         self.forward = forward
         form = forward.chunk()
         self.call_s, self.span_s, self.pair_s = form.call_s, form.span_s, form.pair_s
         self.least_rows, self.cached_s = form.least_rows, form.cached_s
+        self.schedule = forward.schedule(graph_tokens)
+        if self.schedule is not None:
+            self.pair_s = forward.layers * self.schedule.pair_s
         self.kv_token_s = float(forward.decode_token_s(np.array([REFERENCE_SEQS]))[0])
 
     def position(self, rows: Floats) -> Floats:
@@ -161,6 +172,10 @@ class StepClock:
 
     def __init__(self, basis: Basis, coefficients: Coefficients, padded: Callable[[int], int]) -> None:
         self._basis, self._coefficients, self._padded = basis, coefficients, padded
+        self._schedule = basis.schedule
+        self._layers = 0.0  # of attention in the engine, in those of the kernel timed alone
+        if isinstance(basis, KernelBasis):
+            self._layers = basis.layers * coefficients.pair_s / basis.pair_s
         self._linear_s: list[float] = []  # by rows
         self._head_s: list[float] = []  # by requests
         self._base_s: list[float] = []  # by decodes
@@ -204,7 +219,27 @@ class StepClock:
             self._widen(2 * seqs)
         return self._decode_s[seqs], self._kv_s[seqs]
 
-    def mixed_s(self, chunks: Sequence[tuple[int, int]], seqs: int, kv_tokens: float) -> float:
+    def mixed_s(self, chunks: Sequence[tuple[int, int]], seqs: int, kv_tokens: float, longest: float = 0.0) -> float:
+        if self._schedule is None:
+            return self._summed_s(chunks, seqs, kv_tokens)
+        own, tokens, requests = self._coefficients, seqs, seqs + len(chunks)
+        for new, _ in chunks:
+            tokens += new
+        if requests >= len(self._head_s):
+            self._widen(2 * requests)
+        seconds = self._layers * self._schedule.seconds(chunks, seqs, kv_tokens, longest)
+        seconds += self.linear_s(self._padded(tokens)) + self._head_s[requests]
+        return seconds + own.power_share * power(seqs) * min(seconds, WARM_S)
+
+    def prompts_s(self, chunks: Any, tokens: Any, context_tokens: Any, pairs: Any) -> Any:
+        """Attention of prompts from sums over an iteration's chunks: of one chunk as it is scheduled, of several and of
+        columns as if all tiles were shared out evenly and none waited for."""
+        assert self._schedule is not None
+        if np.ndim(tokens) == 0 and chunks == 1:
+            return self._layers * self._schedule.seconds([(int(tokens), int(context_tokens))])
+        return self._layers * self._schedule.even_s(chunks, tokens, pairs)
+
+    def _summed_s(self, chunks: Sequence[tuple[int, int]], seqs: int, kv_tokens: float) -> float:
         own, basis = self._coefficients, self._basis
         kv_s, pair_s, call_s, span_s, least = own.mixed_kv_s, own.pair_s, basis.call_s, basis.span_s, basis.least_rows
         seconds = call_s + kv_s * kv_tokens

@@ -44,6 +44,8 @@ class Graphs:
         self.sizes = tuple(sizes) if cudagraph != "none" else ()
         self.max_num_seqs = max_num_seqs
         self.largest = self.sizes[-1] if self.sizes else 0
+        # up to as many tokens attention may cut sequences into many pieces (llmsim.cost.tiles)
+        self.split_tokens = self.largest if cudagraph in FULL_DECODES else 0
         self._padded = [0] + [self.sizes[bisect_left(self.sizes, n)] for n in range(1, self.largest + 1)]
         self._chunked = EAGER if cudagraph == "full_decode_only" else PIECEWISE
         # by token count, for iterations whose requests have one token each

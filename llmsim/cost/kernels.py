@@ -6,9 +6,10 @@ Seconds of R rows (tokens of an iteration, padded in graph modes) and r requests
                          + two all-reduces of R * hidden elements if tensor_parallel > 1)
     head(r)    LM head t(vocab, hidden, r), sampling of r rows
     decode     layers * (base(s) + token(s) * cached tokens), s requests of one token each
-    prefill    layers * (call + cached if any c > 0 + sum over chunks of n new tokens after c of
-                         span * (c + n) + pair * (c * max(n, least) + n (n + 1) / 2)):
-               one kernel serves all chunks; span is what the longest row of tiles takes, which few heads cannot hide
+    mixed      layers * what FlashAttention 3 takes for all chunks and decodes of an iteration (llmsim.cost.tiles);
+               where tiles of its kernels are not known (imported tables) layers * (call + cached if any c > 0 + sum
+               over chunks of n new tokens after c of span * (c + n) + pair * (c * max(n, least) + n (n + 1) / 2))
+               and decodes as alone; span is what the longest row of tiles takes, which few heads cannot hide
 
 A linear layer of n outputs, k inputs takes t = q * ridge, where ridge = sqrt(memory^2 + compute^2) of data-sheet rates
 and q is measured: a table over rows for each (n, k), linear between them, constant beyond the ends. Rows count as
@@ -38,6 +39,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from llmsim.cost.tiles import Schedule, Tiles, tile_shape
 from llmsim.model import ELEMENT_BYTES, KV_BITS, KV_SCALE_BYTES, Model
 
 Floats = NDArray[np.float64]
@@ -53,6 +55,7 @@ TILE_ROWS = 128
 TILE_AT_ONCE = 0.25  # of a full tile's time, as soon as its first row is there
 TILE_PAID_ROWS, TILE_PAID = 64, 0.95  # rows after which nearly the whole tile is paid, and how much of it
 FIRST_TILED_ROW = 256  # below, memory paces the GEMMs
+KV_WRITE_WIDTH = 512  # on an H200 4 and 8 heads of 128 take as long, 2 half of it
 
 
 def effective_rows(rows: Floats) -> Floats:
@@ -61,6 +64,11 @@ def effective_rows(rows: Floats) -> Floats:
     share = np.interp(begun, (0.0, TILE_PAID_ROWS, TILE_ROWS), (TILE_AT_ONCE, TILE_PAID, 1.0))
     tiled: Floats = np.where(begun > 0, TILE_ROWS * (full + share), rows)
     return np.where(rows <= FIRST_TILED_ROW, rows, tiled)
+
+
+def kv_write_width(kv: int) -> int:
+    """Keys of a token that take as long to write as `kv` do: a block of threads a token, busy with KV_WRITE_WIDTH."""
+    return max(min(kv, KV_WRITE_WIDTH), kv // 2)
 
 
 class NotTimedError(ValueError):
@@ -205,7 +213,7 @@ class PrefillForm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return seconds + (self.cached_s if cached else 0.0)
 
 
-class Kernels(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Kernels(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     gpu: str
     source: str  # who timed them, with what
     measurements: dict[str, str]  # file -> sha256
@@ -216,6 +224,7 @@ class Kernels(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     prefills: tuple[PrefillForm, ...]
     all_reduce: dict[str, Curve]  # by number of GPUs
     error: dict[str, float]  # operator -> median relative error, held out; "OPERATOR p90"
+    tiles: tuple[Tiles, ...] = ()  # where the engine's attention is FlashAttention 3
 
     def linear(self, dtype: str) -> LinearTable:
         if dtype not in self.linears:
@@ -262,7 +271,7 @@ class Forward:
             "add_rms_norm": (model.norms_per_layer, 4 * model.hidden),
             "rope": (1, 2 * (heads + kv)),
             "silu_mul": (1, 3 * model.intermediate / tp),
-            "kv_write": (1, 4 * kv),
+            "kv_write": (1, 4 * kv_write_width(kv)),
         }
         if model.qk_norm:
             moved["rms_norm"] = (1, 2 * (heads + kv))
@@ -331,6 +340,22 @@ class Forward:
         table = self._decode
         token: Floats = self._model.layers * self._kv_ratio * np.interp(seqs, table.seqs, table.token_s)
         return token
+
+    def schedule(self, graph_tokens: int) -> Schedule | None:
+        """Of one layer's attention; None where its kernel's tiles are not known."""
+        heads, every = self._heads, self._kernels.tiles
+        stored = heads.kv_dtype if heads.kv_dtype not in KV_BITS else "bfloat16"  # computed with once it is expanded
+        own = [tiles for tiles in every if tiles.kv_dtype == stored] or list(every)
+        if not own:
+            return None
+        tiles = min(own, key=lambda tiles: abs(log2(tiles.head_dim / heads.head_dim)))
+        if tiles.head_dim != heads.head_dim or tiles.kv_dtype != stored:
+            rows, keys = tile_shape(heads.head_dim, stored)
+            work = rows * keys * heads.head_dim / (tiles.shape[0] * tiles.shape[1] * tiles.head_dim)
+            tiles = msgspec.structs.replace(
+                tiles, head_dim=heads.head_dim, kv_dtype=stored, block_s=tiles.block_s * work
+            )
+        return Schedule(tiles, heads.q_heads, heads.kv_heads, graph_tokens)
 
     def chunk(self) -> PrefillForm:
         """The terms of `prefill` above, all layers."""

@@ -42,6 +42,7 @@ import numpy as np
 
 from llmsim.cost import FULL, PIECEWISE, WARM_S, Host, Ramp, worker_host
 from llmsim.cost.basis import SKEW_SHARE, Basis, Coefficients, KernelBasis, ShapeBasis, StepClock, power
+from llmsim.cost.graphs import LARGEST_CAPTURE
 from llmsim.cost.kernels import LAYER_LINEARS, Forward, Kernels, NotTimedError
 from llmsim.cost.terms import Parts, shared
 from llmsim.hardware import ELEMENT_BYTES, Gpu, Model, find_model
@@ -54,9 +55,10 @@ VERSION = 1
 # An all-reduce over NVLink costs about this before bytes count (NCCL tests, small messages).
 ALL_REDUCE_LATENCY_S = 8e-6
 FULL_ROWS = 256  # requests of the largest batch: more rows are prompts
-# Decodes lose 3 % of the chunks before them in bf16 (every dense model recorded on H200s, TP 1 and 2), 0.8 % where
-# those run in fp8 (Llama-3.1-8B, Qwen2.5-14B): a chunk that is over sooner leaves the clocks up.
-FP8_COOLING = 0.25
+# Power pulls clocks down less where matrix products run in fp8. On H200s, two models, three loads each: decodes lose
+# 0.8 % of the chunks before them (3 % in bf16, every dense model, TP 1 and 2), chunks beside many decodes 4 to 6 %
+# (11 to 14 %), chunks after chunks nothing (5 %).
+FP8_POWER = 0.3
 GAP_ROWS = 64
 CLOCKED_ROWS = 512  # rows from which products of matrices are paced by compute, and so by the clocks
 # What a profile's numbers may be: seconds of one thing, and anything else.
@@ -446,18 +448,19 @@ def fitted_coefficients(clock: GpuClock) -> Coefficients:
     )
 
 
-def by_kernels(profile: Profile, forward: Forward) -> tuple[KernelBasis, Coefficients]:
+def by_kernels(
+    profile: Profile, forward: Forward, graph_tokens: int = LARGEST_CAPTURE
+) -> tuple[KernelBasis, Coefficients]:
     """What the engine adds to its kernels is that of the fitted model; the kernels are the model's own.
 
     Per layer it adds a gap between kernels, the same for layers of any size: at most what it adds to the fitted model's
     where memory paces them (GAP_ROWS and fewer; on H200s 8 us, and what was recorded of eight others, of layers of 60
     to 280 us, comes to 1 to 15). What is beyond that is a ratio, r.
 
-    Where iterations are heavy enough to pull the GPU's clocks down (CLOCKED_ROWS and more) all of it is r, that of
-    fitted iterations that last as long: time under load, not rows, lowers clocks (an H200's chunk of 20 ms takes 0.90
-    of what its kernels take under sustained load, one of 180 ms 0.96).
+    Where matrix products are paced by compute (CLOCKED_ROWS and more) kernels take in an engine what they take alone:
+    on H200s steps of nine models, bf16 and fp8, without what power costs them come to 0.97 to 1.02 of them.
     """
-    fitted, own, clock = fitted_basis(profile), KernelBasis(forward), profile.gpu_clock
+    fitted, own, clock = fitted_basis(profile), KernelBasis(forward, graph_tokens), profile.gpu_clock
     assert isinstance(fitted, KernelBasis)
     knots = np.array(clock.tokens, float)
     own_s, fitted_s = own.body_s(knots), fitted.body_s(knots)
@@ -466,11 +469,9 @@ def by_kernels(profile: Profile, forward: Forward) -> tuple[KernelBasis, Coeffic
     gap_s = np.clip(excess_s, 0.0, max(median(excess_s[knots <= max(GAP_ROWS, knots[0])]), 0.0))
     linear_s = own_s * (recorded_s / fitted.layers - gap_s) / (fitted_s / fitted.layers) + own.layers * gap_s
     clocked = knots >= CLOCKED_ROWS
-    if clocked.any():
-        lasting = np.maximum.accumulate(fitted_s[clocked])
-        residual = np.interp(np.log(own_s[clocked]), np.log(lasting), (recorded_s / fitted_s)[clocked])
-        beyond = np.maximum(own_s[clocked] / lasting[-1], 1.0)  # what lasts longer goes on at sustained clocks: r = 1
-        linear_s[clocked] = own_s[clocked] * (1.0 - (1.0 - residual) / beyond)
+    linear_s[clocked] = own_s[clocked]
+    if np.array_equal(own_s, fitted_s):  # the fitted model itself
+        linear_s = recorded_s
     kv_ratio, pair_ratio = own.kv_token_s / fitted.kv_token_s, own.pair_s / fitted.pair_s
     return own, Coefficients(
         knots=clock.tokens,
@@ -534,7 +535,7 @@ class ProfileCost:
         if settings.tensor_parallel > 1 and not host.worker:
             host = worker_host(host)
         if shape.flops_ratio > 1.0:
-            host = replace(host, cool_share=host.cool_share * FP8_COOLING)
+            host = replace(host, cool_share=host.cool_share * FP8_POWER, warm_share=host.warm_share * FP8_POWER)
         self.host = host.scaled(settings.host_scale)
         self.mode = settings.graphs.mode
         self._stalled = 1.0 + profile.host_clock.stall_share
@@ -545,11 +546,14 @@ class ProfileCost:
         if forward is None:
             basis, coefficients = _by_shapes(profile, shape, fitted, model, settings)
         else:
-            basis, coefficients = by_kernels(profile, forward)
+            basis, coefficients = by_kernels(profile, forward, settings.graphs.split_tokens)
             self._neighbours = forward.extrapolated
+        if shape.flops_ratio > 1.0:
+            coefficients = replace(coefficients, power_share=coefficients.power_share * FP8_POWER)
         self.clock = StepClock(basis, coefficients, settings.graphs.padded)
         self._basis, self._coefficients, self._padded = basis, coefficients, settings.graphs.padded
         self.pair_s = coefficients.pair_s
+        self.reads_longest = basis.schedule is not None
         self.label = self._describe(model, settings)
 
     @property
@@ -583,8 +587,8 @@ class ProfileCost:
         kv_s *= self._stalled
         return Ramp(self._stalled * first_s + kv_s * kv_tokens, kv_s * seqs)
 
-    def mixed_s(self, chunks: Sequence[tuple[int, int]], seqs: int, kv_tokens: float) -> float:
-        return self.clock.mixed_s(chunks, seqs, kv_tokens)
+    def mixed_s(self, chunks: Sequence[tuple[int, int]], seqs: int, kv_tokens: float, longest: float = 0.0) -> float:
+        return self.clock.mixed_s(chunks, seqs, kv_tokens, longest)
 
     def parts(self, tokens: int, requests: int, seqs: int) -> Parts:
         """L in proportion to what its terms take by themselves."""
@@ -607,6 +611,8 @@ class ProfileCost:
 
     def prompts_s(self, chunks: Any, tokens: Any, context_tokens: Any, pairs: Any) -> Any:
         basis, own = self._basis, self._coefficients
+        if basis.schedule is not None:
+            return self.clock.prompts_s(chunks, tokens, context_tokens, pairs)
         mean = np.maximum(tokens / np.maximum(chunks, 1), 1)
         least = context_tokens * np.maximum(basis.least_rows - mean, 0.0)  # pairs of a query tile that is not full
         return (

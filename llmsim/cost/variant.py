@@ -5,12 +5,12 @@ It stands before the cost model of the engine as it is and exchanges terms (`llm
     attention_kernel="math"   attention is computed step by step, with the scores in memory: decodes and prompts take
                               what `llmsim.cost.alternatives` says of unfused attention, instead of theirs. One call a
                               chunk
-    kernel_fusion="custom"    torch.compile is off. The kernels are the hand-written fused ones that calibration timed;
-                              what the compiler gains beyond them was not measured and counts as nothing. Piecewise
-                              graphs are cut out of compiled code: without it iterations with prompts are launched
-                              eagerly
+    kernel_fusion="custom"    torch.compile is off. The kernels are the hand-written fused ones that calibration timed:
+                              what they take beyond the compiler's, as an engine ran those, is added, layer by layer.
+                              Piecewise graphs are cut out of compiled code: without it iterations with prompts are
+                              launched eagerly
     kernel_fusion="none"      and every operation between the matrix products is a kernel of its own: the difference of
-                              the plain and the fused kernels' times is added, layer by layer
+                              the plain and the compiler's kernels' times is added
 
 Launches: an operation more in a layer is a launch more wherever no graph holds it (eager; attention's in piecewise
 graphs too). Left out: padding of batches that unfused attention of unequal contexts needs, memory of the scores.
@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from llmsim.cost import EAGER, FULL, PIECEWISE, CostModel, Ramp
 from llmsim.cost.alternatives import Alternatives, find_alternatives
+from llmsim.cost.kernels import kv_write_width
 from llmsim.cost.terms import Parts, termed
 from llmsim.hardware import Gpu, Model
 
@@ -55,7 +56,7 @@ class VariantCost:
         heads = model.heads // settings.tensor_parallel
         ratio = heads * model.head_dim / (known.attention.q_heads * known.attention.head_dim)
         self._attention, self._layers, self._ratio = known.attention, model.layers, ratio
-        self._extra_s = _Extra(known, model, settings) if self._plain else None
+        self._extra_s = _Extra(known, model, settings) if settings.kernel_fusion != "compiled" else None
         self.host = inner.host
         self.skew_share = getattr(inner, "skew_share", 0.0)
         operations = PLAIN_OPERATIONS + (QK_NORM_OPERATIONS if model.qk_norm else 0) if self._plain else 0
@@ -148,7 +149,7 @@ class VariantCost:
 
 
 class _Extra:
-    """Seconds that plain operations take beyond the fused kernels, by rows."""
+    """Seconds that plain operations, or hand-written fused ones, take beyond the compiler's kernels, by rows."""
 
     def __init__(self, known: Alternatives, model: Model, settings: CostSettings) -> None:
         size, tp = model.plain_bytes(settings.dtype), settings.tensor_parallel
@@ -158,11 +159,13 @@ class _Extra:
             "add_rms_norm": (model.norms_per_layer, 4 * model.hidden * size),
             "rope": (1, 2 * (heads + kv) * size),
             "silu_mul": (1, 3 * model.mlp_width / tp * size),
-            "kv_write": (1, 4 * kv * size),
+            "kv_write": (1, 4 * kv_write_width(kv) * size),
         }
         if model.qk_norm:
             self._bytes["rms_norm"] = (1, 2 * (heads + kv) * size)
-        self._known, self._layers = known, model.layers
+        self._slow = known.plain if settings.kernel_fusion == "none" else known.fused
+        self._fast = known.fused | known.compiled
+        self._layers = model.layers
         self._by_rows: dict[int, float] = {}
 
     def of(self, rows: int) -> float:
@@ -170,8 +173,8 @@ class _Extra:
             seconds = 0.0
             for op, (times, width) in self._bytes.items():
                 moved = np.array([rows * width])
-                seconds += times * float(self._known.plain[op].at(moved)[0] - self._known.fused[op].at(moved)[0])
-            self._by_rows[rows] = self._layers * seconds
+                seconds += times * float(self._slow[op].at(moved)[0] - self._fast[op].at(moved)[0])
+            self._by_rows[rows] = self._layers * max(seconds, 0.0)
         return self._by_rows[rows]
 
 
@@ -192,7 +195,7 @@ def _described(settings: CostSettings, source: str) -> str:
     if settings.attention_kernel == "math":
         changes.append(f"attention unfused ({source})")
     if settings.kernel_fusion == "custom":
-        changes.append("not compiled (hand-written kernels; what the compiler adds to them was not measured)")
+        changes.append(f"not compiled (hand-written kernels, {source})")
     if settings.kernel_fusion == "none":
         changes.append(f"operations unfused ({source})")
     return ", ".join(changes)
