@@ -62,7 +62,7 @@ ELEMENTWISE = ("rms_norm", "add_rms_norm", "rope", "silu_mul", "kv_write", "quan
 LEAST_WIDTH, MOST_TOKENS = 512, 16_384  # of imported linear layers: no layer of a language model is narrower
 FEWEST_PREFILLS = 12  # points that make a form of their own
 FEWEST_TILED = 24
-HOPPER_PROCESSORS = 132  # of the H100 and H200 SXM
+PROCESSORS = {"h100-sxm": 132, "h200-sxm": 132}  # multiprocessors of GPUs that run FlashAttention 3 (data sheets)
 # Where the search for a head size's constants begins: block, tile, call, combine (seconds), bandwidth (bytes/s).
 FIRST_TILES = (1.8e-6, 4e-6, 5e-6, 3e-6, 4e12)
 MMA_TOKENS = 8  # tensor cores take so many rows at once: below, time is that of eight
@@ -93,7 +93,7 @@ def fit_kernels(
     if "bfloat16" not in linears:
         raise ValueError("measurements: no linear layer in bfloat16 (op=linear). Measure some first")
     decodes, prefills = fit_attention(rows, gpu, judge, rest)
-    tiles = fit_tiles(rows, judge) or (tiles_of(rest, gpu) if rest is not None else ())
+    tiles = fit_tiles(rows, PROCESSORS.get(gpu.name), judge) or (tiles_of(rest, gpu) if rest is not None else ())
     curves = {}
     for op in ELEMENTWISE:
         # a cache in fp8 takes as long as one of twice its bytes
@@ -401,8 +401,11 @@ def tiles_of(rest: Kernels, gpu: Gpu) -> tuple[Tiles, ...]:
     )
 
 
-def fit_tiles(rows: Sequence[Row], judge: Judge) -> tuple[Tiles, ...]:
-    """Of every head size and KV dtype with enough calls of FlashAttention 3 that hold chunks."""
+def fit_tiles(rows: Sequence[Row], processors: int | None, judge: Judge) -> tuple[Tiles, ...]:
+    """Of every head size and KV dtype with enough calls of FlashAttention 3 that hold chunks; of a GPU whose number of
+    multiprocessors is not known none."""
+    if processors is None:
+        return ()
     groups: dict[tuple[int, str], list[Row]] = defaultdict(list)
     for row in rows:
         if row.op in ("attention_prefill", "attention_mixed") and (row.variant, row.launch) == ("fa3", "graph"):
@@ -411,24 +414,24 @@ def fit_tiles(rows: Sequence[Row], judge: Judge) -> tuple[Tiles, ...]:
     for (head_dim, kv_dtype), group in sorted(groups.items()):
         if len(group) >= FEWEST_TILED:
             for kept, judged in ((group[::2], group[1::2]), (group[1::2], group[::2])):
-                half = fit_tile(kept, head_dim, kv_dtype)
+                half = fit_tile(kept, head_dim, kv_dtype, processors)
                 for row in judged:
                     what = f"{batch_text(row)} {label(heads_of(row))}"
                     judge.add(f"tiled attention {kv_dtype}", row.median_s, tiled_s(half, row), what)
-            found.append(fit_tile(group, head_dim, kv_dtype))
+            found.append(fit_tile(group, head_dim, kv_dtype, processors))
     return tuple(found)
 
 
-def fit_tile(rows: Sequence[Row], head_dim: int, kv_dtype: str) -> Tiles:
+def fit_tile(rows: Sequence[Row], head_dim: int, kv_dtype: str, processors: int) -> Tiles:
     from scipy.optimize import least_squares
 
     measured_s = np.array([row.median_s for row in rows])
 
     def candidate(x: Floats) -> Tiles:
-        return Tiles(head_dim, kv_dtype, HOPPER_PROCESSORS, *(float(f"{value:.4g}") for value in np.exp(x)))
+        return Tiles(head_dim, kv_dtype, processors, *(float(f"{value:.4g}") for value in np.exp(x)))
 
     def misfit(x: Floats) -> Floats:
-        own = Tiles(head_dim, kv_dtype, HOPPER_PROCESSORS, *np.exp(x).tolist())
+        own = Tiles(head_dim, kv_dtype, processors, *np.exp(x).tolist())
         formed: Floats = np.log(np.array([tiled_s(own, row) for row in rows]) / measured_s)
         return formed
 

@@ -36,7 +36,7 @@ RECORDED = {
                 SHIPPED / "vllm-0.25.1_h200-sxm_llama-3.1-8b_kv-fp8",
             ),
             (SHIPPED / f"{H200}_fifth-machine", SHIPPED / f"{H200}_fifth-machine_eager"),
-            (SHIPPED / f"{H200}_sixth-machine_batched-2048",),  # its `preempt` has no steps
+            (SHIPPED / f"{H200}_sixth-machine_batched-2048", SHIPPED / f"{H200}_sixth-machine_preempt"),
         ),
         carried=(
             SHIPPED / f"{H200}_tp2",
@@ -49,6 +49,7 @@ RECORDED = {
             SHIPPED / "vllm-0.25.1_h200-sxm_qwen2.5-14b_fp8",
             SHIPPED / "vllm-0.25.1_h200-sxm_qwen2.5-32b_bf16",
             SHIPPED / "vllm-0.25.1_h200-sxm_qwen2.5-7b_bf16",
+            SHIPPED / "vllm-0.25.1_h200-sxm_qwen3-14b_bf16_batched-4096",
             SHIPPED / "vllm-0.25.1_h200-sxm_qwen3-8b_bf16",
         ),
     ),

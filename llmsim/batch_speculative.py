@@ -135,6 +135,10 @@ class SpeculatingBatch(RunningBatch):
         self.kv_tokens += request.computed_tokens
         self.size += 1
 
+    @property
+    def longest(self) -> int:
+        return max(map(self.computed, self._members), default=0)
+
     def _draw(self, request: Request) -> Whole:
         """Accepted drafts of as many verifications as it can have; at least one token each."""
         generator = np.random.default_rng((self._seed, request.id))

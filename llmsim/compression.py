@@ -117,6 +117,11 @@ class DroppingBatch(RunningBatch):
         """Once some are full, as if all read alike: full members do, and a run's spread must not change."""
         return self.kv_tokens * self.kv_tokens / self.size if self._full else super().squares
 
+    @property
+    def longest(self) -> int:
+        longest = super().longest
+        return min(longest, self._kv.kept_tokens) if self._full else longest
+
     def steps_to_finish(self) -> int:
         steps = super().steps_to_finish()
         filling = self._filling
@@ -158,8 +163,8 @@ class DroppingCost:
         first_s, growth_s = self._cost.decode_ramp(seqs, kv_tokens)
         return Ramp(first_s, growth_s * self._batch.growing / seqs if seqs else 0.0)
 
-    def mixed_s(self, chunks: Sequence[tuple[int, int]], seqs: int, kv_tokens: float) -> float:
+    def mixed_s(self, chunks: Sequence[tuple[int, int]], seqs: int, kv_tokens: float, *longest: float) -> float:
         most = self._done_tokens
         if most is not None:
             chunks = [(new, min(done, most)) for new, done in chunks]
-        return self._cost.mixed_s(chunks, seqs, kv_tokens)
+        return self._cost.mixed_s(chunks, seqs, kv_tokens, *longest)

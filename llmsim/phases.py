@@ -475,11 +475,12 @@ class _Noted:
     def __init__(self, cost: CostModel) -> None:
         self.kind, self.label, self.host = cost.kind, cost.label, cost.host
         self.mode, self.decode_ramp, self.outside_measured = cost.mode, cost.decode_ramp, cost.outside_measured
-        self._mixed_s = cost.mixed_s
+        self._mixed_s: Callable[..., float] = cost.mixed_s
+        self.reads_longest = getattr(cost, "reads_longest", False)
         self.parts_s: list[tuple[float, float, float]] = []
 
-    def mixed_s(self, chunks: Sequence[Chunk], seqs: int, kv_tokens: float) -> float:
-        seconds, prompts_s = self._mixed_s(chunks, seqs, kv_tokens), self._mixed_s(chunks, 0, 0)
+    def mixed_s(self, chunks: Sequence[Chunk], seqs: int, kv_tokens: float, *longest: float) -> float:
+        seconds, prompts_s = self._mixed_s(chunks, seqs, kv_tokens, *longest), self._mixed_s(chunks, 0, 0)
         own_s = sum(self._mixed_s([chunk], 0, 0) for chunk in chunks)
         self.parts_s.append((own_s, len(chunks) * prompts_s - own_s, len(chunks) * (seconds - prompts_s)))
         return seconds

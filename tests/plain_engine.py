@@ -180,6 +180,10 @@ class Step:
         return self.kv_tokens + skew_share * len(contexts) * deviation
 
     @property
+    def longest(self) -> int:
+        return max((c for n, c in self.rows if n == 1), default=0)
+
+    @property
     def outputs(self) -> int:
         return len(self.scheduled) - len(self.partial)
 
@@ -402,9 +406,9 @@ class PlainEngine:
         if not host.worker:
             step.free_s = step.launched_s
         if chunks:
-            step.gpu_time_s = self.cost.mixed_s(
-                chunks, step.seqs, step.read_tokens(getattr(self.cost, "skew_share", 0.0))
-            )
+            read_tokens = step.read_tokens(getattr(self.cost, "skew_share", 0.0))
+            longest = [step.longest] if step.seqs and getattr(self.cost, "reads_longest", False) else []
+            step.gpu_time_s = self.cost.mixed_s(chunks, step.seqs, read_tokens, *longest)
         else:
             step.gpu_time_s = self.cost.decode_ramp(
                 step.seqs, step.read_tokens(getattr(self.cost, "skew_share", 0.0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from heapq import heapreplace
 from math import ceil
 from pathlib import Path
@@ -131,9 +132,7 @@ def test_constants_are_found_again() -> None:
     rows, _ = read_parquet(MEASUREMENTS / "h200-sxm-attention.parquet")
     own = [row for row in rows if (row.head_dim, row.kv_dtype) == (64, "bfloat16")][::3]
     made = Tiles(64, "bfloat16", 132, 1.5e-6, 6e-6, 4e-6, 2e-6, 3.5e12)
-    from dataclasses import replace
-
-    found = fit_tile([replace(row, median_s=tiled_s(made, row)) for row in own], 64, "bfloat16")
+    found = fit_tile([replace(row, median_s=tiled_s(made, row)) for row in own], 64, "bfloat16", 132)
     assert (found.block_s, found.tile_s, found.call_s) == pytest.approx((1.5e-6, 6e-6, 4e-6), rel=0.03)
 
 

@@ -231,6 +231,7 @@ def test_a_recording_is_judged_without_its_machine_or_its_model() -> None:
         "mistral-small-24b",
         "qwen2.5-32b",
         "qwen2.5-7b",
+        "qwen3-14b",
         "qwen3-8b",
     }
     assert two_gpus["h200-sxm"].machines == machines

@@ -64,7 +64,7 @@ CLOCKED_ROWS = 512  # rows from which products of matrices are paced by compute,
 # What a profile's numbers may be: seconds of one thing, and anything else.
 MOST_S, MOST = 1e3, 1e18
 SIGNED = ("launch_jitter_s", "launch_drift_s")
-NOT_ZERO = ("count", "pair_s", "token_s", "full_kv_token_s", "mixed_kv_token_s", "linear_s", "seconds")
+NOT_ZERO = ("count", "pair_s", "block_s", "token_s", "full_kv_token_s", "mixed_kv_token_s", "linear_s", "seconds")
 
 
 class GpuClock(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -308,9 +308,10 @@ def _check_kernels(kernels: Kernels, gpu: str) -> None:
             )
     for decode in kernels.decodes:
         _check_table("decodes.seqs", decode.seqs, decode.base_s, decode.token_s)
-    for heads in [*(table.heads for table in kernels.decodes), *(form.heads for form in kernels.prefills)]:
-        if heads.kv_dtype not in ("bfloat16", "fp8"):
-            raise ValueError(f"kernels: attention of kv_dtype={heads.kv_dtype!r}, neither bfloat16 nor fp8")
+    kv_dtypes = [table.heads.kv_dtype for table in kernels.decodes] + [form.heads.kv_dtype for form in kernels.prefills]
+    for kv_dtype in [*kv_dtypes, *(tiles.kv_dtype for tiles in kernels.tiles)]:
+        if kv_dtype not in ("bfloat16", "fp8"):
+            raise ValueError(f"kernels: attention of kv_dtype={kv_dtype!r}, neither bfloat16 nor fp8")
     for name in ("linears", "decodes", "prefills"):
         if not getattr(kernels, name):
             raise ValueError(f"kernels.{name} is empty")

@@ -55,7 +55,7 @@ class ScaledCost:
     """Everything that is not overridden here is the inner model's: kind, label, profile, range, terms."""
 
     decode_ramp: Callable[[int, float], Ramp]
-    mixed_s: Callable[[Chunks, int, float], float]
+    mixed_s: Callable[..., float]  # chunks, seqs, kv_tokens, and the longest context if it `reads_longest`
 
     def __init__(self, inner: CostModel, factors: Factors, ripple: Ripple | None = None) -> None:
         for name, factor in factors._asdict().items():
@@ -112,15 +112,15 @@ def _decode_ramp(inner: CostModel, sizes: list[float], steps: list[float]) -> Ca
     return scaled
 
 
-def _mixed_s(inner: CostModel, sizes: list[float], steps: list[float]) -> Callable[[Chunks, int, float], float]:
+def _mixed_s(inner: CostModel, sizes: list[float], steps: list[float]) -> Callable[..., float]:
     mixed_s, step = inner.mixed_s, cycle(steps).__next__
 
-    def scaled(chunks: Chunks, seqs: int, kv_tokens: float) -> float:
+    def scaled(chunks: Chunks, seqs: int, kv_tokens: float, *longest: float) -> float:
         tokens = seqs
         for new, _ in chunks:
             tokens += new
         factor = sizes[tokens if tokens < TABLE_TOKENS else TABLE_TOKENS] * step()
-        return factor * mixed_s(chunks, seqs, kv_tokens)
+        return factor * mixed_s(chunks, seqs, kv_tokens, *longest)
 
     return scaled
 

@@ -70,6 +70,7 @@ class SpeculativeCost:
             host = replace(host, launch_s=(full_s + more_s, piecewise_s + more_s, eager_s + more_s))
         self.host = host
         self.skew_share = getattr(inner, "skew_share", 0.0)
+        self.reads_longest = getattr(inner, "reads_longest", False)
         self.label = (
             f"{inner.label}; speculating by {speculation.method}"
             + (f" {speculation.model}" if speculation.model else "")
@@ -117,9 +118,9 @@ class SpeculativeCost:
         token_s = max(token_s, self.pair_s * (1.0 + drafts / seqs)) + self.speculation.drafts * draft_s
         return Ramp(fixed_s + token_s * kv_tokens, 0.0)
 
-    def mixed_s(self, chunks: Sequence[tuple[int, int]], seqs: int, kv_tokens: float) -> float:
+    def mixed_s(self, chunks: Sequence[tuple[int, int]], seqs: int, kv_tokens: float, *longest: float) -> float:
         drafts = self._drafted(seqs)
-        seconds = self._inner.mixed_s(chunks, seqs, kv_tokens)
+        seconds = self._inner.mixed_s(chunks, seqs, kv_tokens, *longest)
         if drafts:
             tokens, requests = seqs + sum(new for new, _ in chunks), seqs + len(chunks)
             seconds += self._inner.rows_s(tokens + drafts, requests + drafts) - self._inner.rows_s(tokens, requests)

@@ -37,8 +37,10 @@ FILLED, GOOD_ENOUGH = 0.8, 0.85  # of the multiprocessors; of the best efficienc
 FEWEST_BLOCKS = 4  # keys of no more blocks are never cut
 MARGIN = 1.1
 ONE_GROUP_ROWS = 64  # rows up to which heads of 128 take tiles of half the rows
-# The work of this many waves, and of tiles this much shorter than it, ends as if it were shared out evenly.
-WAVES, SHORT = 3, 0.25
+# Work whose last tile is this much shorter than all of it, and no tile of which starts so late that it ends alone, is
+# shared out evenly but for half of that tile.
+SHORT = 0.2
+CALLS = 1 << 16  # of one chunk alone that are kept
 
 
 class Tiles(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -99,6 +101,10 @@ def last_end_s(groups: Iterable[tuple[int, float]], processors: int) -> float:
     return last_s
 
 
+def _pieces(blocks: float, share: float, most: int) -> int:
+    return min(ceil(blocks / share), most) or 1
+
+
 class Schedule:
     """Seconds of attention calls of one head shape on a rank. `graph_tokens`: of the largest CUDA graph, 0 where no
     graph holds attention."""
@@ -106,7 +112,10 @@ class Schedule:
     def __init__(self, tiles: Tiles, q_heads: int, kv_heads: int, graph_tokens: int) -> None:
         self.tiles, self.kv_heads, self.group = tiles, kv_heads, q_heads / kv_heads
         self.graph_tokens = graph_tokens
+        self._alone: dict[tuple[int, int], float] = {}  # calls of one chunk
         self.rows, self.keys = tiles.shape
+        self._tile = self.rows / self.group  # tokens of a tile
+        self._half_tile = ONE_GROUP_ROWS / self.group if tiles.head_dim == 128 else 0.0
         self.pair_s = kv_heads * self.group * tiles.block_s / (tiles.processors * self.rows * self.keys)
         element_bytes = 1 if tiles.kv_dtype == "fp8" else 2
         self.kv_token_s = 2 * kv_heads * tiles.head_dim * element_bytes / tiles.bandwidth_bytes_per_s
@@ -116,68 +125,100 @@ class Schedule:
     ) -> float:
         """One call: chunks (new, cached) and `seqs` decodes that read `kv_tokens`, of which one reads `longest` (0 or
         too few: all read alike)."""
-        own, keys, kv_heads = self.tiles, self.keys, self.kv_heads
-        processors, block_s, tile_s = own.processors, own.block_s, own.tile_s
+        if not seqs and len(chunks) == 1:
+            (chunk,) = chunks
+            if chunk not in self._alone:
+                if len(self._alone) >= CALLS:
+                    self._alone.clear()
+                self._alone[chunk] = self._seconds(chunks, 0, 0.0, 0.0)
+            return self._alone[chunk]
+        return self._seconds(chunks, seqs, kv_tokens, longest)
+
+    def _seconds(self, chunks: Sequence[tuple[int, int]], seqs: int, kv_tokens: float, longest: float) -> float:
+        """Asked for in most iterations with prompts, hence without lists and `max` where all is shared out evenly."""
+        own, keys, kv_heads, most = self.tiles, self.keys, self.kv_heads, GRAPH_SPLITS
+        block_s, tile_s, even = own.block_s, own.tile_s, kv_heads / own.processors
         mean = kv_tokens / seqs if seqs else 0.0
-        longest = max(longest, mean)
+        if longest < mean:
+            longest = mean
         tokens, read, new_most, keys_most = seqs, kv_tokens, 1, longest
         for new, done in chunks:
             tokens += new
             read += new + done
-            new_most = max(new_most, new)
-            keys_most = max(keys_most, new + done)
-        one_group = own.head_dim == 128 and new_most * self.group <= ONE_GROUP_ROWS
-        per_tile = (ONE_GROUP_ROWS if one_group else self.rows) / self.group  # tokens of a tile
-        decode_blocks = mean / keys + 0.5
-        if tokens <= self.graph_tokens:
-            most = GRAPH_SPLITS
-        else:
-            most = most_splits(kv_heads * ceil(new_most / per_tile), ceil(keys_most / keys), processors)
+            if new > new_most:
+                new_most = new
+            if new + done > keys_most:
+                keys_most = new + done
+        per_tile = self._half_tile if new_most <= self._half_tile else self._tile
+        if tokens > self.graph_tokens:
+            most = most_splits(kv_heads * ceil(new_most / per_tile), ceil(keys_most / keys), own.processors)
+        decode_blocks, long_blocks = mean / keys + 0.5, longest / keys + 0.5
         share = inf  # blocks of a piece
         if most > 1:
             blocks = seqs * decode_blocks
             for new, done in chunks:
                 blocks += ceil(new / per_tile) * ceil((new + done) / keys)
-            share = ceil(blocks * MARGIN * kv_heads / processors)
+            share = ceil(blocks * MARGIN * even)
 
-        number, work_s, top_s, cut = 0, 0.0, 0.0, False
-        decodes: list[tuple[int, float]] = []  # (tiles of one KV head, blocks of each piece) times pieces
+        # of one KV head; when the latest long tile ends; the last tile; pieces of a sequence
+        work_s, late_s, last_s, pieces, cut = 0.0, 0.0, 0.0, 1, False
         if seqs:
-            pieces = min(ceil(decode_blocks / share), most) or 1
-            long_pieces = min(ceil((longest / keys + 0.5) / share), most) or 1
-            cut = long_pieces > 1
-            number = seqs * kv_heads * pieces
+            long_pieces = 1
+            if most > 1:
+                pieces, long_pieces = _pieces(decode_blocks, share, most), _pieces(long_blocks, share, most)
+                cut = long_pieces > 1
             work_s = seqs * (block_s * decode_blocks + tile_s * pieces)
-            top_s = block_s * (longest / keys + 0.5) / long_pieces
-            # where among the decodes the longest is, is not known: in the middle
-            rest = (seqs * decode_blocks - longest / keys - 0.5) / max(seqs - 1, 1)
-            before = (seqs - 1) // 2
-            decodes = [
-                (before * pieces, rest / pieces),
-                (long_pieces, (longest / keys + 0.5) / long_pieces),
-                ((seqs - 1 - before) * pieces, rest / pieces),
-            ]
-        prompts: list[tuple[int, int, int]] = []  # tiles, cached tokens, pieces of each
+            late_s = 0.5 * even * work_s + block_s * long_blocks / long_pieces + tile_s
         for new, done in chunks:
-            tiles, blocks = ceil(new / per_tile), ceil((new + done) / keys)
-            pieces = min(ceil(blocks / share), most) or 1
-            cut = cut or pieces > 1
-            prompts.append((tiles, done, pieces))
-            number += kv_heads * tiles * pieces
+            tiles, blocks, pieces = ceil(new / per_tile), ceil((new + done) / keys), 1
+            if most > 1:
+                pieces = _pieces(blocks, share, most)
+                cut = cut or pieces > 1
+            end_s = even * work_s + block_s * blocks / pieces + tile_s
+            if end_s > late_s:
+                late_s = end_s
+            first = new if tiles == 1 else per_tile
+            last_s = block_s * ceil((done + first) / keys) / pieces + tile_s
             seen = done + (new if tiles == 1 else per_tile * (tiles + 1) / 2)
             work_s += tiles * (block_s * (seen / keys + 0.5) + tile_s * pieces)
-            top_s = max(top_s, block_s * blocks / pieces)
-        busy_s = kv_heads * work_s / processors
-        if number < WAVES * processors or top_s + tile_s > SHORT * busy_s:
-            groups = [(kv_heads * each, block_s * blocks + tile_s) for each, blocks in decodes]
-            for tiles, done, pieces in prompts:
-                groups += [
-                    (kv_heads * each * pieces, block_s * blocks / pieces + tile_s)
-                    for each, blocks in self._rows_of_tiles(tiles, done, per_tile)
-                ]
-            busy_s = last_end_s(groups, processors)
-        seconds = own.call_s + max(busy_s, self.kv_token_s * read)
+        busy_s = even * work_s
+        if last_s <= SHORT * busy_s and late_s <= busy_s + 0.5 * last_s:
+            busy_s += 0.5 * last_s
+        else:
+            groups = self._groups(chunks, seqs, decode_blocks, long_blocks, per_tile, share, most)
+            busy_s = last_end_s(groups, own.processors)
+        bytes_s = self.kv_token_s * read
+        seconds = own.call_s + (busy_s if busy_s > bytes_s else bytes_s)
         return seconds + own.combine_s if cut else seconds
+
+    def _groups(
+        self,
+        chunks: Sequence[tuple[int, int]],
+        seqs: int,
+        decode_blocks: float,
+        long_blocks: float,
+        per_tile: float,
+        share: float,
+        most: int,
+    ) -> list[tuple[int, float]]:
+        """(number, seconds) of tiles in the order they start. Where among the decodes the longest is, is not known: in
+        the middle."""
+        block_s, tile_s, kv_heads = self.tiles.block_s, self.tiles.tile_s, self.kv_heads
+        groups = []
+        if seqs:
+            pieces, long_pieces = _pieces(decode_blocks, share, most), _pieces(long_blocks, share, most)
+            rest_s = block_s * (seqs * decode_blocks - long_blocks) / max(seqs - 1, 1) / pieces + tile_s
+            before = (seqs - 1) // 2
+            groups = [
+                (kv_heads * before * pieces, rest_s),
+                (kv_heads * long_pieces, block_s * long_blocks / long_pieces + tile_s),
+                (kv_heads * (seqs - 1 - before) * pieces, rest_s),
+            ]
+        for new, done in chunks:
+            pieces = _pieces(ceil((new + done) / self.keys), share, most)
+            for number, blocks in self._rows_of_tiles(ceil(new / per_tile), done, per_tile):
+                groups.append((kv_heads * number * pieces, block_s * blocks / pieces + tile_s))
+        return groups
 
     def _rows_of_tiles(self, tiles: int, done: int, per_tile: float) -> list[tuple[int, int]]:
         """(tiles of one KV head, blocks of each) of a chunk after `done` cached tokens, the longest first."""

@@ -59,6 +59,7 @@ class VariantCost:
         self._extra_s = _Extra(known, model, settings) if settings.kernel_fusion != "compiled" else None
         self.host = inner.host
         self.skew_share = getattr(inner, "skew_share", 0.0)
+        self.reads_longest = getattr(inner, "reads_longest", False)
         operations = PLAIN_OPERATIONS + (QK_NORM_OPERATIONS if model.qk_norm else 0) if self._plain else 0
         self._more_launches(operations * known.operation_launch_s * settings.host_scale, eager_only=True)
         if self._unfused:
@@ -131,11 +132,11 @@ class VariantCost:
         first_s = self._inner.decode_ramp(seqs, 0).first_s - fused_s + self._decode_base_s(seqs)
         return Ramp(first_s + extra_s + token_s * kv_tokens, token_s * seqs)
 
-    def mixed_s(self, chunks: Sequence[tuple[int, int]], seqs: int, kv_tokens: float) -> float:
+    def mixed_s(self, chunks: Sequence[tuple[int, int]], seqs: int, kv_tokens: float, *longest: float) -> float:
         tokens = seqs + sum(new for new, _ in chunks)
         extra_s = self._extra_s.of(self._padded(tokens)) if self._extra_s is not None else 0.0
         if not self._unfused:
-            return self._inner.mixed_s(chunks, seqs, kv_tokens) + extra_s
+            return self._inner.mixed_s(chunks, seqs, kv_tokens, *longest) + extra_s
         seconds = self.parts(tokens, seqs + len(chunks), seqs).total_s
         if seqs:
             seconds += self._decode_token_s(seqs) * kv_tokens
