@@ -14,8 +14,8 @@
 
 So a decode over a long context beside a chunk of 500 tokens, which is not cut, is one chain of blocks per KV head and
 takes eight times what its bytes say; chunks of several requests share one wave; and a short last chunk of a long prompt
-waits for the decodes before it. Four constants for a head size hold for every number of heads: on an H200 2,800 timed
-calls of 31 head shapes, chunks alone and beside decodes, come out within 4 % in the median, 12 % for nine in ten.
+waits for the decodes before it. Five constants for a head size hold for every number of heads: on an H200 2,800 timed
+calls of 31 head shapes, chunks alone and beside decodes, come out within 5 % in the median, 15 % for nine in ten.
 
 Sources: FlashAttention 3, hopper/tile_size.h, heuristics.h (num_splits_heuristic), flash_prepare_scheduler.cu;
 vLLM 0.25.1, v1/attention/backends/flash_attn.py (max_num_splits).
