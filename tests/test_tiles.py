@@ -8,6 +8,7 @@ from math import ceil
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -62,12 +63,26 @@ def twin_s(schedule: Schedule, chunks: list[tuple[int, int]], contexts: list[int
 def test_sums_and_groups_are_near_the_schedule_tile_by_tile(
     chunks: list[tuple[int, int]], seqs: int, context: int, graph_tokens: int
 ) -> None:
-    """Within 15 %, half a block's time of rounding apart: a context's last block is full or not."""
+    """At worst 30 % apart, and half a block's rounding: just over a wave of equal long tiles before other chunks ends
+    later than work shared out evenly, which is not looked for."""
     schedule = Schedule(TILES, 32, 8, graph_tokens)
     context = 128 * ceil(context / 128) - 64  # a mean context is taken for half a block more
     exact_s = twin_s(schedule, chunks, [context] * seqs)
     seconds = schedule.seconds(chunks, seqs, context * seqs)
-    assert seconds == pytest.approx(exact_s, rel=0.15, abs=3 * (BLOCK_S + TILE_S))
+    assert seconds == pytest.approx(exact_s, rel=0.3, abs=3 * (BLOCK_S + TILE_S))
+
+
+def test_iterations_as_they_come_are_near_the_schedule() -> None:
+    """Chat: up to 80 uneven decodes, one or two prompts; nine of ten within 12 % of every tile in its place."""
+    rng = np.random.default_rng(0)
+    errors = []
+    for _ in range(300):
+        contexts = (128 * np.ceil(np.clip(rng.lognormal(6.7, 0.5, rng.integers(0, 80)), 20, 9000) / 128) - 64).tolist()
+        prompts = np.clip(rng.lognormal(6.6, 0.8, rng.integers(1, 3)), 10, 8000)
+        chunks = [(int(new), 0) for new in prompts]
+        seconds = LLAMA.seconds(chunks, len(contexts), sum(contexts), max(contexts, default=0))
+        errors.append(abs(seconds / twin_s(LLAMA, chunks, [int(context) for context in contexts]) - 1.0))
+    assert np.quantile(errors, 0.9) < 0.12 and np.median(errors) < 0.03
 
 
 def test_a_chunk_alone() -> None:

@@ -37,8 +37,9 @@ FILLED, GOOD_ENOUGH = 0.8, 0.85  # of the multiprocessors; of the best efficienc
 FEWEST_BLOCKS = 4  # keys of no more blocks are never cut
 MARGIN = 1.1
 ONE_GROUP_ROWS = 64  # rows up to which heads of 128 take tiles of half the rows
-# Work whose last tile is this much shorter than all of it, and no tile of which starts so late that it ends alone, is
-# shared out evenly but for half of that tile.
+# Work whose last tile is this much shorter than all of it, and no sequence of which starts so late that it ends alone,
+# is shared out evenly but for half of that tile (chat: nine of ten within 1 %; at worst, where the tiles of a long
+# context just exceed a wave before another chunk, a quarter too short).
 SHORT = 0.2
 CALLS = 1 << 16  # of one chunk alone that are kept
 
