@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -282,7 +283,10 @@ def alive(pid: int) -> bool:
 
 
 def finished_runs(folder: Path) -> int:
-    lines = sum(path.read_bytes().count(b"\n") for path in folder.glob("_part*.jsonl"))
+    lines = 0
+    for path in folder.glob("_part*.jsonl"):
+        with suppress(FileNotFoundError):  # its part was done between looking and reading
+            lines += path.read_bytes().count(b"\n")
     return lines + 2 * len(list(folder.glob("part-*")))
 
 
