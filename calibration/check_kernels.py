@@ -76,6 +76,8 @@ def check_kernels(files: Sequence[Path], gpu: str, rest: Profile | None = None) 
 
 def judge_mixed(rows: Sequence[Row], kernels: Kernels, judge: Judge) -> None:
     """Of head shapes whose decodes and prefills were both timed, where tiles are not known."""
+    if kernels.tiles:
+        return
     decodes = {table.heads: table for table in kernels.decodes}
     prefills = {form.heads: form for form in kernels.prefills}
     groups = defaultdict(list)
@@ -83,7 +85,7 @@ def judge_mixed(rows: Sequence[Row], kernels: Kernels, judge: Judge) -> None:
         if row.op == "attention_mixed" and (row.chunks or 1) == 1 and row.skew in (None, "uniform"):
             groups[heads_of(row)].append(row)
     for heads, group in groups.items():
-        if heads not in decodes or heads not in prefills or kernels.tiles:
+        if heads not in decodes or heads not in prefills:
             continue
         for row in preferred(group, ATTENTION_VARIANTS):
             predicted_s = attention_s(row, decodes[heads], prefills[heads])

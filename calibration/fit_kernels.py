@@ -31,6 +31,7 @@ from scipy.optimize import nnls
 from calibration.fit import monotone
 from calibration.fit_stacks import with_stacks
 from calibration.measure import attention
+from calibration.record.kernels import LAUNCH, VARIANT
 from llmsim.cost.kernels import (
     TILE_ROWS,
     Curve,
@@ -54,9 +55,8 @@ Floats = NDArray[np.float64]
 # Not among them: torch's int4 and int8 products, which engines do not run, and tf32, which is no format of weights.
 LINEAR_VARIANTS = ("vllm_cutlass", "vllm_fp8", "cublas", "scaled_mm")
 ATTENTION_VARIANTS = ("fa3", "flashinfer_trtllm", "fa2", "varlen", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient")
-# "vllm_compiled": of the steps of an engine itself (calibration.record.kernels)
-ELEMENTWISE_VARIANTS = ("vllm_compiled", "vllm", "torch")
-LAUNCHES = ("engine", "graph", "compiled_graph", "eager", "compiled", "host")
+ELEMENTWISE_VARIANTS = (VARIANT, "vllm", "torch")  # those of an engine's own steps first
+LAUNCHES = (LAUNCH, "graph", "compiled_graph", "eager", "compiled", "host")
 LEAST_ROWS = (1.0, 16.0, 32.0, 64.0, 128.0, 256.0)
 ELEMENTWISE = ("rms_norm", "add_rms_norm", "rope", "silu_mul", "kv_write", "quant_fp8")
 LEAST_WIDTH, MOST_TOKENS = 512, 16_384  # of imported linear layers: no layer of a language model is narrower
@@ -427,16 +427,13 @@ def fit_tile(rows: Sequence[Row], head_dim: int, kv_dtype: str, processors: int)
 
     measured_s = np.array([row.median_s for row in rows])
 
-    def candidate(x: Floats) -> Tiles:
-        return Tiles(head_dim, kv_dtype, processors, *(float(f"{value:.4g}") for value in np.exp(x)))
-
-    def misfit(x: Floats) -> Floats:
-        own = Tiles(head_dim, kv_dtype, processors, *np.exp(x).tolist())
+    def misfit(logs: Floats) -> Floats:
+        own = Tiles(head_dim, kv_dtype, processors, *np.exp(logs).tolist())
         formed: Floats = np.log(np.array([tiled_s(own, row) for row in rows]) / measured_s)
         return formed
 
     found = least_squares(misfit, np.log(FIRST_TILES), loss="soft_l1", f_scale=0.05, max_nfev=40, diff_step=1e-3)
-    return candidate(found.x)
+    return Tiles(head_dim, kv_dtype, processors, *(float(f"{value:.4g}") for value in np.exp(found.x)))
 
 
 def tiled_s(tiles: Tiles, row: Row) -> float:

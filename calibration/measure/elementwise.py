@@ -11,10 +11,6 @@
 Each as plain torch operations ("torch"), eager, in a CUDA graph, compiled, and compiled in a graph; and as vLLM's own
 kernel ("vllm"). Widths stay constants for the compiler and tokens a symbol, as engines compile. `bytes` are the least:
 inputs read once, outputs written once, so that eager's extra passes show as lost bandwidth.
-
-"torch_warm" and "vllm_warm" are the same on one set of buffers, so that what fits lies in L2: in an engine the kernel
-before has just written what these read. Of the kernels of real steps on an H200, at 1,024 rows, this takes off a
-quarter of RoPE's time and a sixth of the activation's.
 """
 
 from __future__ import annotations
@@ -35,9 +31,6 @@ SAMPLED = (1, 8, 64, 256)
 MORE_SAMPLED = (2, 4, 16, 32, 128, 192, 384, 512)
 TINY_TOKENS = (1, 8, 64)
 LAUNCHES = ("graph", "eager", "compiled_graph", "compiled")
-# Which ways of launching are timed together, and whether for every width or for those of the first model alone.
-ROUNDS = (("graph", True), ("compiled_graph", True), ("eager", False), ("compiled", False))
-WARM = "_warm"
 SAMPLERS = ("sample_greedy", "sample_top_k_top_p")
 BLOCK = 16  # tokens of a KV block
 POSITIONS = 8192  # rows of the rotary table
@@ -94,19 +87,21 @@ class Elementwise:
         self._compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
     def points(self, wanted: Wanted) -> Iterator[Point]:
-        """What engines run first, for every width; the other ways of launching for the first model."""
+        """What engines run first, for every width; the other launch modes for the first model; compiled ones last."""
         seen: set[str] = set()
-        for launch, every in ROUNDS:
-            for refine in (False, True) if every else (False,):
-                for model in wanted.models if every else wanted.models[:1]:
-                    for point in self._of(wanted, model, launch, every, refine):
+        for launches in (("graph",), ("eager",), ("compiled_graph", "compiled")):
+            for refine in (False, True) if launches == ("graph",) else (False,):
+                for number, model in enumerate(wanted.models):
+                    if number and launches != ("graph",):
+                        break
+                    for point in self._of(wanted, model, launches, refine):
                         if point.key not in seen:
                             seen.add(point.key)
                             yield point
 
-    def _of(self, wanted: Wanted, model: Model, launch: str, every: bool, refine: bool) -> Iterator[Point]:
+    def _of(self, wanted: Wanted, model: Model, launches: tuple[str, ...], refine: bool) -> Iterator[Point]:
         sizes = [size for size in wanted.tensor_parallel if size in model.tensor_parallel_sizes()]
-        if not every:
+        if launches != ("graph",):
             sizes = sizes[:1]
         for tp in sizes:
             for op, widths in shapes(model, tp):
@@ -114,15 +109,9 @@ class Elementwise:
                     continue
                 if wanted.tiny:
                     widths = {name: _tiny(name, extent) for name, extent in widths.items()}
-                for variant in self._variants(op, launch):
-                    yield from self._over_tokens(wanted, op, widths, variant, launch, refine)
-
-    def _variants(self, op: str, launch: str) -> tuple[str, ...]:
-        if launch == "compiled_graph":
-            return ("torch" + WARM, "torch")
-        if launch == "graph" and op == "kv_write":  # an opaque call to the compiler: engines run it as it is
-            return ("torch", "vllm", "vllm" + WARM)
-        return ("torch", "vllm") if launch in ("graph", "eager") else ("torch",)
+                for launch in launches:
+                    for variant in ("torch", "vllm") if launch in ("graph", "eager") else ("torch",):
+                        yield from self._over_tokens(wanted, op, widths, variant, launch, refine)
 
     def _over_tokens(
         self, wanted: Wanted, op: str, widths: dict[str, int], variant: str, launch: str, refine: bool
@@ -143,8 +132,8 @@ class Elementwise:
     def measure(self, point: Point, bench: Bench) -> Row:
         op = _OPS[point.op]
         nbytes = least_bytes(point)
-        inputs = op.inputs(point, bench, 1 if point.variant.endswith(WARM) else bench.copies(nbytes))
-        if point.variant.startswith("vllm"):
+        inputs = op.inputs(point, bench, bench.copies(nbytes))
+        if point.variant == "vllm":
             call = _vllm(point, bench)
         elif point.launch in ("compiled", "compiled_graph"):
             call = self._compile(point, bench, op.torch(bench.torch))

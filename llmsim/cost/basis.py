@@ -232,9 +232,19 @@ class StepClock:
         return seconds + own.power_share * power(seqs) * min(seconds, WARM_S)
 
     def prompts_s(self, chunks: Any, tokens: Any, context_tokens: Any, pairs: Any) -> Any:
-        """Attention of prompts from sums over an iteration's chunks: of one chunk as it is scheduled, of several and of
-        columns as if all tiles were shared out evenly and none waited for."""
-        assert self._schedule is not None
+        """Attention of prompts from sums over an iteration's chunks: where tiles are known of one chunk as it is
+        scheduled, of several and of columns as if all tiles were shared out evenly and none waited for; else of chunks
+        of their mean size."""
+        if self._schedule is None:
+            basis, own = self._basis, self._coefficients
+            mean = np.maximum(tokens / np.maximum(chunks, 1), 1)
+            least = context_tokens * np.maximum(basis.least_rows - mean, 0.0)  # pairs of a query tile that is not full
+            return (
+                basis.call_s * (chunks > 0)
+                + basis.span_s * (tokens + context_tokens)
+                + np.maximum(own.pair_s * (pairs + least), own.mixed_kv_s * context_tokens)
+                + basis.cached_s * (context_tokens > 0)
+            )
         if np.ndim(tokens) == 0 and chunks == 1:
             return self._layers * self._schedule.seconds([(int(tokens), int(context_tokens))])
         return self._layers * self._schedule.even_s(chunks, tokens, pairs)

@@ -535,8 +535,8 @@ class ProfileCost:
         host = host_of(profile.host_clock, shape.layers / fitted.layers)
         if settings.tensor_parallel > 1 and not host.worker:
             host = worker_host(host)
-        if shape.flops_ratio > 1.0:
-            host = replace(host, cool_share=host.cool_share * FP8_POWER, warm_share=host.warm_share * FP8_POWER)
+        felt = FP8_POWER if shape.flops_ratio > 1.0 else 1.0
+        host = replace(host, cool_share=host.cool_share * felt, warm_share=host.warm_share * felt)
         self.host = host.scaled(settings.host_scale)
         self.mode = settings.graphs.mode
         self._stalled = 1.0 + profile.host_clock.stall_share
@@ -549,8 +549,7 @@ class ProfileCost:
         else:
             basis, coefficients = by_kernels(profile, forward, settings.graphs.split_tokens)
             self._neighbours = forward.extrapolated
-        if shape.flops_ratio > 1.0:
-            coefficients = replace(coefficients, power_share=coefficients.power_share * FP8_POWER)
+        coefficients = replace(coefficients, power_share=coefficients.power_share * felt)
         self.clock = StepClock(basis, coefficients, settings.graphs.padded)
         self._basis, self._coefficients, self._padded = basis, coefficients, settings.graphs.padded
         self.pair_s = coefficients.pair_s
@@ -611,17 +610,7 @@ class ProfileCost:
         return self.clock.head_s(requests)
 
     def prompts_s(self, chunks: Any, tokens: Any, context_tokens: Any, pairs: Any) -> Any:
-        basis, own = self._basis, self._coefficients
-        if basis.schedule is not None:
-            return self.clock.prompts_s(chunks, tokens, context_tokens, pairs)
-        mean = np.maximum(tokens / np.maximum(chunks, 1), 1)
-        least = context_tokens * np.maximum(basis.least_rows - mean, 0.0)  # pairs of a query tile that is not full
-        return (
-            basis.call_s * (chunks > 0)
-            + basis.span_s * (tokens + context_tokens)
-            + np.maximum(own.pair_s * (pairs + least), own.mixed_kv_s * context_tokens)
-            + basis.cached_s * (context_tokens > 0)
-        )
+        return self.clock.prompts_s(chunks, tokens, context_tokens, pairs)
 
     def clocked_s(self, seconds: float, seqs: int) -> float:
         return seconds + self._coefficients.power_share * power(seqs) * min(seconds, WARM_S)

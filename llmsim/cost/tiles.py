@@ -12,10 +12,10 @@
                best for the longest new sequence alone, at least 0.85 of the best; 1 where its tiles fill 0.8 of them
     seconds    call_s + max(end of the last tile, KV bytes / bandwidth) + combine_s if anything was cut
 
-So a decode over a long context beside a chunk of 500 tokens, which is not cut, is one chain of blocks per KV head and
-takes eight times what its bytes say; chunks of several requests share one wave; and a short last chunk of a long prompt
-waits for the decodes before it. Five constants for a head size hold for every number of heads: on an H200 2,800 timed
-calls of 31 head shapes, chunks alone and beside decodes, come out within 5 % in the median, 15 % for nine in ten.
+So a decode over a long context beside a chunk of 600 tokens, which is not cut, is one chain of blocks per KV head and
+takes a dozen times what its bytes say; chunks of several requests share one wave; and a short last chunk of a long
+prompt waits for the decodes before it. Five constants for a head size hold for every number of heads: on an H200 2,800
+timed calls of 33 head shapes, chunks alone and beside decodes, come out within 5 % in the median, 15 % for nine in ten.
 
 Sources: FlashAttention 3, hopper/tile_size.h, heuristics.h (num_splits_heuristic), flash_prepare_scheduler.cu;
 vLLM 0.25.1, v1/attention/backends/flash_attn.py (max_num_splits).
