@@ -19,7 +19,6 @@ import json
 import re
 from collections.abc import Mapping
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmsim.cost.profile import Profile, measured_error, profile_names, reached, read_profile, without_graph
+from llmsim.parquet import read_table
 from llmsim.utilisation import busy_seconds, extrapolated
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def _table(name: str, folder: Path = FOLDER) -> tuple[pd.DataFrame, dict[str, st
     file = folder / f"{name}.parquet"
     if not file.is_file():
         raise FileNotFoundError(f"{file}: the errors of the shipped profiles are not there. Make them with: {COMMAND}")
-    table = import_module("pyarrow.parquet").read_table(file)
+    table = read_table(file)
     return table.to_pandas(), json.loads(table.schema.metadata[META])
 
 

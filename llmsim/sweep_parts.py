@@ -16,6 +16,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from llmsim.parquet import read_table
+
 PARTS = 64  # at most so many: what one sweep can be split into
 ABOUT = "_sweep.json"
 SEAL = b"llmsim.sha256"
@@ -113,13 +115,13 @@ def read_part(path: Path, part: Part, columns: Sequence[str] | None = None) -> A
 
     Raises ValueError if it is not as it was written, or holds other runs than its name says.
     """
-    pa, pq = import_module("pyarrow"), import_module("pyarrow.parquet")
+    pa = import_module("pyarrow")
     again = "delete it, and 'llmsim sweep' with --resume does its runs again"
     try:
         content = path.read_bytes()
         _check_seal(content)
         wanted = None if columns is None else list(dict.fromkeys(("run", *columns)))
-        table = pq.read_table(pa.BufferReader(content), columns=wanted)
+        table = read_table(pa.BufferReader(content), columns=wanted)
     except (OSError, ValueError) as error:  # pyarrow's errors are either
         raise ValueError(f"{path}: damaged ({str(error).splitlines()[0]}): {again}") from None
     runs = table["run"].to_pylist()

@@ -53,6 +53,7 @@ import numpy as np
 import pandas as pd
 
 from calibration.measure.rows import Row
+from llmsim.parquet import read_table
 
 PACKAGE = "aiconfigurator-core"
 VERSION = "0.12.0"
@@ -204,7 +205,7 @@ def _shown(path: Path, data: Path) -> str:
 
 def _read(path: Path, columns: list[str] | None = None) -> Frame:
     try:
-        return pd.read_parquet(path, columns=columns)
+        return read_table(path, columns).to_pandas()
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{path}: not a readable table ({str(error).splitlines()[0]}). "

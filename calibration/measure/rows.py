@@ -19,6 +19,8 @@ from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
+from llmsim.parquet import read_table
+
 FORMAT = "llmsim-measurements"
 VERSION = 1
 
@@ -95,12 +97,11 @@ def write_parquet(path: Path, rows: Iterable[Row], provenance: dict[str, Any]) -
 
 def read_parquet(path: Path) -> tuple[list[Row], dict[str, Any]]:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file. Make it with: python -m calibration measure --out {path}")
     try:
-        table = pq.read_table(path)
+        table = read_table(path)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]}). Measure again") from None
     try:

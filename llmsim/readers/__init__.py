@@ -165,10 +165,11 @@ def _choose(source: Source, shape: str, keys: set[str], options: ReadOptions, fo
 def _parquet(source: Source) -> Columns:
     import numpy as np
     import pyarrow as pa
-    import pyarrow.parquet as pq
+
+    from llmsim.parquet import read_table
 
     try:
-        arrow = pq.read_table(pa.BufferReader(source.data))
+        arrow = read_table(pa.BufferReader(source.data))
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{source.name}: not a whole Parquet file: {' '.join(str(error).split())[:160]}") from None
     if arrow.num_rows == 0:
