@@ -21,7 +21,7 @@ from typing import Any
 
 import msgspec
 
-from llmsim.recorded import RecordedScenario
+from llmsim.recorded import RecordedScenario, load_files, load_name
 from llmsim.recording import GRID, load_recording
 from llmsim.validate import LABELS, compare, replays
 
@@ -43,8 +43,8 @@ class Accepted(msgspec.Struct, forbid_unknown_fields=True):
 
 def loads(folder: Path) -> Iterator[tuple[str, Path]]:
     """Name and file of every load of a recording."""
-    for file in [*sorted(folder.glob("*.requests.json.gz")), *sorted(folder.glob(GRID))]:
-        yield f"{folder.name}/{file.name.removesuffix('.json.gz').removesuffix('.requests')}", file
+    for file in [*load_files(folder), *sorted(folder.glob(GRID))]:
+        yield f"{folder.name}/{load_name(file)}", file
 
 
 def errors(file: Path, seeds: Sequence[int], cost: str = "auto") -> Errors:

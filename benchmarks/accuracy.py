@@ -20,6 +20,7 @@ from typing import Any
 import click
 
 from benchmarks import accepted
+from llmsim.recorded import load_files
 from llmsim.recording import GRID, load_recording
 from llmsim.validate import PERCENTS, SEEDS, compare, replays
 
@@ -59,7 +60,7 @@ def recordings() -> list[Path]:
 
 def judged(folder: Path, cost: str, host_scale: float) -> Iterator[Load]:
     """The loads of one recording folder, replayed."""
-    files = sorted(folder.glob("*.requests.json.gz")) + sorted(folder.glob(GRID))
+    files = load_files(folder) + sorted(folder.glob(GRID))
     if not files:
         raise click.UsageError(f"{folder}: no NAME.requests.json.gz in it. Give a recording folder.")
     for file in files:

@@ -37,7 +37,7 @@ from benchmarks.accuracy import CARRIED, ROOT, recordings, update
 from llmsim.hardware import gpu_names, model_names
 from llmsim.plan import Slo, capacity
 from llmsim.rates import stability
-from llmsim.recorded import RecordedScenario
+from llmsim.recorded import RecordedScenario, load_files, load_name
 from llmsim.recording import load_recording
 from llmsim.scenario import Scenario
 from llmsim.simulate import simulate
@@ -49,7 +49,7 @@ PROMISES = (("tpot", "p95"), ("ttft", "p99"))
 SEEDS = range(4)  # of the launch noise: the mean of so many answers
 TOLERANCE = 0.005  # of a rate
 CROSSING_SEEDS = range(16)
-LOAD = re.compile(r"(poisson_\d+_\d+)_q([\d.]+)\.requests\.json\.gz")
+LOAD = re.compile(r"(poisson_\d+_\d+)_q([\d.]+)")
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def scenario_of(recorded: RecordedScenario) -> Scenario:
 
 def open_loops(folder: Path) -> list[RecordedScenario]:
     """Loads with a rate: nothing that waits for an answer, arrives at once, or was cut short."""
-    loads = [one for file in sorted(folder.glob("*.requests.json.gz")) for one in load_recording(file)]
+    loads = [one for file in load_files(folder) for one in load_recording(file)]
     sent_alone = [one for one in loads if one.concurrency is None and np.isfinite(one.trace.arrival_s).all()]
     return [one for one in sent_alone if np.ptp(one.trace.arrival_s) > 1.0 and np.isfinite(one.e2el_s).all()]
 
@@ -207,8 +207,8 @@ def crossings(folders: Sequence[Path], limit_s: float) -> list[str]:
     lines = []
     for folder in folders:
         files: dict[str, dict[float, Path]] = defaultdict(dict)
-        for file in folder.glob("*.requests.json.gz"):
-            if named := LOAD.fullmatch(file.name):
+        for file in load_files(folder):
+            if named := LOAD.fullmatch(load_name(file)):
                 files[named[1]][float(named[2])] = file
         for load, by_rate in sorted(files.items()):
             if len(by_rate) < 2:

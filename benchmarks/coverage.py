@@ -29,7 +29,7 @@ from calibration.touch_up import Load
 from calibration.touch_up_command import carried_loads, own_loads
 from llmsim.cost.profile import Deviation, Profile, Within, profile_names, read_profile
 from llmsim.hardware import gpu_names, model_names
-from llmsim.recorded import RecordedScenario
+from llmsim.recorded import RecordedScenario, load_files
 from llmsim.recording import load_recording, read_settings
 from llmsim.scenario import Scenario
 from llmsim.simulate import cost_of, simulate
@@ -109,7 +109,7 @@ def left_out(folder: Path) -> list[Profile]:
 def judge(folder: Path, draws: int = DRAWS, profiles: Sequence[Profile] | None = None) -> list[Judged]:
     """Every load of a recording; grids of single batches are none. `profiles`: by default `left_out`."""
     profiles = left_out(folder) if profiles is None else profiles
-    loads = [load for file in sorted(folder.glob("*.requests.json.gz")) for load in load_recording(file)]
+    loads = [load for file in load_files(folder) for load in load_recording(file)]
     return [_judged(folder.name, load, profiles, draws) for load in loads]
 
 
@@ -134,7 +134,7 @@ def _judged(folder: str, recorded: RecordedScenario, profiles: Sequence[Profile]
 
 def recorded_folders() -> list[Path]:
     """What there is to judge, whether or not it has its place."""
-    return [folder for folder in recordings() if any(folder.glob("*.requests.json.gz"))]
+    return [folder for folder in recordings() if load_files(folder)]
 
 
 def judge_all(draws: int = DRAWS, jobs: int = 1) -> list[Judged]:

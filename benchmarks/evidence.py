@@ -34,6 +34,7 @@ from calibration.check_kernels import Checked, check_kernels, split
 from calibration.steps import read_recording
 from llmsim.cost.profile import Profile, profile_names, read_profile
 from llmsim.evidence import FOLDER, META, TABLES
+from llmsim.recorded import load_files
 from llmsim.recording import load_recording
 from llmsim.validate import SEEDS, compare, predicted
 
@@ -121,7 +122,7 @@ def _error(group: Rows) -> dict[str, Any]:
 
 def loads(profile: Profile, loaded: list[Recording], draws: int, jobs: int = 1) -> Rows:
     """Every recorded load of the profile's GPU but grids of batches, which `steps` covers; `jobs` files at a time."""
-    files = [(one, file) for one in loaded for file in sorted(one.path.glob("*.requests.json.gz"))]
+    files = [(one, file) for one in loaded for file in load_files(one.path)]
     work = [(profile.name, one.path.name, one.engine, file, draws) for one, file in files]
     if jobs == 1:
         return [row for one in work for row in _loads_of(one)]

@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks.accuracy import METRICS as ALL_METRICS
 from benchmarks.accuracy import STATISTICS, Load, judged, recordings, update
-from llmsim.recorded import RecordedScenario
+from llmsim.recorded import RecordedScenario, load_files
 from llmsim.recording import load_recording
 from llmsim.validate import measured_metrics
 
@@ -44,7 +44,7 @@ def repeated(folders: Iterable[Path]) -> list[Repeated]:
     """The loads that two or more recordings of one model and engine hold."""
     groups: dict[Any, list[tuple[Path, RecordedScenario]]] = defaultdict(list)
     for folder in folders:
-        for file in sorted(folder.glob("*.requests.json.gz")):
+        for file in load_files(folder):
             (scenario,) = load_recording(file)
             trace = scenario.trace
             sizes = trace.prompt_tokens.tobytes() + trace.output_tokens.tobytes()

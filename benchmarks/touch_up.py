@@ -26,7 +26,7 @@ from calibration.profiles import write_profile
 from calibration.steps import read_recording
 from calibration.touch_up import check_recorded, cost_for, first_part, observed, shipped_for, touch_up, touched_profile
 from llmsim.cost.profile import Profile, read_profile
-from llmsim.recorded import RecordedScenario
+from llmsim.recorded import RecordedScenario, load_files, load_name, packed_file
 from llmsim.recording import load_recording
 from llmsim.validate import compare, predicted
 
@@ -59,7 +59,7 @@ class Judged:
 
 
 def loads_of(folder: Path) -> list[str]:
-    return sorted(file.name.removesuffix(".requests.json.gz") for file in folder.glob("*.requests.json.gz"))
+    return [load_name(file) for file in load_files(folder)]
 
 
 def touched_by(folder: Path, profile: Profile, out: Path) -> list[Touched]:
@@ -86,7 +86,7 @@ def errors(recorded: RecordedScenario, cost: str, seeds: int) -> dict[str, float
 
 def judged(folder: Path, touches: list[Touched], seeds: int) -> Iterator[Judged]:
     for name in loads_of(folder):
-        (recorded,) = load_recording(folder / f"{name}.requests.json.gz")
+        (recorded,) = load_recording(packed_file(folder, f"{name}.requests.json"))
         others = [touch for touch in touches if touch.load != name or touch.path.name != f"{folder.name}_{name}.json"]
         used = others or touches
         yield Judged(

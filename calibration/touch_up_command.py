@@ -27,6 +27,7 @@ from calibration.touch_up import (
 )
 from llmsim.cost.profile import Deviation, ProfileCost, Spread, Within, read_profile, setup_name
 from llmsim.hardware import model_names
+from llmsim.recorded import load_files, load_name
 from llmsim.recording import read_settings
 from llmsim.scenario import Scenario as Settings
 from llmsim.simulate import cost_of
@@ -48,7 +49,7 @@ class Duration(click.ParamType):  # type: ignore[type-arg]  # generic only in cl
 
 def one_load(folder: Path, name: str | None) -> tuple[Recording, Scenario]:
     """The load named, or the folder's only one."""
-    loads = sorted(file.name.removesuffix(".requests.json.gz") for file in folder.glob("*.requests.json.gz"))
+    loads = [load_name(file) for file in load_files(folder)]
     if folder.is_dir() and name is None and len(loads) != 1:
         held = f"its loads are {', '.join(loads)}: choose one with --scenario" if loads else "no load is in it"
         raise ValueError(f"{folder}: {held}. A touch-up needs NAME.requests.json.gz and NAME.steps.jsonl.gz")

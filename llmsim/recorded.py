@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import lzma
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from llmsim.trace import Trace
 Floats = NDArray[np.float64]
 LARGEST = 1_000_000_000  # tokens of a request, or requests at a time: above it a count is a mistake
 LONGEST_S = 1e10  # three hundred years: above it a time is a mistake
+PACKED = (".gz", ".xz")  # as it is recorded; as it may be kept, in half the space
+XZ = b"\xfd7zXZ\x00"
 Positive = Annotated[int, msgspec.Meta(ge=1, le=LARGEST)]
 
 
@@ -38,7 +41,7 @@ class RecordedScenario:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The file's content, unpacked if it is gzip; a cut or foreign file is one line of error."""
+    """The file's content, unpacked if it is gzip or xz; a cut or foreign file is one line of error."""
     raw = path.read_bytes()
     if raw.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull`")
@@ -47,7 +50,33 @@ def read_bytes(path: Path) -> bytes:
             return gzip.decompress(raw)
         except (EOFError, OSError, zlib.error) as error:
             raise ValueError(f"{path}: cut or damaged gzip file ({error}); copy it again") from None
+    if raw[: len(XZ)] == XZ:
+        try:
+            return lzma.decompress(raw)
+        except (EOFError, lzma.LZMAError) as error:
+            raise ValueError(f"{path}: cut or damaged xz file ({error}); copy it again") from None
     return raw
+
+
+def load_files(folder: Path) -> list[Path]:
+    """The packed NAME.requests.json of a recording. Raises ValueError if one is there in both packings."""
+    files = sorted(file for packed in PACKED for file in folder.glob(f"*.requests.json{packed}"))
+    names = [load_name(file) for file in files]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{folder}: {twice}.requests.json is there as .gz and as .xz: remove one")
+    return files
+
+
+def load_name(file: Path) -> str:
+    """NAME of NAME.requests.json.gz and the like, and of lists of loads."""
+    return file.name.split(".requests.json")[0].removesuffix(".json.gz")
+
+
+def packed_file(folder: Path, name: str) -> Path:
+    """`name` with the ending it is packed under; .gz if it is not there at all."""
+    files = [folder / f"{name}{packed}" for packed in PACKED]
+    return next((file for file in files if file.is_file()), files[0])
 
 
 def decoded(path: Path, kind: Any) -> Any:

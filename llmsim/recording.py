@@ -1,6 +1,7 @@
 """What a real engine did: recordings to replay and compare with.
 
-A recording folder holds engine.json (the settings the engine ran with) and, per scenario, NAME.requests.json.gz:
+A recording folder holds engine.json (the settings the engine ran with) and, per scenario, NAME.requests.json.gz (or
+.xz, packed with that):
 
     {"engine"? (file with the settings, if not engine.json),
      "scenario": {"name", "concurrency"?, "hash_block_tokens"?},
@@ -28,7 +29,7 @@ import numpy as np
 
 from llmsim.benchmark_result import load_benchmark
 from llmsim.cost.graphs import capture_sizes
-from llmsim.recorded import LONGEST_S, Floats, Positive, RecordedScenario, decoded
+from llmsim.recorded import LONGEST_S, Floats, Positive, RecordedScenario, decoded, load_files, load_name
 from llmsim.trace import Trace
 
 HASH_BLOCK_TOKENS = 512
@@ -100,6 +101,8 @@ def load_recording(path: str | Path) -> list[RecordedScenario]:
     if not files:
         inside = ", ".join(sorted(p.parent.name for p in folder.glob("*/engine.json"))) or "none"
         raise ValueError(f"{folder}: no NAME.requests.json.gz in it; give a recording folder (inside it: {inside})")
+    if path.is_dir():
+        load_files(folder)  # refuses a load that is there twice
     others = sorted(set(folder.glob("*.json.gz")) - set(files)) if path.is_dir() else []
     skipped = tuple(f"{other}: neither NAME.requests.json.gz nor {GRID}: skipped" for other in others)
     scenarios: list[RecordedScenario] = []
@@ -110,7 +113,7 @@ def load_recording(path: str | Path) -> list[RecordedScenario]:
                 scenarios.append(_scenario(file, batch.name, batch.requests, _Load(), *engine))
         else:
             held: _File = decoded(file, _File)
-            name = held.scenario.name or file.name.split(".requests.json")[0]
+            name = held.scenario.name or load_name(file)
             engine = _engine(folder / held.engine, skipped)
             scenarios.append(_scenario(file, name, held.requests, held.scenario, *engine))
     return scenarios

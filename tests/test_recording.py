@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
+import lzma
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from llmsim.recorded import load_files, packed_file
 from llmsim.recording import load_recording
 
 H100 = "vllm-0.25.1_h100-sxm_llama-3.1-8b_bf16"
@@ -146,6 +148,25 @@ def test_a_broken_recording_is_one_line_that_says_where(tmp_path: Path, requests
     with pytest.raises(ValueError, match=message) as error:
         load_recording(recording(tmp_path, requests))
     assert "load.requests.json.gz" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_loads_packed_with_xz_are_the_same(tmp_path: Path) -> None:
+    whole = load_recording(recording(tmp_path))
+    gz = tmp_path / "load.requests.json.gz"
+    xz = gz.with_suffix(".xz")
+    content = gz.read_bytes()
+    xz.write_bytes(lzma.compress(gzip.decompress(content)))
+    with pytest.raises(ValueError, match=r"load\.requests\.json is there as \.gz and as \.xz: remove one"):
+        load_recording(tmp_path)
+    gz.unlink()
+    assert load_files(tmp_path) == [xz] and packed_file(tmp_path, "load.requests.json") == xz
+    for path in (tmp_path, xz):
+        (again,) = load_recording(path)
+        assert (again.name, again.duration_s) == ("load", whole[0].duration_s)
+        assert again.ttft_s.tolist() == whole[0].ttft_s.tolist()
+    xz.write_bytes(xz.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="cut or damaged xz file"):
+        load_recording(tmp_path)
 
 
 def test_half_a_file_and_foreign_files_are_told_apart(tmp_path: Path) -> None:
