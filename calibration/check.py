@@ -28,6 +28,7 @@ from llmsim.cost import EAGER, FULL, PIECEWISE
 from llmsim.cost.load import CostSettings
 from llmsim.cost.profile import Profile, ProfileCost
 from llmsim.hardware import find_gpu, find_model, gpu_names, model_names
+from llmsim.recorded import PACKED
 from llmsim.recording import GRID
 from llmsim.scenario import Scenario as Settings
 from llmsim.validate import named_in
@@ -73,8 +74,8 @@ def was_fitted(profile: Profile, recording: Recording, scenario: str) -> bool:
     """By the hash of its file. What has no files was made in memory, for the fit."""
     if not recording.files:
         return scenario in profile.provenance.scenarios
-    steps = f"{scenario}.steps.jsonl.gz"
-    digest = recording.files.get(steps if steps in recording.files else GRID)
+    steps = (f"{scenario}.steps.jsonl{packed}" for packed in PACKED)
+    digest = recording.files.get(next((name for name in steps if name in recording.files), GRID))
     return scenario in profile.provenance.scenarios and digest in profile.provenance.recordings.values()
 
 
@@ -97,7 +98,8 @@ def cost_of_recorded(profile: Profile, recording: Recording, model: str | None =
         )
         dtype, kv_dtype = stated.weight_dtype, stated.kv_dtype
         tensor_parallel = engine.get("tensor_parallel_size") or 1
-    settings = CostSettings(tensor_parallel, dtype, kv_dtype, graphs)
+    # asynchronous=False: launches as they were fitted, where the GPU paced the steps; those it did not are left out
+    settings = CostSettings(tensor_parallel, dtype, kv_dtype, graphs, asynchronous=False)
     cost = ProfileCost(profile, find_model(name), find_gpu(profile.gpu), settings)
     return cost, described(name, dtype, tensor_parallel)
 

@@ -442,7 +442,7 @@ def tiled_s(tiles: Tiles, row: Row) -> float:
     seqs = row.seqs or 0
     groups = attention.decodes(seqs, row.seq_context_tokens, row.skew or "uniform") if seqs else []
     read = sum(group.count * group.keys for group in groups)
-    return schedule.seconds(chunks, seqs, read, max((group.keys for group in groups), default=0))
+    return schedule.placed_s(chunks, seqs, read, max((group.keys for group in groups), default=0))
 
 
 def batch_text(row: Row) -> str:

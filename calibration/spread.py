@@ -55,7 +55,7 @@ def spread_of(machines: Sequence[Sequence[Load]], setups: Mapping[str, Sequence[
     return Spread(
         runs=Deviation(**runs, count=sum(len(loads) for loads in machines)),
         machines=Deviation(**between, count=len(machines)),
-        models={name: _error(name, loads) for name, loads in sorted((setups or {}).items())},
+        models=_errors(setups or {}),
         sizes=_within(own, _between_sizes),
         carried_sizes=_within(carried, _between_sizes),
         steps=_within([*own, *carried], _of_one_size),
@@ -68,7 +68,7 @@ def carried_spread(setups: Mapping[str, Sequence[Load]]) -> Carried:
     sizes, steps = _within(loads, _between_sizes), _within(loads, _of_one_size)
     if sizes is None or steps is None:
         raise ValueError(f"recordings: {len(loads)} loads say nothing of iterations of one size. Record more of them")
-    return Carried({name: _error(name, held) for name, held in sorted(setups.items())}, sizes, steps)
+    return Carried(_errors(setups), sizes, steps)
 
 
 def _within(loads: Sequence[Load], deviation: Callable[[Seconds], float]) -> Within | None:
@@ -108,17 +108,28 @@ def _short(value: float) -> float:
     return float(f"{value:.2g}")
 
 
-def _error(setup: str, loads: Sequence[Load]) -> Deviation:
-    found = {}
+def _errors(setups: Mapping[str, Sequence[Load]]) -> dict[str, Deviation]:
+    """By setup. What none of a setup's loads shows (small models' steps with chunks are paced by the host) is taken to
+    be as wrong as that of the others, root mean square."""
+    shown = {name: {kind: _error(_ratios(loads, kind)) for kind in KINDS} for name, loads in sorted(setups.items())}
+    others = {}
     for kind in KINDS:
-        ratios = _ratios(loads, kind)
-        if not ratios:
-            raise ValueError(
-                f"recordings: {kind} of {setup} is seen in none of {len(loads)} loads. Record more of them"
-            )
-        squares = [log(ratio.value) ** 2 - (ratio.sd / ratio.value) ** 2 for ratio in ratios]
-        found[kind] = _short(sqrt(max(float(np.mean(squares)), 0.0)))
-    return Deviation(**found, count=len(loads))
+        known = [errors[kind] for errors in shown.values() if errors[kind] == errors[kind]]
+        if shown and not known:
+            raise ValueError(f"recordings: {kind} is seen in none of the loads of {', '.join(shown)}. Record more")
+        others[kind] = sqrt(float(np.mean(np.square(known)))) if known else nan
+    return {
+        name: Deviation(
+            **{kind: _short(error if error == error else others[kind]) for kind, error in errors.items()},
+            count=len(setups[name]),
+        )
+        for name, errors in shown.items()
+    }
+
+
+def _error(ratios: Sequence[Ratio]) -> float:
+    squares = [log(ratio.value) ** 2 - (ratio.sd / ratio.value) ** 2 for ratio in ratios]
+    return sqrt(max(float(np.mean(squares)), 0.0)) if squares else nan
 
 
 def _ratios(loads: Sequence[Load], kind: str) -> list[Ratio]:

@@ -1,5 +1,7 @@
 """Read recordings of a real engine: what each step did, and when host and GPU were done with it.
 
+Files that end in .gz may be packed with xz instead, under that ending.
+
 A recording is a folder with `engine.json` (settings of the engine), `NAME.requests.json.gz` (what the client saw) and
 `NAME.steps.jsonl.gz` (what the scheduler did), or `NAME.json.gz` with a list of small scenarios that hold both. Lines
 of the step log, all times in seconds on one clock:
@@ -26,6 +28,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import lzma
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -37,11 +40,14 @@ from typing import Any
 
 from llmsim.cost import WARM_S
 from llmsim.cost.graphs import Graphs
+from llmsim.recorded import load_files, load_name, packed_file
 
 # Sooner than this after its schedule no step has a result: the update must be of an older, empty batch.
 SOONEST_RESULT_S = 4e-3
 # Between two steps in flight the GPU idles this long at most; longer, and it waited for the host.
 MOST_IDLE_MS = 0.02
+# Preparing inputs keeps the GPU busy this long at most (0.04 to 0.05 ms); longer, and it waited for the host to go on.
+MOST_PREPARING_MS = 0.06
 # A forward pass that lasts no longer than this beyond its launch was paced by it (launch-bound ones: 0.5 to 2 ms).
 LAUNCH_MARGIN_MS = 3.0
 
@@ -188,6 +194,7 @@ def _time_on_gpu(row: StepRow, line: Sequence[Any]) -> None:
     if row.held:
         row.gpu_s = 1e-3 * (forward_ms + tail_ms)
     elif mode == "FULL":
+        prepare_ms = min(prepare_ms, MOST_PREPARING_MS)
         row.gpu_s = 1e-3 * (min(idle_ms or 0.0, MOST_IDLE_MS) + prepare_ms + forward_ms + tail_ms)
     elif forward_ms > launching_ms + LAUNCH_MARGIN_MS:
         row.gpu_s = 1e-3 * (prepare_ms + forward_ms + tail_ms)
@@ -224,15 +231,15 @@ def read_recording(path: Path, names: Sequence[str] | None = None) -> Recording:
             raise ValueError("no JSON object")
     recording = Recording(path, engine, [])
     recording.files["engine.json"] = _sha256(engine_file)
-    present = {file.name.removesuffix(".json.gz").removesuffix(".requests"): file for file in path.glob("*.json.gz")}
+    present = {load_name(file): file for file in [*path.glob("*.json.gz"), *load_files(path)]}
     if missing := [name for name in names or () if name not in present]:
         raise FileNotFoundError(f"{path}: no scenario {', '.join(missing)}. It has {', '.join(sorted(present))}")
     for name, file in sorted(present.items()):
         if names is not None and name not in names:
             continue
         recording.files[file.name] = _sha256(file)
-        with _damaged(file), gzip.open(file, "rt") as stream:
-            content = _parsed(stream.read())
+        with _damaged(file):
+            content = _parsed(_text(file))
         if isinstance(content, list):
             for part in content:
                 with _damaged(file):
@@ -241,11 +248,11 @@ def read_recording(path: Path, names: Sequence[str] | None = None) -> Recording:
                 served = served and not any(step.held for step in scenario.steps)
                 (recording.scenarios if served else recording.timed).append(scenario)
             continue
-        steps = path / f"{name}.steps.jsonl.gz"
+        steps = packed_file(path, f"{name}.steps.jsonl")
         if not steps.is_file():
             raise FileNotFoundError(f"{steps}: no such file. {file.name} needs its step log beside it")
         recording.files[steps.name] = _sha256(steps)
-        timed = path / f"{name}.gpu.jsonl.gz"
+        timed = packed_file(path, f"{name}.gpu.jsonl")
         if timed.is_file():
             recording.files[timed.name] = _sha256(timed)
         lines, gpu = _lines(steps), _lines(timed) if timed.is_file() else []
@@ -258,7 +265,7 @@ def read_recording(path: Path, names: Sequence[str] | None = None) -> Recording:
 def _damaged(file: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, EOFError, zlib.error, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, EOFError, lzma.LZMAError, zlib.error, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{file}: damaged ({type(error).__name__}: {error}). Record it again") from None
 
 
@@ -270,8 +277,13 @@ def _parsed(text: str) -> Any:
 
 
 def _lines(file: Path) -> list[Any]:
-    with _damaged(file), gzip.open(file, "rt") as stream:
-        return [_parsed(line) for line in stream]
+    with _damaged(file):
+        return [_parsed(line) for line in _text(file).splitlines()]
+
+
+def _text(file: Path) -> str:
+    packed = file.read_bytes()
+    return (lzma if file.suffix == ".xz" else gzip).decompress(packed).decode()
 
 
 def _scenario(name: str, content: dict[str, Any], lines: list[Any], gpu: Sequence[Any]) -> Scenario:

@@ -34,7 +34,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmsim.cost import CostModel
-from llmsim.cost.roofline import windowed_pairs, work
+from llmsim.cost.basis import windowed_pairs
+from llmsim.cost.roofline import work
 from llmsim.hardware import Gpu, Model, find_gpu, find_model
 from llmsim.metrics import breakdown_s, json_safe, latencies_s
 from llmsim.scenario import Scenario

@@ -136,6 +136,7 @@ def cost_of(scenario: Scenario) -> CostModel:
         kernel_fusion=s.kernel_fusion,
         activation_dtype=s.activation_dtype,
         speculation=s.speculation,
+        asynchronous=s.async_scheduling,
     )
     cost = load_cost(s.cost, find_model(s.model), find_gpu(s.gpu), settings)
     engine = find_engine(s.engine)

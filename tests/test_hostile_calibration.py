@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import lzma
 import shutil
 from copy import deepcopy
 from functools import cache
@@ -356,6 +357,21 @@ def test_a_damaged_file_of_a_recording_is_named(recording, name, damage):
         file.write_bytes(b"" if damage == "empty" else b"hello")
     if (name, damage) == ("a.gpu.jsonl.gz", "empty"):
         return  # GPU times are optional
+    with pytest.raises(ValueError) as error:
+        read_recording(recording)
+    one_line(error, recording, "damaged")
+
+
+@pytest.mark.parametrize("name", ["a.requests.json", "a.steps.jsonl", "a.gpu.jsonl"])
+def test_files_packed_with_xz_are_read_and_judged_alike(recording, name):
+    (whole,) = read_recording(recording).scenarios
+    file = recording / f"{name}.gz"
+    packed = lzma.compress(gzip.decompress(file.read_bytes()))
+    file.unlink()
+    file.with_suffix(".xz").write_bytes(packed)
+    (again,) = read_recording(recording).scenarios
+    assert (again.steps, again.requests) == (whole.steps, whole.requests)
+    file.with_suffix(".xz").write_bytes(packed[:-9])
     with pytest.raises(ValueError) as error:
         read_recording(recording)
     one_line(error, recording, "damaged")

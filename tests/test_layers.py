@@ -8,7 +8,19 @@ PACKAGE = Path(__file__).parent.parent / "llmsim"
 FLOORS = {  # imports must go down; imports for type checkers only are exempt, those inside functions are not
     **dict.fromkeys(("model", "model_config"), -1),  # the cellar
     **dict.fromkeys(
-        ("request", "hardware", "plugins", "scenario_file", "vllm_flags", "kept", "drafting", "text", "progress"), 0
+        (
+            "request",
+            "hardware",
+            "plugins",
+            "scenario_file",
+            "vllm_flags",
+            "kept",
+            "drafting",
+            "text",
+            "progress",
+            "parquet",
+        ),
+        0,
     ),
     **dict.fromkeys(("cost", "memory", "batch", "kvcache", "queue", "rowlog", "trace", "prices"), 1),
     **dict.fromkeys(

@@ -6,6 +6,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from itertools import islice, pairwise
+from math import log
+from statistics import correlation, pstdev
 from types import ModuleType
 from typing import Any
 
@@ -174,8 +176,18 @@ def test_flops_and_bytes_of_a_decode() -> None:
     assert batch.bytes(SMALL[0], "fp8") == 2 * 200 * 2 * 32 + 3 * 2 * 4 * 32
 
 
+def test_chat_s_contexts_are_spread_the_same_way_each_time() -> None:
+    groups = decodes(128, 1024, "spread")
+    contexts = [group.context for group in groups]
+    assert groups == decodes(128, 1024, "spread") and all((count, new) == (1, 1) for count, new, _ in groups)
+    assert len(groups) == 128 and sum(contexts) == pytest.approx(128 * 1024, abs=64)
+    assert pstdev(log(context) for context in contexts) == pytest.approx(0.79, abs=0.02)
+    assert abs(correlation(range(128), contexts)) < 0.3  # in no order
+    assert min(group.context for group in decodes(256, 1, "spread")) == 1
+
+
 def test_an_unknown_skew_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"skew='odd': use uniform, half or one_long"):
+    with pytest.raises(ValueError, match=r"skew='odd': use uniform, half, one_long or spread"):
         decodes(2, 10, "odd")
 
 
@@ -206,7 +218,7 @@ def test_the_main_shape_is_measured_coarsely_before_anything_else(fake: FakeFlas
     assert {(found.variant, found["q_heads"], found["kv_dtype"]) for found in early} == {("fa3", 32, "bfloat16")}
     assert {found.variant for found in points} == set(BACKENDS)
     assert {found["kv_dtype"] for found in points if found.variant != "fa3"} == {"bfloat16"}
-    assert {found.get("skew") for found in points} == {None, "uniform", "half", "one_long"}
+    assert {found.get("skew") for found in points} == {None, "uniform", "half", "one_long", "spread"}
     for found in points:
         batch, heads = batch_of(found), Heads(found["q_heads"], found["kv_heads"], found["head_dim"])
         assert batch.flops(heads) <= attention.MOST_FLOPS

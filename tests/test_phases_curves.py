@@ -97,7 +97,7 @@ def test_attention_of_a_prompt_grows_with_its_square() -> None:
     long = growth[growth["prompt_tokens"] > 2500]  # one chunk of up to 8,192, beside which a call costs little
     pairs = long["prompt_tokens"] * (long["prompt_tokens"] + 1)
     per_pair = long["attention_s"] / pairs
-    np.testing.assert_allclose(per_pair, per_pair.mean(), rtol=0.06)  # tiles see whole blocks of keys, and begin
+    np.testing.assert_allclose(per_pair, per_pair.mean(), rtol=0.11)  # tiles see whole blocks of keys, and begin
     assert (growth["wall_s"] > growth["gpu_s"]).all()
     assert not growth["outside_measured"].any()
     assert prefill_growth(MACHINE, 32_768)["outside_measured"].iloc[-1]

@@ -256,6 +256,35 @@ def test_the_twin_with_the_profile_is_near_the_real_engine(
         assert simulated[key] == pytest.approx(value, rel=within), f"mean {key}"
 
 
+def test_full_graphs_are_launched_sooner_by_a_host_that_never_waits() -> None:
+    waiting, never = (cost_of(settings=replace(SETTINGS, asynchronous=on)).host for on in (False, True))
+    assert never.launch_s[FULL] == pytest.approx(0.7 * waiting.launch_s[FULL])
+    assert never.lead_s[FULL] == pytest.approx(0.7 * waiting.lead_s[FULL])
+    same = replace(never, launch_s=waiting.launch_s, lead_s=waiting.lead_s)
+    assert same == waiting and never.launch_s[1:] == waiting.launch_s[1:]
+
+
+def test_sliding_layers_read_their_window_and_no_more() -> None:
+    gemma = find_model("gemma-2-9b")  # 21 of 42 layers see 4,096 tokens
+    full = replace(gemma, sliding_layers=0, sliding_window=0)
+    ours, all_of_it = (load_cost("auto", model, find_gpu("h200-sxm"), SETTINGS) for model in (gemma, full))
+    assert isinstance(ours, ProfileCost) and isinstance(all_of_it, ProfileCost)
+    assert ours.decode_ramp(8, 8 * 3000) == all_of_it.decode_ramp(8, 8 * 3000)
+    assert ours.mixed_s([(1000, 3000)], 8, 8 * 3000, 4000) == all_of_it.mixed_s([(1000, 3000)], 8, 8 * 3000, 4000)
+    inside, outside = ours.decode_ramp(8, 8 * 3000), ours.decode_ramp(8, 8 * 6000)
+    assert outside.growth_s == pytest.approx(inside.growth_s / 2)
+    assert outside.first_s - inside.first_s == pytest.approx(inside.growth_s * (1096 + 1904 / 2))
+    chunk = [(1000, 7000)]
+    none, half = (cost.mixed_s(chunk, 0, 0) - cost.rows_s(1000, 1) for cost in (all_of_it, ours))
+    near = all_of_it.mixed_s([(1000, 4096)], 0, 0) - all_of_it.rows_s(1000, 1)
+    beyond_s = all_of_it.pair_s * (1000 * 4096 + 500 * 1001 - 1000 * 4096)  # its own tokens push others out
+    assert half == pytest.approx((none + near - beyond_s) / 2)
+    columns = ours.prompts_s(1, 1000, 7000, 1000 * 7000 + 500 * 1001)
+    assert columns == pytest.approx(half, rel=0.08)
+    with pytest.raises(ValueError, match=r"deepseek-v3 has MoE"):
+        ProfileCost(read_profile("h200-sxm"), find_model("deepseek-v3"), find_gpu("h200-sxm"), SETTINGS)
+
+
 def test_auto_finds_the_profile_of_the_gpu() -> None:
     cost = load_cost("auto", find_model("llama-3.1-8b"), find_gpu("h100-sxm"), SETTINGS)
     assert isinstance(cost, ProfileCost) and cost.profile.name == "h100-sxm"

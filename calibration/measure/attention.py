@@ -8,7 +8,7 @@ chunks of `new_tokens` after `context_tokens` cached ones; a sequence's keys are
     bytes   keys and values once, queries in, output out
 
 Skew of the decodes' contexts about their mean m: "half" of them m/4 and the other half 7m/4; "one_long" holds half of
-all cached tokens.
+all cached tokens; "spread" is chat's: log-normal, the quantiles of a sigma of 0.8, in an order drawn once.
 
 Backends. "fa3": FlashAttention 3 as vLLM 0.25.1 calls it on Hopper: KV in pages of 16 tokens through a shuffled block
 table, one ragged call for the whole batch, decodes first, with scheduler metadata made once per step. launch="graph"
@@ -33,6 +33,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import product
+from math import exp
+from random import Random
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from calibration.measure.points import Point, Unavailable, Wanted
@@ -49,6 +52,7 @@ MOST_FLOPS = 6e12  # of one point: about 10 ms
 MOST_CONTEXT_TOKENS = 131_072
 SUSTAINED_FROM = 512  # new tokens of a chunk: below, memory binds and the clocks stay up
 FP8_DESCALE = 0.5
+SPREAD_SIGMA = 0.8  # of the logarithm of context lengths
 
 OPS = ("attention_prefill", "attention_decode", "attention_mixed")
 MAIN_HEADS = (32, 8, 128)
@@ -110,7 +114,12 @@ def decodes(seqs: int, mean: int, skew: str) -> list[Group]:
     if skew == "one_long":
         long = seqs * mean // 2
         return [Group(seqs - 1, 1, (seqs * mean - long) // (seqs - 1)), Group(1, 1, long)]
-    raise ValueError(f"skew={skew!r}: use uniform, half or one_long")
+    if skew == "spread":
+        normal = NormalDist(0.0, SPREAD_SIGMA)
+        shares = [exp(normal.inv_cdf((at + 0.5) / seqs)) for at in range(seqs)]
+        Random(seqs).shuffle(shares)
+        return [Group(1, 1, max(round(seqs * mean * share / sum(shares)), 1)) for share in shares]
+    raise ValueError(f"skew={skew!r}: use uniform, half, one_long or spread")
 
 
 def batch_of(point: Point) -> Batch:
@@ -176,26 +185,32 @@ class _Grid:
         if kv_elements <= self.elements and batch.flops(self.heads) <= MOST_FLOPS and longest <= MOST_CONTEXT_TOKENS:
             yield point
 
-    def prefill(self, new: Iterable[int], context: Iterable[int]) -> Iterator[Point]:
-        for c, n in product(context, new):
-            yield from self._point("attention_prefill", chunks=1, new_tokens=n, context_tokens=c)
+    def prefill(self, new: Iterable[int], context: Iterable[int], chunks: Iterable[int] = (1,)) -> Iterator[Point]:
+        for k, c, n in product(chunks, context, new):
+            yield from self._point("attention_prefill", chunks=k, new_tokens=n, context_tokens=c)
 
     def decode(self, seqs: Iterable[int], context: Iterable[int], skew: str = "uniform") -> Iterator[Point]:
         for c, s in product(context, seqs):
             yield from self._point("attention_decode", seqs=s, seq_context_tokens=c, skew=skew)
 
     def mixed(
-        self, new: Iterable[int], context: Iterable[int], seqs: Iterable[int], seq_context: Iterable[int]
+        self,
+        new: Iterable[int],
+        context: Iterable[int],
+        seqs: Iterable[int],
+        seq_context: Iterable[int],
+        chunks: Iterable[int] = (1,),
+        skew: str = "uniform",
     ) -> Iterator[Point]:
-        for sc, c, s, n in product(seq_context, context, seqs, new):
+        for k, sc, c, s, n in product(chunks, seq_context, context, seqs, new):
             yield from self._point(
                 "attention_mixed",
-                chunks=1,
+                chunks=k,
                 new_tokens=n,
                 context_tokens=c,
                 seqs=s,
                 seq_context_tokens=sc,
-                skew="uniform",
+                skew=skew,
             )
 
 
@@ -211,6 +226,23 @@ def _coarse(grid: _Grid) -> Iterator[Point]:
     yield from grid.decode((1, 8, 32, 128, 256), (16, 256, 1024, 4096, 16384, 65536))
     yield from grid.prefill((16, 128, 512, 2048, 8192), (0, 4096, 32768))
     yield from grid.mixed((64, 512, 2048, 8192), (0, 4096), (8, 64, 256), (512, 4096))
+
+
+def _scheduled(grid: _Grid) -> Iterator[Point]:
+    """What shows how tiles are scheduled: several chunks in a call, edges of tiles and waves, contexts that differ."""
+    yield from grid.prefill((32, 256, 1024), (0, 4096), (2, 8))
+    yield from grid.mixed((32, 256, 1024), (0, 4096), (8, 64), (1024,), (2, 8))
+    yield from grid.mixed((64, 512, 2048), (0,), (4, 16, 64), (2048,), skew="one_long")
+    yield from grid.mixed((64, 512, 2048), (0,), (16, 64, 192), (1024,), skew="spread")
+    yield from grid.mixed((128, 1024), (0,), (1, 2, 6), (24576,))
+    yield from grid.prefill((96, 300, 450, 640, 900, 1300, 1800), (0, 2048))
+    yield from grid.mixed((300, 640, 1300), (0,), (8, 40, 120), (1024,))
+
+
+def _skewed(grid: _Grid) -> Iterator[Point]:
+    for skew in ("one_long", "half"):
+        yield from grid.decode((8, 32, 128, 256), (256, 1024, 4096), skew)
+    yield from grid.decode((8, 16, 32, 64, 96, 128, 192, 256), (512, 1024, 2048), "spread")
 
 
 def _sparse(grid: _Grid) -> Iterator[Point]:
@@ -649,11 +681,13 @@ class Attention:
             eager = grid(first, main, launch="eager")
             yield from eager.decode((1, 8, 64, 256), (256, 1024, 4096, 16384))
             yield from eager.prefill((64, 256, 512), (0, 4096))
-        for skew in ("one_long", "half"):
-            yield from grid(first, main).decode((8, 32, 128, 256), (256, 1024, 4096), skew)
+        yield from _skewed(grid(first, main))
+        yield from _scheduled(grid(first, main))
         yield from _dense(grid(first, main))
         for kv_dtype in fp8:
             yield from _coarse(grid(first, main, kv_dtype))
+            yield from _skewed(grid(first, main, kv_dtype))
+            yield from _scheduled(grid(first, main, kv_dtype))
             for heads in others:
                 yield from _sparse(grid(first, heads, kv_dtype))
         for heads in others:

@@ -49,6 +49,9 @@ UNEVEN = {5: 0.3, 6: 0.25, 7: 0.25, 9: 0.13, 10: 0.13, 11: 0.13, **dict.fromkeys
 # Uneven contexts leave SMs idle at the end of decode attention. On H200s (Llama-3.1-8B, chat at 8 and 20 requests/s:
 # standard deviation 0.8 to 1 of the mean) 32 to 64 requests take 12 % longer than as many even ones, more requests 7 %.
 SKEW_SHARE = 0.1
+# With fp8 KV products bind instead of bytes, and waves show: the kernel alone takes 0.37 of that share longer with
+# contexts spread as chat's (16 to 192 requests), in bfloat16 0.16, of which the engine's steps show 0.1.
+SKEW_SHARE_FP8 = 0.23
 POWER_SEQS = 55  # decodes that pull them half-way down
 TABLE_ROWS, TABLE_REQUESTS = 16_384, 1_024  # tables grow beyond where needed
 REFERENCE_SEQS = 64.0  # requests of the batch whose cost per cached token a clock states
@@ -57,6 +60,17 @@ REFERENCE_SEQS = 64.0  # requests of the batch whose cost per cached token a clo
 def unevenness(seqs: int, kv_heads: float) -> float:
     """u: share by which decode attention of `seqs` requests with `kv_heads` KV heads on a rank takes longer."""
     return UNEVEN.get(round(seqs * kv_heads / 8), 0.0)
+
+
+def pairs_of(new: int, done: int) -> float:
+    """(query, key) pairs of a chunk."""
+    return done * new + 0.5 * new * (new + 1)
+
+
+def windowed_pairs(new: int, done: int, window: int) -> float:
+    """The same when each query sees at most `window` keys, itself included."""
+    growing = max(0, min(new, window - done))  # queries that still see their whole context
+    return growing * done + growing * (growing + 1) / 2 + (new - growing) * window
 
 
 def power(seqs: int) -> float:
@@ -167,11 +181,33 @@ class Coefficients:
     power_share: float
 
 
-class StepClock:
-    """T of one model's iterations: tables made once."""
+@dataclass(frozen=True)
+class Windows:
+    """Layers that see the last tokens only."""
 
-    def __init__(self, basis: Basis, coefficients: Coefficients, padded: Callable[[int], int]) -> None:
-        self._basis, self._coefficients, self._padded = basis, coefficients, padded
+    share: float  # of all layers
+    tokens: int
+
+    def read_tokens(self, cached: float, requests: float) -> float:
+        """Cached tokens that a layer reads in the mean, as if all contexts were the mean one."""
+        return cached - self.share * max(cached - requests * self.tokens, 0.0)
+
+
+class StepClock:
+    """T of one model's iterations: tables made once.
+
+    Of sliding layers a chunk sees at most the window before it, and of its own tokens as many pairs as lie in it; the
+    tiles saved are taken off evenly.
+    """
+
+    def __init__(
+        self,
+        basis: Basis,
+        coefficients: Coefficients,
+        padded: Callable[[int], int],
+        windows: Windows | None = None,
+    ) -> None:
+        self._basis, self._coefficients, self._padded, self._windows = basis, coefficients, padded, windows
         self._schedule = basis.schedule
         self._layers = 0.0  # of attention in the engine, in those of the kernel timed alone
         if isinstance(basis, KernelBasis):
@@ -228,13 +264,35 @@ class StepClock:
         if requests >= len(self._head_s):
             self._widen(2 * requests)
         seconds = self._layers * self._schedule.seconds(chunks, seqs, kv_tokens, longest)
+        if self._windows is not None:
+            windowed_s = self._windowed_s(self._windows, chunks, seqs, kv_tokens, longest)
+            seconds -= self._windows.share * (seconds - windowed_s)
         seconds += self.linear_s(self._padded(tokens)) + self._head_s[requests]
         return seconds + own.power_share * power(seqs) * min(seconds, WARM_S)
+
+    def _windowed_s(
+        self, windows: Windows, chunks: Sequence[tuple[int, int]], seqs: int, kv_tokens: float, longest: float
+    ) -> float:
+        """Attention as if every layer were a sliding one."""
+        assert self._schedule is not None
+        near = [(new, min(done, windows.tokens)) for new, done in chunks]
+        read = min(kv_tokens, float(seqs * windows.tokens))
+        seconds = self._layers * self._schedule.seconds(near, seqs, read, min(longest, float(windows.tokens)))
+        beyond = sum(pairs_of(new, done) - windowed_pairs(new, done, windows.tokens) for new, done in near)
+        return seconds - self._coefficients.pair_s * beyond
 
     def prompts_s(self, chunks: Any, tokens: Any, context_tokens: Any, pairs: Any) -> Any:
         """Attention of prompts from sums over an iteration's chunks: where tiles are known of one chunk as it is
         scheduled, of several and of columns as if all tiles were shared out evenly and none waited for; else of chunks
-        of their mean size."""
+        of their mean size. Sliding windows as if all chunks of an iteration were alike."""
+        seconds = self._unwindowed_s(chunks, tokens, context_tokens, pairs)
+        if self._windows is None:
+            return seconds
+        window = self._windows.tokens
+        near, narrow = np.minimum(context_tokens, chunks * window), np.minimum(pairs, tokens * float(window))
+        return seconds - self._windows.share * (seconds - self._unwindowed_s(chunks, tokens, near, narrow))
+
+    def _unwindowed_s(self, chunks: Any, tokens: Any, context_tokens: Any, pairs: Any) -> Any:
         if self._schedule is None:
             basis, own = self._basis, self._coefficients
             mean = np.maximum(tokens / np.maximum(chunks, 1), 1)
@@ -252,13 +310,17 @@ class StepClock:
     def _summed_s(self, chunks: Sequence[tuple[int, int]], seqs: int, kv_tokens: float) -> float:
         own, basis = self._coefficients, self._basis
         kv_s, pair_s, call_s, span_s, least = own.mixed_kv_s, own.pair_s, basis.call_s, basis.span_s, basis.least_rows
-        seconds = call_s + kv_s * kv_tokens
+        windows = self._windows
+        seconds = call_s + kv_s * (kv_tokens if windows is None else windows.read_tokens(kv_tokens, seqs))
         tokens, requests, cached = seqs, seqs + len(chunks), 0
         for new, done in chunks:
             tokens += new
             cached += done
             pairs = done * (new if new > least else least) + 0.5 * new * (new + 1)
-            seconds += span_s * (new + done) + max(pair_s * pairs, kv_s * done)
+            if windows is not None:
+                pairs -= windows.share * (pairs_of(new, done) - windowed_pairs(new, done, windows.tokens))
+            near = done if windows is None else windows.read_tokens(done, 1)
+            seconds += span_s * (new + near) + max(pair_s * pairs, kv_s * near)
         if cached:
             seconds += basis.cached_s
         if requests >= len(self._head_s):

@@ -1,7 +1,6 @@
 """Which cost model a scenario's `cost` names.
 
-auto              the shipped profile measured on this GPU; the roofline where there is none, and for MoE, MLA and
-                  sliding-window models
+auto              the shipped profile measured on this GPU; the roofline where there is none, and for MoE and MLA models
 roofline          data-sheet facts only
 constant:SECONDS  the same for every iteration
 NAME or PATH      a shipped profile, or a profile file (JSON)
@@ -32,6 +31,7 @@ class CostSettings:
     kernel_fusion: str = "compiled"
     activation_dtype: str = "auto"
     speculation: Speculation | None = None
+    asynchronous: bool = True  # an iteration is launched while the GPU is at the one before
 
     def __post_init__(self) -> None:
         if not (isfinite(self.host_scale) and self.host_scale >= 0):

@@ -39,6 +39,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmsim.cost import Host, Ramp
+from llmsim.cost.basis import windowed_pairs
 from llmsim.cost.graphs import Graphs
 from llmsim.cost.terms import Parts
 from llmsim.hardware import Gpu, Model
@@ -244,12 +245,6 @@ def _link(gpu: Gpu, tp: int) -> tuple[float, float]:
     if bridged_out or gpu.link.startswith("PCIe"):
         return gpu.pcie_bytes_per_s * LINK_FRACTION, PCIE_LATENCY_S
     return gpu.link_bytes_per_s * LINK_FRACTION, NVLINK_LATENCY_S
-
-
-def windowed_pairs(new: int, done: int, window: int) -> float:
-    """(query, key) pairs of a chunk when each query sees at most `window` keys, itself included."""
-    growing = max(0, min(new, window - done))  # queries that still see their whole context
-    return growing * done + growing * (growing + 1) / 2 + (new - growing) * window
 
 
 # ---- the work of a finished run: for MFU, MBU and bottlenecks -----------------------------------------------------
