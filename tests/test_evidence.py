@@ -106,7 +106,8 @@ def test_loads_of_one_metric_come_held_out_first() -> None:
     points = evidence.as_points(shown)
     np.testing.assert_allclose(1e3 * points["measured"], shown["measured"])
     np.testing.assert_allclose(evidence.as_points(one)["measured"], one["measured"])
-    assert evidence_words.models(evidence.loads("h200-sxm"))[:2] == ["all", "llama-3.1-8b"]
+    first, *models = evidence_words.models(evidence.loads("h200-sxm"))
+    assert first == "all" and models == sorted(set(models)) and {"llama-3.1-8b", "qwen2.5-7b"} <= set(models)
 
 
 def test_a_histogram_holds_every_point_once() -> None:
