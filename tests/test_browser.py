@@ -108,6 +108,8 @@ def test_a_good_upload_is_answered_and_a_bad_one_refused_in_one_line(window, tmp
     good.write_text(f"arrival_time_s,prompt_tokens,output_tokens\n{rows}\n")
     bad.write_text("arrival_time_s,prompt_tokens,output_tokens\n0.0,100,20\n0.1,many,20\n")
     window.open("/?trace_from=upload", charts=False)
+    window.page.get_by_text("Columns such as arrival_time_s").wait_for()  # the page is there as a whole
+    window.settle()
     window.page.locator("input[type=file]").set_input_files(str(good))
     window.page.get_by_text("Quick answer on all 50 requests.").wait_for()
     window.settle(charts=True)
