@@ -7,7 +7,8 @@ iteration k+1 while the GPU runs iteration k, at most two in flight. Per iterati
     U(k)   the host takes the results
 
     x0(k)  = S(k) + schedule
-    L(k)   = x0(k) + launch + noise + interference of requests that become schedulable in (x0, L]
+    L(k)   = x0(k) + launch + noise + interference of requests that become schedulable in (S, L]; a full graph's only if
+             the host sets the pace, E(k-1) <= L(k) without it, and scheduling is asynchronous
     E(k)   = max(max(E(k-1), x0(k) + lead) + T(k), L(k) + tail)
     U(k-1) = max(E(k-1), L(k)),  S(k+1) = U(k-1) + update          if iteration k-1 is still in flight
     S(k+1) = L(k)                                                    otherwise
@@ -206,8 +207,9 @@ class Replica(Engine):
             if self.decoding or self.chunks:
                 step = self._compose(t)
                 if not host.worker:
-                    if step.mode != FULL and host.interference_per_token_s:
-                        yield from self._interfere(step)
+                    if host.interference_per_token_s and (step.mode != FULL or self._paced_by_launch(step)):
+                        received = yield from self._interfere(step)
+                        hold = hold and not received
                     step.free_s = step.launched_s
                 begin_s = step.launch_s + host.lead_s[step.mode]
                 gpu_end_s = self._gpu_s if self._gpu_s > begin_s else begin_s
@@ -237,6 +239,9 @@ class Replica(Engine):
                             yield t
                             self._plan = None
                             steps = plan.steps_until(self.next_ready_s)
+                            t = plan.scheduled_s(steps)
+                        if not plan.gpu_bound and self._slows_last(step, plan, steps):
+                            steps -= 1
                             t = plan.scheduled_s(steps)
                         if steps > 1:
                             self._finish_run(step, plan, steps)
@@ -349,20 +354,32 @@ class Replica(Engine):
         padding = self._padding
         return [(request, tokens + padding.get(request, 0), before) for request, tokens, before in self.chunks]
 
-    def _interfere(self, step: Step) -> Generator[float, None, None]:
-        """Requests that become schedulable during a launch slow it, one interpreter lock being shared."""
+    def _interfere(self, step: Step) -> Generator[float, None, bool]:
+        """Requests that become schedulable meanwhile slow a launch, one interpreter lock being shared; if there were."""
         per_token_s = self.cost.host.interference_per_token_s
+        received = False
         while True:
             while self.next_ready_s <= step.launched_s:
                 assert self._next is not None
-                if self.next_ready_s > step.launch_s:
-                    step.launched_s += per_token_s * self._next.prompt_tokens
+                step.launched_s += per_token_s * self._next.prompt_tokens
                 self._receive()
+                received = True
             if self._feed is not None or self.env.peek() > step.launched_s:
-                return
+                return received
             yield step.launched_s
             if self.next_ready_s > step.launched_s:
-                return
+                return received
+
+    def _paced_by_launch(self, step: Step) -> bool:
+        """Whether the GPU is idle when the launch of a full graph is through."""
+        return self.asynchronous and self._gpu_s <= step.launched_s
+
+    def _slows_last(self, step: Step, plan: Plan, steps: int) -> bool:
+        """Whether the next request slows the launch of the last of a run's iterations: it is then taken by itself."""
+        host = self.cost.host
+        update_s = host.update_s + host.update_per_output_s * step.outputs
+        slows = steps > 1 and host.interference_per_token_s > 0.0
+        return slows and self.next_ready_s <= plan.scheduled_s(steps) - update_s
 
     def _launched_asynchronously(self, step: Step) -> float:
         """The host takes the results before, if any; returns S(k+1)."""

@@ -399,10 +399,12 @@ class PlainEngine:
         if host.worker and self.log:
             step.launch_s = max(step.launch_s, self.log[-1].launched_s)
         step.launched_s = step.launch_s + launch_s
-        if mode != FULL:  # a full graph's short launch hides behind the GPU: neither noise nor interference
+        # a full graph's short launch hides behind the GPU: no noise, interference only where the GPU waits for it
+        if mode != FULL:
             step.launched_s += self.noise(mode, step.launch_s)
-            if not host.worker:
-                step.launched_s = self._slowed(step.launch_s, step.launched_s)
+        exposed = self.scheduler.settings.async_scheduling and self.gpu_free_s <= step.launched_s
+        if (mode != FULL or exposed) and not host.worker:
+            step.launched_s = self._slowed(step.schedule_s, step.launched_s)
         if not host.worker:
             step.free_s = step.launched_s
         if chunks:
@@ -424,7 +426,7 @@ class PlainEngine:
         self.log.append(step)
 
     def _slowed(self, begin_s: float, end_s: float) -> float:
-        """The launch [begin, end] lasts longer for each request that becomes schedulable during it."""
+        """What ends at `end_s` lasts longer for each request that becomes schedulable in it, after `begin_s`."""
         i = 0
         while True:
             self._receive(end_s)

@@ -16,7 +16,15 @@ from llmsim.cost import EAGER, FULL, PIECEWISE, LaunchNoise
 from llmsim.cost.graphs import Graphs
 from llmsim.cost.kernels import effective_rows
 from llmsim.cost.load import CostSettings, load_cost
-from llmsim.cost.profile import ProfileCost, decode_profile, find_profile, load_profile, model_shape, read_profile
+from llmsim.cost.profile import (
+    GRAPH_REQUEST_S,
+    ProfileCost,
+    decode_profile,
+    find_profile,
+    load_profile,
+    model_shape,
+    read_profile,
+)
 from llmsim.hardware import find_gpu, find_model
 
 RECORDINGS = Path(__file__).parent / "data" / "recordings"
@@ -260,7 +268,9 @@ def test_full_graphs_are_launched_sooner_by_a_host_that_never_waits() -> None:
     waiting, never = (cost_of(settings=replace(SETTINGS, asynchronous=on)).host for on in (False, True))
     assert never.launch_s[FULL] == pytest.approx(0.7 * waiting.launch_s[FULL])
     assert never.lead_s[FULL] == pytest.approx(0.7 * waiting.lead_s[FULL])
-    same = replace(never, launch_s=waiting.launch_s, lead_s=waiting.lead_s)
+    assert never.launch_per_request_s == (GRAPH_REQUEST_S, *waiting.launch_per_request_s[1:])
+    times = ("launch_s", "lead_s", "launch_per_request_s")
+    same = replace(never, **{name: getattr(waiting, name) for name in times})
     assert same == waiting and never.launch_s[1:] == waiting.launch_s[1:]
 
 

@@ -121,6 +121,19 @@ def test_an_arrival_during_a_launch_slows_it() -> None:
     assert second.scheduled_s == pytest.approx(82e-3)
 
 
+@pytest.mark.parametrize(("launch_ms", "slowed_ms"), [(30, 2), (5, 0)])
+@pytest.mark.parametrize("ready_ms", [55.5, 115.5])
+def test_an_arrival_slows_a_full_graph_that_sets_the_pace(launch_ms: int, slowed_ms: int, ready_ms: float) -> None:
+    """Decodes of 10 ms; 30 ms to launch one are its pace, 5 ms hide. A prompt of 200 tokens: 200 x 10 us more."""
+    host = Host(launch_s=(launch_ms * 1e-3, 0.0, 0.0), interference_per_token_s=10e-6)
+    scheduled_s = []
+    for tokens in (1, 200):
+        others = [Request(1, ready_ms * 1e-3, tokens, 1)]
+        served(VllmScheduler(), [Request(0, 0.0, 100, 10), *others], HandCost(host))
+        scheduled_s.append(others[0].scheduled_s)
+    assert 1e3 * (scheduled_s[1] - scheduled_s[0]) == pytest.approx(slowed_ms * 199 / 200, abs=1e-6)
+
+
 def test_a_request_that_arrives_during_step_k_joins_step_k_plus_2() -> None:
     """Asynchronous scheduling has scheduled step k+1 already."""
     first, second = Request(0, 0.0, 100, 9), Request(1, 0.065, 100, 1)  # in the second decode: 60 to 70 ms
