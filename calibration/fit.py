@@ -87,8 +87,8 @@ def gpu_seconds(clock: StepClock, host: Host, step: StepRow) -> float:
     if not step.chunks:
         first_s, kv_s = clock.decode(step.seqs)
         lost_s = host.cooled_s(gpu_seconds(clock, host, step.after)) if step.after else 0.0
-        return first_s + kv_s * step.kv_tokens + lost_s
-    base_s = clock.mixed_s(step.chunks, step.seqs, step.kv_tokens)
+        return first_s + kv_s * clock.in_windows(step.read_tokens(clock.skew_share), step.seqs) + lost_s
+    base_s = clock.mixed_s(step.chunks, step.seqs, step.read_tokens(clock.skew_share), step.longest_tokens)
     return host.warmed_s(base_s) if step.warm else base_s
 
 
@@ -122,7 +122,7 @@ def fit_decode(seen: Sequence[tuple[str, Seen]], graphs: Graphs, basis: Basis) -
     padded = np.array([graphs.padded(row.step.tokens) for _, row in rows])
     knots = [int(size) for size in np.unique(padded) if np.sum(padded == size) >= FEWEST]
     seqs = np.array([row.step.seqs for _, row in rows], float)
-    kv_tokens = np.array([row.step.kv_tokens for _, row in rows], float) * basis.uneven(seqs)
+    kv_tokens = np.array([row.step.read_tokens(basis.skew_share) for _, row in rows]) * basis.uneven(seqs)
     target = np.array([row.gpu_s for _, row in rows]) - basis.head_s(seqs) - basis.base_s(seqs)
     groups: dict[tuple[str, int], int] = {}
     for (name, _), size in zip(rows, padded, strict=True):
@@ -163,7 +163,11 @@ def fit_mixed(
     requests = np.array([step.seqs + len(step.chunks) for step in steps], float)
     known_s += basis.head_s(requests)
     if isinstance(basis, KernelBasis) and basis.schedule is not None:
-        calls_s = [basis.schedule.seconds(step.chunks, step.seqs, step.kv_tokens) for step in steps]
+        share = basis.skew_share
+        calls_s = [
+            basis.schedule.seconds(step.chunks, step.seqs, step.read_tokens(share), step.longest_tokens)
+            for step in steps
+        ]
         # in as many pairs as the kernel timed alone does in these seconds; no term of decodes beside them
         pairs, kv_tokens = basis.layers * np.array(calls_s) / basis.pair_s, np.zeros(len(steps))
         pair_prior = (basis.pair_s * 1e9, ATTENTION_SD * basis.pair_s * 1e9)
@@ -231,9 +235,11 @@ def fit_cooling(seen: Sequence[tuple[str, Seen]], clock: StepClock) -> float:
         if step.gpu_s != step.gpu_s or step.chunks or step.held or step.since_chunk > COOL_STEPS:
             continue
         first_s, kv_s = clock.decode(step.seqs)
-        lost_s += step.gpu_s - first_s - kv_s * step.kv_tokens
-        if step.after is not None and not step.after.held:
-            chunk_s += min(clock.mixed_s(step.after.chunks, step.after.seqs, step.after.kv_tokens), WARM_S)
+        lost_s += step.gpu_s - first_s - kv_s * step.read_tokens(clock.skew_share)
+        after = step.after
+        if after is not None and not after.held:
+            read_tokens = after.read_tokens(clock.skew_share)
+            chunk_s += min(clock.mixed_s(after.chunks, after.seqs, read_tokens, after.longest_tokens), WARM_S)
             chunks += 1
     return max(lost_s / chunk_s, 0.0) if chunks >= FEWEST_CHUNKS else COOL_SHARE
 

@@ -6,7 +6,7 @@ to none of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -35,16 +35,22 @@ class Clock:
 
     def __init__(self, cost: CostModel) -> None:
         self._cost = cost
-        self.mixed_s = cost.mixed_s
+        self.skew_share = getattr(cost, "skew_share", 0.0)
 
     def decode(self, seqs: int) -> tuple[float, float]:
         """Seconds without context, and per cached token."""
         first_s, far = self._cost.decode_ramp(seqs, 0).first_s, seqs * FAR_TOKENS
         return first_s, (self._cost.decode_ramp(seqs, far).first_s - first_s) / far
 
+    def in_windows(self, kv_tokens: float, seqs: int) -> float:
+        return kv_tokens
+
+    def mixed_s(self, chunks: Sequence[tuple[int, int]], seqs: int, kv_tokens: float, longest: float = 0.0) -> float:
+        return self._cost.mixed_s(chunks, seqs, kv_tokens)
+
 
 def gpu_seconds(cost: CostModel) -> Callable[[StepRow], float]:
-    clock = cast(StepClock, Clock(cost))  # of which the fit asks these two questions only
+    clock = cast(StepClock, Clock(cost))  # of which the fit asks no more
     return partial(fit.gpu_seconds, clock, cost.host)
 
 

@@ -38,6 +38,7 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
+from calibration.contexts import note_contexts
 from llmsim.cost import WARM_S
 from llmsim.cost.graphs import Graphs
 from llmsim.recorded import load_files, load_name, packed_file
@@ -74,10 +75,16 @@ class StepRow:
     since_chunk: int = 1_000_000  # decode steps since the last one with chunks, this one included
     gpu_s: float = nan  # timed on the GPU itself, unless the launch paced it
     held: bool = False  # timed after a rest, all of it launched before the GPU began: its clocks are high
+    deviation_tokens: float = 0.0  # the decodes' standard deviation of context times `seqs`; 0: not known, or even
+    longest_tokens: int = 0  # the longest of their contexts; 0: not known
 
     @property
     def new_tokens(self) -> int:
         return sum(new for new, _ in self.chunks)
+
+    def read_tokens(self, skew_share: float) -> float:
+        """Cached tokens of the decodes, and what uneven contexts cost more."""
+        return self.kv_tokens + skew_share * self.deviation_tokens
 
     @property
     def pairs(self) -> float:
@@ -300,7 +307,9 @@ def _scenario(name: str, content: dict[str, Any], lines: list[Any], gpu: Sequenc
     ]
     preemptions = sum(line[0] == "p" for line in lines)
     concurrency = content.get("scenario", {}).get("concurrency")
-    return Scenario(name, requests, pair_steps(lines, gpu), preemptions, concurrency)
+    steps = pair_steps(lines, gpu)
+    note_contexts(steps, requests)
+    return Scenario(name, requests, steps, preemptions, concurrency)
 
 
 def _sha256(file: Path) -> str:

@@ -355,7 +355,7 @@ class Replica(Engine):
         return [(request, tokens + padding.get(request, 0), before) for request, tokens, before in self.chunks]
 
     def _interfere(self, step: Step) -> Generator[float, None, bool]:
-        """Requests that become schedulable meanwhile slow a launch, one interpreter lock being shared; if there were."""
+        """Requests that become schedulable meanwhile slow a launch: one interpreter lock is shared. Were there any?"""
         per_token_s = self.cost.host.interference_per_token_s
         received = False
         while True:

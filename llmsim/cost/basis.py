@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 
 from llmsim.cost import WARM_S
 from llmsim.cost.graphs import LARGEST_CAPTURE
-from llmsim.cost.kernels import Forward, effective_rows
+from llmsim.cost.kernels import Forward, effective_rows, kv_name
 from llmsim.cost.tiles import Schedule
 
 Floats = NDArray[np.float64]
@@ -62,6 +62,11 @@ def unevenness(seqs: int, kv_heads: float) -> float:
     return UNEVEN.get(round(seqs * kv_heads / 8), 0.0)
 
 
+def skew_share(kv_dtype: str) -> float:
+    """Of the standard deviation of contexts, what every decode reads more in seconds."""
+    return SKEW_SHARE_FP8 if kv_name(kv_dtype) == "fp8" else SKEW_SHARE
+
+
 def pairs_of(new: int, done: int) -> float:
     """(query, key) pairs of a chunk."""
     return done * new + 0.5 * new * (new + 1)
@@ -79,6 +84,7 @@ def power(seqs: int) -> float:
 
 
 class Basis(Protocol):
+    skew_share: float
     schedule: Schedule | None  # of one layer's attention calls
     call_s: float
     span_s: float
@@ -103,8 +109,9 @@ class ShapeBasis:
     call_s = span_s = cached_s = 0.0
     least_rows = 1.0
 
-    def __init__(self, kv_heads: float, last_knot: float = inf) -> None:
+    def __init__(self, kv_heads: float, last_knot: float = inf, kv_dtype: str = "auto") -> None:
         self._kv_heads, self._last_knot = kv_heads, last_knot
+        self.skew_share = skew_share(kv_dtype)
 
     def position(self, rows: Floats) -> Floats:
         return effective_rows(rows)
@@ -125,7 +132,7 @@ class ShapeBasis:
 
 class KernelBasis:
     def __init__(self, forward: Forward, graph_tokens: int = LARGEST_CAPTURE) -> None:
-        self.forward = forward
+        self.forward, self.skew_share = forward, skew_share(forward.kv_dtype)
         form = forward.chunk()
         self.call_s, self.span_s, self.pair_s = form.call_s, form.span_s, form.pair_s
         self.least_rows, self.cached_s = form.least_rows, form.cached_s
@@ -208,7 +215,7 @@ class StepClock:
         windows: Windows | None = None,
     ) -> None:
         self._basis, self._coefficients, self._padded, self._windows = basis, coefficients, padded, windows
-        self._schedule = basis.schedule
+        self._schedule, self.skew_share = basis.schedule, basis.skew_share
         self._layers = 0.0  # of attention in the engine, in those of the kernel timed alone
         if isinstance(basis, KernelBasis):
             self._layers = basis.layers * coefficients.pair_s / basis.pair_s
@@ -254,6 +261,10 @@ class StepClock:
         if seqs >= len(self._head_s):
             self._widen(2 * seqs)
         return self._decode_s[seqs], self._kv_s[seqs]
+
+    def in_windows(self, kv_tokens: float, seqs: int) -> float:
+        """Of `kv_tokens` cached tokens of `seqs` decodes, those that a layer reads in the mean."""
+        return kv_tokens if self._windows is None else self._windows.read_tokens(kv_tokens, seqs)
 
     def mixed_s(self, chunks: Sequence[tuple[int, int]], seqs: int, kv_tokens: float, longest: float = 0.0) -> float:
         if self._schedule is None:

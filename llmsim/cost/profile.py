@@ -43,8 +43,6 @@ import numpy as np
 
 from llmsim.cost import FULL, PIECEWISE, WARM_S, Host, Ramp, worker_host
 from llmsim.cost.basis import (
-    SKEW_SHARE,
-    SKEW_SHARE_FP8,
     Basis,
     Coefficients,
     KernelBasis,
@@ -470,7 +468,8 @@ def fitted_basis(profile: Profile) -> KernelBasis | ShapeBasis:
     """The basis of the model the profile was fitted on."""
     model = find_model(profile.model)
     if profile.kernels is None:
-        return ShapeBasis(model.kv_heads / min(profile.tensor_parallel, model.kv_heads), profile.gpu_clock.tokens[-1])
+        kv_heads = model.kv_heads / min(profile.tensor_parallel, model.kv_heads)
+        return ShapeBasis(kv_heads, profile.gpu_clock.tokens[-1], profile.kv_dtype)
     return KernelBasis(Forward(profile.kernels, model, profile.dtype, profile.kv_dtype, profile.tensor_parallel))
 
 
@@ -525,7 +524,8 @@ def _by_shapes(
         linear_s = linear_s + fitted_basis(profile).head_s(np.minimum(knots, FULL_ROWS))
     ratios = [shape.form_s(clock, n) / fitted.form_s(clock, n) for n in clock.tokens]
     kv_ratio = shape.kv_token_bytes / fitted.kv_token_bytes
-    basis = ShapeBasis(model.kv_heads / min(settings.tensor_parallel, model.kv_heads), clock.tokens[-1])
+    kv_heads = model.kv_heads / min(settings.tensor_parallel, model.kv_heads)
+    basis = ShapeBasis(kv_heads, clock.tokens[-1], settings.kv_dtype)
     return basis, Coefficients(
         knots=clock.tokens,
         linear_s=tuple((linear_s * ratios).tolist()),
@@ -587,7 +587,7 @@ class ProfileCost:
         self.clock = StepClock(basis, coefficients, settings.graphs.padded, self._windows)
         self._basis, self._coefficients, self._padded = basis, coefficients, settings.graphs.padded
         self.pair_s = coefficients.pair_s
-        self.skew_share = SKEW_SHARE_FP8 if settings.kv_dtype == "fp8" else SKEW_SHARE
+        self.skew_share = self.clock.skew_share
         self.reads_longest = basis.schedule is not None
         self.label = self._describe(model, settings)
 
@@ -623,7 +623,7 @@ class ProfileCost:
         windows = self._windows
         if windows is None:
             return Ramp(self._stalled * first_s + kv_s * kv_tokens, kv_s * seqs)
-        read = windows.read_tokens(kv_tokens, seqs)
+        read = self.clock.in_windows(kv_tokens, seqs)
         growing = 1.0 if kv_tokens < seqs * windows.tokens else 1.0 - windows.share
         return Ramp(self._stalled * first_s + kv_s * read, kv_s * growing * seqs)
 
