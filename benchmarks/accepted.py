@@ -21,8 +21,8 @@ from typing import Any
 
 import msgspec
 
-from llmsim.recorded import RecordedScenario, load_files, load_name
-from llmsim.recording import GRID, load_recording
+from llmsim.recorded import GRID, RecordedScenario, list_files, load_files, load_name
+from llmsim.recording import load_recording
 from llmsim.validate import LABELS, compare, replays
 
 ACCEPTED = Path(__file__).resolve().parent.parent / "tests" / "data" / "accuracy.json"
@@ -43,7 +43,8 @@ class Accepted(msgspec.Struct, forbid_unknown_fields=True):
 
 def loads(folder: Path) -> Iterator[tuple[str, Path]]:
     """Name and file of every load of a recording."""
-    for file in [*load_files(folder), *sorted(folder.glob(GRID))]:
+    grids = [file for file in list_files(folder) if load_name(file) == GRID]
+    for file in [*load_files(folder), *grids]:
         yield f"{folder.name}/{load_name(file)}", file
 
 
@@ -54,7 +55,7 @@ def errors(file: Path, seeds: Sequence[int], cost: str = "auto") -> Errors:
     for metric in METRICS:
         for statistic in (name for name in TOLERANCE if name in outcomes[0][metric]):
             signed = [outcome[metric][statistic]["error"] for outcome in outcomes]
-            kept = [abs(error) if file.name == GRID else error for error in signed if error is not None]
+            kept = [abs(error) if load_name(file) == GRID else error for error in signed if error is not None]
             if kept:
                 found.setdefault(metric, {})[statistic] = median(kept)
     return found
@@ -66,7 +67,7 @@ def _outcome(scenario: RecordedScenario, seeds: Sequence[int], cost: str) -> dic
 
 def accept(file: Path) -> Accepted:
     """The errors as they are, with the draws they need."""
-    most = MOST_OF_GRID if file.name == GRID else MOST
+    most = MOST_OF_GRID if load_name(file) == GRID else MOST
     single = [errors(file, [seed]) for seed in range(most)]
     spread = {m: {name: stdev(one[m][name] for one in single) for name in single[0][m]} for m in single[0]}
     needed = max((NOISE_SHARE * sd / TOLERANCE[name]) ** 2 for held in spread.values() for name, sd in held.items())

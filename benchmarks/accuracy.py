@@ -20,8 +20,8 @@ from typing import Any
 import click
 
 from benchmarks import accepted
-from llmsim.recorded import load_files
-from llmsim.recording import GRID, load_recording
+from llmsim.recorded import GRID, load_name
+from llmsim.recording import load_recording
 from llmsim.validate import PERCENTS, SEEDS, compare, replays
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,7 +29,6 @@ FOLDERS = (ROOT / "tests" / "data" / "recordings", ROOT / "calibration" / "recor
 METRICS = {"ttft_ms": "TTFT", "tpot_ms": "TPOT", "itl_ms": "ITL", "e2el_ms": "E2EL", "output_throughput": "tok/s"}
 STATISTICS = ("mean", *(f"p{percent}" for percent in PERCENTS))
 START, END = "<!-- accuracy -->", "<!-- /accuracy -->"
-GRID_NAME = GRID.split(".")[0]
 CARRIED = ", scaled from "  # in the label of a profile that is used for another model than it was fitted to
 
 
@@ -46,7 +45,7 @@ class Load:
 
     @property
     def grid(self) -> bool:
-        return self.name.startswith(GRID_NAME)
+        return self.name.startswith(GRID)
 
     @property
     def carried(self) -> bool:
@@ -60,7 +59,7 @@ def recordings() -> list[Path]:
 
 def judged(folder: Path, cost: str, host_scale: float) -> Iterator[Load]:
     """The loads of one recording folder, replayed."""
-    files = load_files(folder) + sorted(folder.glob(GRID))
+    files = [file for _, file in accepted.loads(folder)]
     if not files:
         raise click.UsageError(f"{folder}: no NAME.requests.json.gz in it. Give a recording folder.")
     for file in files:
@@ -73,8 +72,8 @@ def judged(folder: Path, cost: str, host_scale: float) -> Iterator[Load]:
         profile = getattr(model, "profile", None)
         seen = [] if profile is None else profile.provenance.recordings.values()
         fitted = hashlib.sha256(file.read_bytes()).hexdigest() in seen
-        grid = file.name == GRID
-        name = f"{GRID_NAME} ({len(scenarios)} batches)" if grid else scenarios[0].name
+        grid = load_name(file) == GRID
+        name = f"{GRID} ({len(scenarios)} batches)" if grid else scenarios[0].name
         requests = sum(len(scenario.trace) for scenario in scenarios)
         yield Load(folder.name, name, requests, fitted, model.label, _errors(outcomes, sizes=grid))
 
@@ -140,7 +139,7 @@ def main(
         return
     try:
         loads = [load for folder in folders or recordings() for load in judged(folder.resolve(), cost, host_scale)]
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         raise click.UsageError(str(error)) from None
     if page is not None:
         update(page, table(loads))

@@ -28,8 +28,7 @@ from llmsim.cost import EAGER, FULL, PIECEWISE
 from llmsim.cost.load import CostSettings
 from llmsim.cost.profile import Profile, ProfileCost
 from llmsim.hardware import find_gpu, find_model, gpu_names, model_names
-from llmsim.recorded import PACKED
-from llmsim.recording import GRID
+from llmsim.recorded import GRID, PACKED
 from llmsim.scenario import Scenario as Settings
 from llmsim.validate import named_in
 
@@ -74,8 +73,8 @@ def was_fitted(profile: Profile, recording: Recording, scenario: str) -> bool:
     """By the hash of its file. What has no files was made in memory, for the fit."""
     if not recording.files:
         return scenario in profile.provenance.scenarios
-    steps = (f"{scenario}.steps.jsonl{packed}" for packed in PACKED)
-    digest = recording.files.get(next((name for name in steps if name in recording.files), GRID))
+    names = [f"{name}{packed}" for name in (f"{scenario}.steps.jsonl", f"{GRID}.json") for packed in PACKED]
+    digest = next((recording.files[name] for name in names if name in recording.files), None)
     return scenario in profile.provenance.scenarios and digest in profile.provenance.recordings.values()
 
 

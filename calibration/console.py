@@ -6,16 +6,25 @@ import sys
 
 import click
 
+INTERRUPTED = 130
+
 
 def run(command: click.Command, interrupted: str = "interrupted") -> None:
     try:
-        command(standalone_mode=False)
+        status = command(standalone_mode=False)
+        if isinstance(status, int) and status:  # of click's Exit
+            sys.exit(status)
     except click.ClickException as error:
-        error.show()
-        sys.exit(2)
+        _end(error.format_message())
     except click.Abort:
         print(interrupted, file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except (ValueError, OSError) as error:
-        print(f"Error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _end(str(error))
+    except MemoryError as error:
+        _end(f"not enough memory ({error or 'none left'}): give fewer recordings or measurements at a time")
+
+
+def _end(error: str) -> None:
+    print(f"Error: {' '.join(error.split())}", file=sys.stderr)
+    sys.exit(2)

@@ -1,6 +1,6 @@
 """Read recordings of a real engine: what each step did, and when host and GPU were done with it.
 
-Files that end in .gz may be packed with xz instead, under that ending.
+Files that end in .gz may be packed with xz instead, under that ending, or not at all.
 
 A recording is a folder with `engine.json` (settings of the engine), `NAME.requests.json.gz` (what the client saw) and
 `NAME.steps.jsonl.gz` (what the scheduler did), or `NAME.json.gz` with a list of small scenarios that hold both. Lines
@@ -25,11 +25,8 @@ FileNotFoundError: a file that is not there. ValueError: one that is cut short o
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
-import lzma
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -41,8 +38,12 @@ from typing import Any
 from calibration.contexts import note_contexts
 from llmsim.cost import WARM_S
 from llmsim.cost.graphs import Graphs
-from llmsim.recorded import load_files, load_name, packed_file
+from llmsim.recorded import LARGEST, LONGEST_S, list_files, load_files, load_name, packed_file, read_bytes
+from llmsim.recording import read_settings
 
+KINDS = ("s", "e", "x", "y", "u", "p", "w", "v")  # of lines of a step log
+MOST_OFF = 0.01  # of a step log's tokens, from those of its requests
+MOST_GPU_MS = 1e6  # of a step: above it a time is a mistake
 # Sooner than this after its schedule no step has a result: the update must be of an older, empty batch.
 SOONEST_RESULT_S = 4e-3
 # Between two steps in flight the GPU idles this long at most; longer, and it waited for the host.
@@ -131,9 +132,14 @@ class Recording:
     scenarios: list[Scenario]
     files: dict[str, str] = field(default_factory=dict)  # name -> sha256
     timed: list[Scenario] = field(default_factory=list)  # steps timed on the GPU that no client waited for
+    loads: list[str] = field(default_factory=list)  # names of the files read
 
     @property
     def graphs(self) -> Graphs:
+        for key in ("cudagraph_capture_sizes", "max_num_seqs"):
+            if self.engine.get(key) is None:
+                where = self.path / "engine.json"
+                raise ValueError(f"{where}: no {key}, so launches are not known. Write what the engine had")
         return Graphs(self.engine["cudagraph_capture_sizes"], self.engine["max_num_seqs"])
 
     @property
@@ -156,6 +162,12 @@ def pair_steps(lines: Sequence[Sequence[Any]], gpu: Sequence[Sequence[Any]] = ()
     since_update, preempted = 0, False
     for line in lines:
         kind = line[0]
+        if kind not in KINDS:
+            raise ValueError(f"a line of kind {kind!r}, not one of {', '.join(KINDS)}")
+        if not all(type(value) in (int, float) for value in line[1:3]) or not (
+            abs(line[1]) <= LONGEST_S and 0.0 <= min(line[2:3], default=0.0) <= LONGEST_S
+        ):
+            raise ValueError(f"a time that is none: {line}")
         if kind == "s":
             current = _row(line)
             current.after_preemption, preempted = preempted, False
@@ -187,8 +199,8 @@ def pair_steps(lines: Sequence[Sequence[Any]], gpu: Sequence[Sequence[Any]] = ()
     for line in gpu:
         if not 0 <= line[0] < len(rows):
             raise ValueError(f"GPU times of step {line[0]}, of {len(rows)}")
-        if min(line[1] or 0.0, *line[2:5]) < 0.0:
-            raise ValueError(f"GPU times of step {line[0]} below 0: {line[1:5]}")
+        if not all(0.0 <= value <= MOST_GPU_MS for value in (line[1] or 0.0, *line[2:5])):
+            raise ValueError(f"GPU times of step {line[0]} below 0 or above {MOST_GPU_MS:.0e} ms: {line[1:5]}")
         _time_on_gpu(rows[line[0]], line)
     return [row for row in rows if row.update_s == row.update_s]
 
@@ -210,10 +222,9 @@ def _time_on_gpu(row: StepRow, line: Sequence[Any]) -> None:
 def _row(line: Sequence[Any]) -> StepRow:
     """One-token chunks are counted with the decodes: the engine launches and computes them alike."""
     schedule_s, took_s, tokens, seqs, kv_tokens, prompts, running, waiting = line[1:9]
-    if min(took_s, tokens, seqs, kv_tokens, running, waiting) < 0 or any(
-        min(new - 1, done) < 0 for new, done in prompts
-    ):
-        raise ValueError(f"a step below 0: {line}")
+    counts = (tokens, seqs, kv_tokens, running, waiting, *(n for new, done in prompts for n in (new - 1, done)))
+    if not all(type(count) is int and 0 <= count <= LARGEST for count in counts):
+        raise ValueError(f"a count that is none: {line}")
     chunks = [(new, done) for new, done in prompts if new > 1]
     tails = [done for new, done in prompts if new == 1]
     seqs, kv_tokens = seqs + len(tails), kv_tokens + sum(tails)
@@ -232,39 +243,41 @@ def read_recording(path: Path, names: Sequence[str] | None = None) -> Recording:
     engine_file = path / "engine.json"
     if not engine_file.is_file():
         raise FileNotFoundError(f"{engine_file}: no such file. Name a recording's folder; it holds engine.json")
-    with _damaged(engine_file):
-        engine = _parsed(engine_file.read_text(encoding="utf-8"))
-        if not isinstance(engine, dict):
-            raise ValueError("no JSON object")
+    _, engine, _ = read_settings(engine_file)
     recording = Recording(path, engine, [])
     recording.files["engine.json"] = _sha256(engine_file)
-    present = {load_name(file): file for file in [*path.glob("*.json.gz"), *load_files(path)]}
+    present = {load_name(file): file for file in [*list_files(path), *load_files(path)]}
+    if not present:
+        raise FileNotFoundError(f"{path}: no NAME.requests.json.gz in it. Record a load, or name another folder")
     if missing := [name for name in names or () if name not in present]:
         raise FileNotFoundError(f"{path}: no scenario {', '.join(missing)}. It has {', '.join(sorted(present))}")
     for name, file in sorted(present.items()):
         if names is not None and name not in names:
             continue
-        recording.files[file.name] = _sha256(file)
         with _damaged(file):
             content = _parsed(_text(file))
+        recording.loads.append(name)
+        recording.files[file.name] = _sha256(file)
         if isinstance(content, list):
             for part in content:
                 with _damaged(file):
                     scenario = _scenario(part["name"], part, part["steps"], part.get("gpu", ()))
                     served = all("t" in row for row in part["requests"])
+                    if served:
+                        _check_log(scenario)
                 served = served and not any(step.held for step in scenario.steps)
                 (recording.scenarios if served else recording.timed).append(scenario)
             continue
         steps = packed_file(path, f"{name}.steps.jsonl")
-        if not steps.is_file():
+        if not steps.exists():
             raise FileNotFoundError(f"{steps}: no such file. {file.name} needs its step log beside it")
-        recording.files[steps.name] = _sha256(steps)
         timed = packed_file(path, f"{name}.gpu.jsonl")
-        if timed.is_file():
-            recording.files[timed.name] = _sha256(timed)
-        lines, gpu = _lines(steps), _lines(timed) if timed.is_file() else []
+        lines, gpu = _lines(steps), _lines(timed) if timed.exists() else []
+        recording.files |= {used.name: _sha256(used) for used in (steps, timed) if used.exists()}
         with _damaged(path / name):
-            recording.scenarios.append(_scenario(name, content, lines, gpu))
+            scenario = _scenario(name, content, lines, gpu)
+            _check_log(scenario)
+            recording.scenarios.append(scenario)
     return recording
 
 
@@ -272,8 +285,11 @@ def read_recording(path: Path, names: Sequence[str] | None = None) -> Recording:
 def _damaged(file: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, EOFError, lzma.LZMAError, zlib.error, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file}: damaged ({type(error).__name__}: {error}). Record it again") from None
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        told = " ".join(str(error).split())
+        if told.startswith(f"{file}: "):
+            raise ValueError(told) from None
+        raise ValueError(f"{file}: damaged ({type(error).__name__}: {told}). Record it again") from None
 
 
 def _parsed(text: str) -> Any:
@@ -289,27 +305,54 @@ def _lines(file: Path) -> list[Any]:
 
 
 def _text(file: Path) -> str:
-    packed = file.read_bytes()
-    return (lzma if file.suffix == ".xz" else gzip).decompress(packed).decode()
+    return read_bytes(file).decode()
 
 
 def _scenario(name: str, content: dict[str, Any], lines: list[Any], gpu: Sequence[Any]) -> Scenario:
     requests = [
         RequestRow(
-            send_s=row["submit"],
-            prompt_tokens=row["prompt"],
-            output_tokens=row["output"],
-            token_s=[at for at, tokens in row.get("t", ()) for _ in range(tokens)],
-            cached_tokens=row.get("cached") or 0,
+            send_s=_number(row["submit"]),
+            prompt_tokens=_count(row["prompt"], 1),
+            output_tokens=_count(row["output"], 1),
+            token_s=[_number(at) for at, tokens in row.get("t", ()) for _ in range(_count(tokens, 1))],
+            cached_tokens=_count(row.get("cached") or 0),
         )
         for row in content["requests"]
-        if "submit" in row
+        if row.get("submit") is not None
     ]
+    if not requests:
+        raise ValueError("no request was sent")
     preemptions = sum(line[0] == "p" for line in lines)
     concurrency = content.get("scenario", {}).get("concurrency")
     steps = pair_steps(lines, gpu)
     note_contexts(steps, requests)
     return Scenario(name, requests, steps, preemptions, concurrency)
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float) or not -LONGEST_S <= value <= LONGEST_S:
+        raise ValueError(f"{value!r} is no time in seconds")
+    return float(value)
+
+
+def _count(value: Any, least: int = 0) -> int:
+    if type(value) is not int or not least <= value <= LARGEST:
+        raise ValueError(f"{value!r} is no whole number of {least} or more")
+    return value
+
+
+def _check_log(scenario: Scenario) -> None:
+    """Whether the steps are those of these requests: as many decodes as tokens after the first ones, all of their
+    prompts; ValueError if not. Recordings with hundreds of preemptions are 0.3 % off."""
+    tokens = sum(max(len(request.token_s) - 1, 0) for request in scenario.requests)
+    unseen = sum(request.output_tokens - len(request.token_s) for request in scenario.requests)
+    decodes = sum(step.seqs for step in scenario.steps)
+    if not (1 - MOST_OFF) * tokens <= decodes <= (1 + MOST_OFF) * tokens + unseen + len(scenario.requests):
+        raise ValueError(f"{decodes:,} decodes in the step log, {tokens:,} tokens after the first of each request")
+    prompts = sum(request.prompt_tokens - request.cached_tokens for request in scenario.requests if request.token_s)
+    computed = sum(step.new_tokens for step in scenario.steps)
+    if computed < (1 - MOST_OFF) * prompts - len(scenario.requests):
+        raise ValueError(f"{computed:,} prompt tokens in the step log, {prompts:,} in the requests")
 
 
 def _sha256(file: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,7 @@ def spread_command(profile: str, machines: tuple[str, ...], carried: tuple[Path,
     if record and path.suffix != ".json":
         raise ValueError(f"profile={profile}: --record needs the path of the .json file to write into")
     groups = [tuple(map(Path, folders.split(","))) for folders in machines]
+    _check_once([folder for folders in groups for folder in folders] + list(carried))
     if not groups:
         if source.name not in RECORDED or carried:
             known = ", ".join(RECORDED)
@@ -134,6 +135,14 @@ def _spread_of_roofline(machines: tuple[str, ...], carried: tuple[Path, ...], re
     if record:
         write(found)
         click.echo(str(ROOFLINE))
+
+
+def _check_once(folders: Sequence[Path]) -> None:
+    seen: set[Path] = set()
+    for folder in folders:
+        if folder.resolve() in seen:
+            raise ValueError(f"{folder}: is given twice, and would count as two. Give it once")
+        seen.add(folder.resolve())
 
 
 def own_loads(folder: Path, profile: str) -> list[Load]:

@@ -29,11 +29,20 @@ import numpy as np
 
 from llmsim.benchmark_result import load_benchmark
 from llmsim.cost.graphs import capture_sizes
-from llmsim.recorded import LONGEST_S, Floats, Positive, RecordedScenario, decoded, load_files, load_name
+from llmsim.recorded import (
+    GRID,
+    LONGEST_S,
+    Floats,
+    Positive,
+    RecordedScenario,
+    decoded,
+    list_files,
+    load_files,
+    load_name,
+)
 from llmsim.trace import Trace
 
 HASH_BLOCK_TOKENS = 512
-GRID = "decode_grid.json.gz"
 # engine.json key -> Scenario field
 SETTINGS = {
     "num_gpu_blocks": "num_gpu_blocks_override",
@@ -94,20 +103,20 @@ def load_recording(path: str | Path) -> list[RecordedScenario]:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
-    if path.is_file() and ".requests.json" not in path.name and path.name != GRID:
+    if path.is_file() and ".requests.json" not in path.name and load_name(path) != GRID:
         return load_benchmark(path)
     folder = path if path.is_dir() else path.parent
-    files = sorted(folder.glob("*.requests.json*")) + sorted(folder.glob(GRID)) if path.is_dir() else [path]
+    lists = list_files(path) if path.is_dir() else []
+    grids = [file for file in lists if load_name(file) == GRID]
+    files = [*load_files(path), *grids] if path.is_dir() else [path]
     if not files:
         inside = ", ".join(sorted(p.parent.name for p in folder.glob("*/engine.json"))) or "none"
         raise ValueError(f"{folder}: no NAME.requests.json.gz in it; give a recording folder (inside it: {inside})")
-    if path.is_dir():
-        load_files(folder)  # refuses a load that is there twice
-    others = sorted(set(folder.glob("*.json.gz")) - set(files)) if path.is_dir() else []
-    skipped = tuple(f"{other}: neither NAME.requests.json.gz nor {GRID}: skipped" for other in others)
+    others = [file for file in lists if file not in grids]
+    skipped = tuple(f"{other}: neither NAME.requests.json.gz nor {GRID}.json.gz: skipped" for other in others)
     scenarios: list[RecordedScenario] = []
     for file in files:
-        if file.name == GRID:
+        if load_name(file) == GRID:
             engine = _engine(folder / "engine.json", skipped)
             for batch in decoded(file, list[_Batch]):
                 scenarios.append(_scenario(file, batch.name, batch.requests, _Load(), *engine))

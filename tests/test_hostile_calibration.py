@@ -29,7 +29,7 @@ from calibration.profiles import check_output, write_profile
 from calibration.record.command import record_command
 from calibration.record.plans import make_loads
 from calibration.steps import read_recording
-from calibration.touch_up_command import touch_up_command
+from calibration.touch_up_command import spread_command, touch_up_command
 from llmsim.cost.graphs import Graphs
 from llmsim.cost.load import CostSettings
 from llmsim.cost.profile import ProfileCost, decode_profile, read_profile
@@ -375,6 +375,75 @@ def test_files_packed_with_xz_are_read_and_judged_alike(recording, name):
     with pytest.raises(ValueError) as error:
         read_recording(recording)
     one_line(error, recording, "damaged")
+    file.with_suffix(".xz").write_bytes(packed)
+    file.write_bytes(gzip.compress(lzma.decompress(packed)))
+    with pytest.raises(ValueError) as error:
+        read_recording(recording)
+    one_line(error, recording, f"{name}.gz is there as {name}.xz")
+    file.unlink()
+    file.with_suffix(".xz").unlink()
+    file.with_suffix(".xz").mkdir()
+    with pytest.raises(ValueError) as error:
+        read_recording(recording)
+    one_line(error, f"{name}.xz", "Is a directory")
+
+
+def test_a_folder_without_loads_is_no_recording(recording):
+    (recording / "a.requests.json.gz").unlink()
+    with pytest.raises(FileNotFoundError) as error:
+        read_recording(recording)
+    one_line(error, recording, "no NAME.requests.json.gz")
+
+
+@pytest.mark.parametrize("wrong", ["cut", "doubled", "another's"])
+def test_a_step_log_of_other_requests_is_refused(tmp_path, wrong):
+    engine, requests, steps, *_ = (
+        SECOND / name
+        for name in ("engine.json", f"{LOAD}.requests.json.xz", f"{LOAD}.steps.jsonl.xz", "chat_q20.steps.jsonl.xz")
+    )
+    for file in (engine, requests):
+        shutil.copy(file, tmp_path)
+    if wrong == "another's":
+        steps = SECOND / "chat_q20.steps.jsonl.xz"
+    lines = lzma.decompress(steps.read_bytes()).splitlines(keepends=True)
+    lines = lines[: len(lines) // 2] if wrong == "cut" else 2 * lines if wrong == "doubled" else lines
+    (tmp_path / f"{LOAD}.steps.jsonl").write_bytes(b"".join(lines))
+    with pytest.raises(ValueError) as error:
+        read_recording(tmp_path)
+    one_line(error, tmp_path, "decodes in the step log")
+
+
+@pytest.mark.parametrize(
+    "change", [{"submit": "soon"}, {"prompt": -1}, {"prompt": "x"}, {"output": 0}, {"t": [[1, -2]]}, {"submit": None}]
+)
+def test_requests_no_recorder_writes_are_refused(recording, change):
+    request = {"submit": 0.0, "prompt": 1024, "output": 1, "t": [[0.06, 1]]} | change
+    _write(recording / "a.requests.json.gz", [{"requests": [request]}])
+    with pytest.raises(ValueError) as error:
+        read_recording(recording)
+    one_line(error, recording, "damaged")
+
+
+@pytest.mark.parametrize(
+    "change", [{"cudagraph_capture_sizes": ["a"]}, {"cudagraph_capture_sizes": 5}, {"max_num_seqs": "x"}, {}]
+)
+def test_an_engine_whose_launches_are_not_known_is_refused(recording, change):
+    (recording / "engine.json").write_text(json.dumps(change))
+    with pytest.raises(ValueError) as error:
+        _ = read_recording(recording).graphs
+    one_line(error, recording / "engine.json", next(iter(change), "cudagraph_capture_sizes"))
+
+
+def test_what_is_given_twice_is_refused(tmp_path):
+    out = str(tmp_path / "x.json")
+    about = ["-o", out, "--gpu", "h200-sxm", "--model", "llama-3.1-8b"]
+    for command, words in (
+        (fit_command, [f"{SECOND}:{LOAD}", f"{SECOND}/:{LOAD}", *about]),
+        (spread_command, ["h200-sxm", "--machine", str(SECOND), "--machine", f"{SECOND}/"]),
+    ):
+        with pytest.raises(ValueError) as error:
+            command.main(words, standalone_mode=False)
+        one_line(error, SECOND, "given twice")
 
 
 @pytest.mark.parametrize(
@@ -383,6 +452,11 @@ def test_files_packed_with_xz_are_read_and_judged_alike(recording, name):
         ([*STEPS, ["s", 1.0]], [GPU]),
         ([*STEPS, []], [GPU]),
         ([*STEPS, {}], [GPU]),
+        ([*STEPS, ["q", 1.0]], [GPU]),
+        ([*STEPS, ["y", 0.2, -9.0]], [GPU]),
+        ([["s", 1e999, *STEP[2:]]], []),
+        ([["s", 0.0, 0.1, 1024, 2.5, *STEP[5:]]], []),
+        (STEPS, [[0, 0.1, 1.0, 1e12, 0.3, "NONE", 1024, 0]]),
         ([*STEPS, ["w", 0.1, 0.1, 5], ["v", 0.2]], [GPU]),
         ([["s", 0.0, 0.1, -5, *STEP[4:]]], []),
         ([["s", 0.0, 0.1, 5, 0, 0, [[0, 0]], 1, 0, 0]], []),

@@ -638,6 +638,30 @@ def test_an_interrupted_run_keeps_the_current_point_and_is_resumed(measure, numb
     assert len(read_parquet(outcome.path)[0]) == 10
 
 
+def test_measurements_without_their_journal_are_not_overwritten(measure, out):
+    path = measure(Fake()).path
+    (out / "cpu.journal.jsonl").unlink()
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"cpu\.parquet: is there without its cpu\.journal\.jsonl, and would be lost"):
+        measure(Fake())
+    assert path.read_bytes() == before and sorted(file.name for file in out.iterdir()) == ["cpu.parquet"]
+
+
+def test_a_run_goes_on_with_its_own_seed_only(measure):
+    measure(Fake(), seed=3)
+    with pytest.raises(ValueError, match="was measured with seed 3, this is 4"):
+        measure(Fake(), seed=4)
+
+
+def test_what_cannot_be_written_is_said_and_kept(measure):
+    first = measure(Fake())
+    first.path.unlink()
+    first.path.mkdir()
+    outcome = measure(Fake())
+    assert outcome.unwritten and "not written" in outcome.unwritten and "cpu.journal.jsonl" in outcome.unwritten
+    assert outcome.points == 10
+
+
 def test_an_error_of_the_tool_itself_loses_nothing(measure, out):
     outcome = measure(Fake({4: raising(KeyError("bug"))}))
     assert outcome.rows == 9 and any("tokens=4: skipped, KeyError: 'bug'" in note for note in outcome.notes)

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmsim.recorded import load_files, packed_file
+from llmsim.readers import source
+from llmsim.recorded import GRID, load_files, packed_file, read_bytes
 from llmsim.recording import load_recording
 
 H100 = "vllm-0.25.1_h100-sxm_llama-3.1-8b_bf16"
@@ -156,7 +157,7 @@ def test_loads_packed_with_xz_are_the_same(tmp_path: Path) -> None:
     xz = gz.with_suffix(".xz")
     content = gz.read_bytes()
     xz.write_bytes(lzma.compress(gzip.decompress(content)))
-    with pytest.raises(ValueError, match=r"load\.requests\.json is there as \.gz and as \.xz: remove one"):
+    with pytest.raises(ValueError, match=r"load\.requests\.json\.gz is there as load\.requests\.json\.xz, too: remove"):
         load_recording(tmp_path)
     gz.unlink()
     assert load_files(tmp_path) == [xz] and packed_file(tmp_path, "load.requests.json") == xz
@@ -165,18 +166,56 @@ def test_loads_packed_with_xz_are_the_same(tmp_path: Path) -> None:
         assert (again.name, again.duration_s) == ("load", whole[0].duration_s)
         assert again.ttft_s.tolist() == whole[0].ttft_s.tolist()
     xz.write_bytes(xz.read_bytes()[:-9])
-    with pytest.raises(ValueError, match="cut or damaged xz file"):
+    with pytest.raises(ValueError, match="xz data is damaged or cut short"):
         load_recording(tmp_path)
+    xz.write_bytes(lzma.compress(gzip.decompress(content)) + b"more")
+    with pytest.raises(ValueError, match="xz data is damaged or cut short"):
+        load_recording(tmp_path)
+    (tmp_path / "load.requests.json").mkdir()
+    with pytest.raises(ValueError, match=r"load\.requests\.json is there as load\.requests\.json\.xz, too"):
+        load_recording(tmp_path)
+    xz.unlink()
+    with pytest.raises(ValueError, match=r"load\.requests\.json: cannot be read \(Is a directory\)"):
+        load_recording(tmp_path)
+
+
+def test_streams_of_one_xz_file_are_all_read(tmp_path: Path) -> None:
+    file = tmp_path / "a.xz"
+    first, second = lzma.compress(b"x" * 100), lzma.compress(b"y" * 100)
+    file.write_bytes(first + bytes(8) + second)  # padding between streams is part of the format
+    assert read_bytes(file) == b"x" * 100 + b"y" * 100
+    file.write_bytes(first + second[:8] + b"\0\0\0" + second[11:])
+    with pytest.raises(ValueError, match=r"a\.xz: xz data is damaged or cut short \(Corrupt"):
+        read_bytes(file)
+
+
+def test_a_recording_that_unpacks_to_far_more_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "UNPACKED_BYTES", 1 << 20)
+    file = tmp_path / "bomb.xz"
+    file.write_bytes(lzma.compress(bytes(4 << 20)))
+    with pytest.raises(ValueError, match=r"bomb\.xz: [\d,]+ bytes that unpack to more than 1,048,576: "):
+        read_bytes(file)
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, lzma.compress])
+def test_a_list_of_loads_is_replayed_however_it_is_packed(tmp_path: Path, pack: Any) -> None:
+    folder = recording(tmp_path)
+    held = json.loads(gzip.decompress((folder / "load.requests.json.gz").read_bytes()))
+    part = [{"name": "batch", "requests": held["requests"]}]
+    packed = tmp_path / f"{GRID}.json.{'gz' if pack is gzip.compress else 'xz'}"
+    packed.write_bytes(pack(json.dumps(part).encode()))
+    assert [load.name for load in load_recording(folder)] == ["load", "batch"]
+    assert [load.name for load in load_recording(packed)] == ["batch"]
 
 
 def test_half_a_file_and_foreign_files_are_told_apart(tmp_path: Path) -> None:
     file = recording(tmp_path) / "load.requests.json.gz"
     whole = file.read_bytes()
     for content, message in (
-        (whole[: len(whole) // 2], "cut or damaged gzip"),
+        (whole[: len(whole) // 2], "gzip data is damaged or cut short"),
         (gzip.compress(gzip.decompress(whole)[:90]), "Input data was truncated"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
-        (b"", "truncated"),
+        (b"", "the file is empty"),
     ):
         file.write_bytes(content)
         with pytest.raises(ValueError, match=message) as error:

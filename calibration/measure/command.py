@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from calibration.console import INTERRUPTED
 from calibration.measure.linear import VARIANTS
 from calibration.measure.points import Wanted
 from llmsim.hardware import find_model
@@ -123,8 +124,11 @@ def measure(
     )
     argv = [part.replace(str(out), out.name) for part in sys.argv[1:]]  # what is published names no folders
     outcome = run.measure(wanted, out, budget_s, seed, argv)
+    if outcome.unwritten:
+        raise ValueError(outcome.unwritten)
     click.echo(f"{outcome.path}: {outcome.rows} rows of {outcome.points} points, {outcome.new_points} of them new")
     if outcome.broken:
         raise ValueError(f"the GPU's context broke at {outcome.broken}. That point is skipped now: repeat the command")
     if outcome.interrupted:
         click.echo("interrupted, nothing is lost: the same command with the same --out goes on")
+        raise click.exceptions.Exit(INTERRUPTED)

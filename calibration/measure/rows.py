@@ -201,7 +201,7 @@ class Journal:
             os.truncate(self.path, len(whole) + 1 if lines else 0)
         if not lines:
             return
-        for field in ("gpu", "torch"):
+        for field in ("gpu", "torch", "seed"):
             if wanted.get(field) is not None and begun.get(field) != wanted[field]:
                 raise ValueError(
                     f"{self.path}: was measured with {field} {begun.get(field)}, this is {wanted[field]}. "
@@ -223,7 +223,7 @@ class Journal:
     def _line(self, number: int, line: bytes) -> dict[str, Any]:
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         if not isinstance(record, dict):
             raise ValueError(f"{self.path}:{number}: not a JSON object. Remove the line, the others stay good")

@@ -68,6 +68,7 @@ class Outcome:
     rows: int
     interrupted: bool
     broken: str | None
+    unwritten: str | None  # why the Parquet file could not be written
     notes: tuple[str, ...]
 
 
@@ -304,6 +305,8 @@ def measure(
     bench = Bench(wanted.device, seed, cap_s)
     about = provenance(bench, argv)
     path = output_path(out, about["gpu"])
+    if path.exists() and not _journal(path).exists():
+        raise ValueError(f"{path}: is there without its {_journal(path).name}, and would be lost. Give another --out")
     journal = open_journal(path, about)
     run = _Run(bench, journal, progress)
     for text in device_notes(bench):
@@ -312,6 +315,7 @@ def measure(
         progress.say(f"{journal.path}: going on after {len(journal.points)} points")
     plan = Plan({family: operator.points(wanted) for family, operator in operators.items()}, journal.points)
     by_op = {op: operators[family] for family in operators for op in OPERATORS[family][1]}
+    unwritten: str | None = None
     with stop_on_signal() as stopped:
         try:
             while not stopped() and not run.broken and progress.left_s > 0 and (points := plan.next()):
@@ -332,7 +336,7 @@ def measure(
             for operator in operators.values():
                 if hasattr(operator, "close"):
                     operator.close()
-            _finish(journal, path, progress)
+            unwritten = _finish(journal, path)
     return Outcome(
         path=path,
         points=len(journal.points),
@@ -340,6 +344,7 @@ def measure(
         rows=len(journal.rows),
         interrupted=stopped(),
         broken=run.broken,
+        unwritten=unwritten,
         notes=tuple(journal.notes),
     )
 
@@ -366,13 +371,14 @@ def finish_only(out: Path) -> list[tuple[Path, int]]:
     return written
 
 
-def _finish(journal: Journal, path: Path, progress: Progress) -> None:
+def _finish(journal: Journal, path: Path) -> str | None:
     try:
         journal.finish(path)
     except (ImportError, OSError) as error:
-        progress.say(
+        return (
             f"{path}: not written ({error}). All measurements are in {journal.path}: "
             "repeat the command with --budget 0s once that is mended"
         )
     finally:
         journal.close()
+    return None

@@ -9,6 +9,7 @@ refused with a sentence saying what they are. The digest is that of the bytes as
 from __future__ import annotations
 
 import hashlib
+import lzma
 import sys
 import zlib
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from pathlib import Path
 
 GZIP = b"\x1f\x8b"
 ZSTD = b"\x28\xb5\x2f\xfd"
+XZ = b"\xfd7zXZ"
+XZ_MEMORY_BYTES = 256 << 20  # of its dictionary; `xz -9` needs 65 MiB
 PARQUET = b"PAR1"
 # unpacked, a file may take so much whatever its size, and beyond that so many times its size: traces pack 3 to 20
 # times, and gzip packs nothing but one repeated byte 1,000 times
@@ -25,7 +28,7 @@ REFUSED = {
     b"PK\x03\x04": "a zip archive (or spreadsheet); unpack it, or save the sheet as CSV",
     b"SQLite format 3": "an SQLite database; export the table as CSV",
     b"BZh": "bzip2-compressed; unpack it first (gzip and Zstandard are read as they are)",
-    b"\xfd7zXZ": "xz-compressed; unpack it first (gzip and Zstandard are read as they are)",
+    XZ: "xz-compressed; unpack it first (gzip and Zstandard are read as they are)",
     b"\xff\xfe": "UTF-16 text; save it as UTF-8",
     b"\xfe\xff": "UTF-16 text; save it as UTF-8",
 }
@@ -91,7 +94,7 @@ def _near(place: Path) -> str:
 def _source(name: str, stored: bytes) -> Source:
     data = stored
     if data.startswith(GZIP):
-        data = _gunzip(name, data)
+        data = gunzip(name, data)
     elif data.startswith(ZSTD):
         data = _unzstd(name, data)
     data = data.removeprefix(b"\xef\xbb\xbf")
@@ -99,7 +102,7 @@ def _source(name: str, stored: bytes) -> Source:
     return Source(name, data, hashlib.sha256(stored).hexdigest())
 
 
-def _gunzip(name: str, stored: bytes) -> bytes:
+def gunzip(name: str, stored: bytes) -> bytes:
     most = _most_bytes(stored)
     parts, rest, length = [], stored, 0
     try:
@@ -117,6 +120,24 @@ def _gunzip(name: str, stored: bytes) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
+def unxz(name: str, stored: bytes) -> bytes:
+    """Recordings only: traces are unpacked by whoever packed them."""
+    most = _most_bytes(stored)
+    parts, rest, length = [], stored, 0
+    try:
+        while rest:
+            stream = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=XZ_MEMORY_BYTES)
+            parts.append(stream.decompress(rest, most - length + 1))
+            length += len(parts[-1])
+            _check_unpacked(name, stored, length)
+            if not stream.eof:
+                raise EOFError("its end is missing")
+            rest = stream.unused_data.lstrip(b"\x00")
+    except (EOFError, lzma.LZMAError) as error:
+        raise ValueError(f"{name}: xz data is damaged or cut short ({error}); fetch the file again") from None
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
 def _most_bytes(stored: bytes) -> int:
     return max(UNPACKED_BYTES, UNPACKED_TIMES * len(stored))
 
@@ -124,8 +145,8 @@ def _most_bytes(stored: bytes) -> int:
 def _check_unpacked(name: str, stored: bytes, length: int) -> None:
     if length > _most_bytes(stored):
         raise ValueError(
-            f"{name}: {len(stored):,} bytes that unpack to more than {_most_bytes(stored):,}: no trace packs so well; "
-            "if it is one, unpack it first"
+            f"{name}: {len(stored):,} bytes that unpack to more than {_most_bytes(stored):,}: no trace or recording "
+            "packs so well; if it is one, unpack it first"
         )
 
 
