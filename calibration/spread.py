@@ -23,25 +23,16 @@ took 0.7 to 5.9 times the profile's in five recorded loads of the kind), and say
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from math import log, nan, sqrt
 from statistics import NormalDist
 
 import numpy as np
 
-from calibration.steps import Scenario
 from calibration.touch_up import FEWEST, Floats, Load, Ratio, Seconds
 from llmsim.cost.profile import Deviation, Spread, Within
 from llmsim.uncertainty_sources import Carried
 
 KINDS = ("gpu_decode", "gpu_chunk", "host")
-TOGETHER_S = 1.0  # a load whose requests were all sent within this is sent together
-
-
-def launches_told(load: Load, scenario: Scenario) -> Load:
-    """The load, without its launches if those say nothing about the host."""
-    sent_s = [request.send_s for request in scenario.requests]
-    return load if max(sent_s) - min(sent_s) > TOGETHER_S else replace(load, launches=Seconds.of([]))
 
 
 def spread_of(machines: Sequence[Sequence[Load]], setups: Mapping[str, Sequence[Load]] | None = None) -> Spread:

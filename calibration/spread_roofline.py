@@ -14,7 +14,7 @@ from typing import cast
 import msgspec
 
 from calibration import fit
-from calibration.spread import carried_spread, launches_told
+from calibration.spread import carried_spread
 from calibration.steps import Recording, StepRow, read_recording
 from calibration.touch_up import Load, observed
 from llmsim.cost import CostModel
@@ -62,7 +62,7 @@ def roofline_spread(paths: Iterable[Path]) -> Carried:
             continue
         name, cost = _setup(recording)
         loads = [load for load in recording.scenarios if not load.name.startswith(("grid_", "mix_"))]
-        seen = [launches_told(observed(load, cost, gpu_seconds(cost)), load) for load in loads]
+        seen = [observed(load, cost, gpu_seconds(cost)) for load in loads]
         setups.setdefault(name, []).extend(seen)
     return carried_spread(setups)
 

@@ -4,7 +4,8 @@
           with chunks apart; the two are weighted by their shares of GPU time
     host  recorded over expected seconds of piecewise and eager launches, each with its prompts and what arrives
           meanwhile; without its outermost tenths, so relative to the profile's own launch noise without them.
-          Where fewer than `FEWEST` launches show: of schedule(), which says less (`SCHEDULE_SD`)
+          Where fewer than `FEWEST` launches show, or all requests were sent at once: of schedule(), which says less
+          (`SCHEDULE_SD`)
 
 Every ratio is one of sums without the outermost tenths of the steps. Which ends are seen depends on both clocks, so
 the steps are walked again with the scaled clocks until the factors stand still. Standard errors are by bootstrap over
@@ -22,7 +23,7 @@ it is the machine (a power limit, another CPU) and not chance.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import pairwise
 from math import hypot, nan, sqrt
@@ -53,6 +54,7 @@ RESAMPLES = 200
 ROUNDS, STILL = 12, 1e-4
 # How far schedule()'s ratio is from the launches' in one load: over 17 recorded loads of four machines and hours.
 SCHEDULE_SD = 0.1
+TOGETHER_S = 1.0  # a load whose requests were all sent within this is sent together
 SIGMAS = 3.0  # from there on a difference is the machine's
 NOT_SLOWER = ("drift_hold_s",)  # of the host's clock: a correlation time
 
@@ -196,7 +198,13 @@ def observed(scenario: Scenario, cost: CostModel, expected_s: Expected | None = 
         raise ValueError(
             f"{scenario.name}: of {most} steps the GPU's end is seen; {FEWEST} or more say something. Record longer"
         )
-    return load
+    return launches_told(load, scenario)
+
+
+def launches_told(load: Load, scenario: Scenario) -> Load:
+    """The load, without its launches if those say nothing about the host: sent at once, they wait for the GPU."""
+    sent_s = [request.send_s for request in scenario.requests]
+    return load if max(sent_s) - min(sent_s) > TOGETHER_S else replace(load, launches=Seconds.of([]))
 
 
 def _enough(load: Load) -> bool:

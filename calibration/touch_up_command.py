@@ -12,7 +12,7 @@ import msgspec
 
 from calibration.profiles import check_output, write_profile
 from calibration.recorded_on import RECORDED, placed
-from calibration.spread import KINDS, launches_told, spread_of
+from calibration.spread import KINDS, spread_of
 from calibration.spread_roofline import roofline_spread, write
 from calibration.steps import Recording, Scenario, read_recording
 from calibration.touch_up import (
@@ -176,7 +176,7 @@ def _observed(recording: Recording, cost: ProfileCost) -> list[Load]:
     if recording.waits:
         return []
     loads = [load for load in recording.scenarios if not load.name.startswith(("grid_", "mix_"))]
-    return [launches_told(observed(load, cost), load) for load in loads]
+    return [observed(load, cost) for load in loads]
 
 
 def _table(found: Spread) -> str:

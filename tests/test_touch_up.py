@@ -121,6 +121,15 @@ def test_without_launches_the_host_is_that_of_its_schedules(tmp_path: Path) -> N
     assert load.weights == (1.0, 0.0)  # eight prompts are no ratio
 
 
+def test_launches_of_requests_sent_at_once_are_not_the_hosts() -> None:
+    """They wait for the GPU, here for six times as long as a launch takes."""
+    folder = Path(__file__).parents[1] / "calibration" / "recordings"
+    folder /= "vllm-0.25.1_h200-sxm_llama-3.1-8b_kv-fp8_eighth-machine"
+    recording = read_recording(folder, ["offline_n250_chat"])
+    load = observed(recording.scenarios[0], cost_for(recording, "h200-sxm", "llama-3.1-8b", "h200-sxm"))
+    assert not load.launches.enough and load.schedules.enough and 0.8 < load.host.value < 1.6
+
+
 def test_touched_profile_predicts_the_planted_machine_and_says_where_it_is_from(tmp_path: Path) -> None:
     folder = record(tmp_path / "mine", scaled(1.1, 1.3), poisson(10, 350))
     done = invoke(folder, "-o", tmp_path / "mine.json", "--first", "30s")

@@ -15,10 +15,10 @@ from click.testing import CliRunner
 from benchmarks import coverage
 from calibration.__main__ import main
 from calibration.recorded_on import RECORDED, placed
-from calibration.spread import carried_spread, launches_told, spread_of
+from calibration.spread import carried_spread, spread_of
 from calibration.steps import RequestRow, read_recording
 from calibration.steps import Scenario as Recorded
-from calibration.touch_up import Load, Seconds
+from calibration.touch_up import Load, Seconds, launches_told
 from llmsim.cost import CostModel
 from llmsim.cost.profile import Deviation, Profile, Spread, Within, profile_names, read_profile
 from llmsim.recorded import load_files
