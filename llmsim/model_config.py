@@ -46,7 +46,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "out_bias": True,
         "expert_bias": True,
         "window_every": 2,
-        "defaults": {"tie_word_embeddings": False, "max_position_embeddings": 131072},
+        "defaults": {"tie_word_embeddings": False, "max_position_embeddings": 131072, "sliding_window": 128},
     },
 }
 # The language model inside these is one of the above.
@@ -57,6 +57,8 @@ TEXT_FAMILY = {
 }
 # quantization_config.quant_method -> how llmsim names the format
 QUANTISED = {"fp8": "fp8", "fbgemm_fp8": "fp8", "mxfp4": "mxfp4", "awq": "int4", "gptq": "int4"}
+FULL, SLIDING = "full_attention", "sliding_attention"  # the kinds in layer_types that llmsim models
+MOST = 2**31 - 1  # of any count here: engines keep them in 32 bits
 
 
 class _Config:
@@ -67,22 +69,38 @@ class _Config:
         self.where = where
 
     def positive(self, *spellings: str, default: int | None = None) -> int:
-        value = self.integer(*spellings, default=default)
-        if value == 0:
-            raise ValueError(f"{self.where}: {spellings[0]}=0 must be above 0")
-        return value
+        return self.integer(*spellings, default=default, least=1)
 
-    def integer(self, *spellings: str, default: int | None = None) -> int:
+    def integer(self, *spellings: str, default: int | None = None, least: int = 0) -> int:
         for key in spellings:
             value = self.keys.get(key)
             if value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"{self.where}: {key}={value!r} is not a whole number")
+            if isinstance(value, bool) or not isinstance(value, int):
+                whole = isinstance(value, float) and value.is_integer() and least <= value <= MOST
+                fix = f"write {value:.0f}" if whole else f"write one of {least} or more"
+                raise ValueError(f"{self.where}: {key}={value!r:.60} is not a whole number: {fix}")
+            if not least <= value <= MOST:
+                bound = f"{least} or more" if value < least else f"at most {MOST}"
+                raise ValueError(f"{self.where}: {key}={value} must be {bound}")
             return value
         if default is None:
             raise ValueError(f"{self.where}: key {spellings[0]!r} is missing. Add it with the model's value")
         return default
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        value = self.keys.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise ValueError(f"{self.where}: {key}={value!r:.60} is no truth value: write true or false, unquoted")
+        return value
+
+    def entries(self, key: str) -> list[Any] | None:
+        value = self.keys.get(key)
+        if value is not None and not isinstance(value, list):
+            raise ValueError(f"{self.where}: {key}={value!r:.60} is not a list: write it as one, or leave it out")
+        return value
 
 
 def model_fields(config: dict[str, Any], where: str) -> dict[str, Any]:
@@ -105,11 +123,11 @@ def model_fields(config: dict[str, Any], where: str) -> dict[str, Any]:
         "kv_heads": kv_heads,
         "head_dim": read.positive("head_dim", default=max(1, hidden // heads)),
         "vocab": read.positive("vocab_size"),
-        "tied_embeddings": bool(keys.get("tie_word_embeddings", False)),
+        "tied_embeddings": read.flag("tie_word_embeddings"),
         "max_context_tokens": read.positive("max_position_embeddings"),
         "norms_per_layer": family.get("norms_per_layer", 2),
-        "qkv_bias": bool(keys.get("attention_bias", family.get("qkv_bias", False))),
-        "out_bias": bool(keys.get("attention_bias", False)) and architecture == "GptOssForCausalLM",
+        "qkv_bias": read.flag("attention_bias", family.get("qkv_bias", False)),
+        "out_bias": read.flag("attention_bias") and architecture == "GptOssForCausalLM",
         "expert_bias": family.get("expert_bias", False),
         "qk_norm": family.get("qk_norm", False),
         "quantization": _quantisation(config, where),
@@ -121,17 +139,18 @@ def model_fields(config: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _family(config: dict[str, Any], where: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
     named = config.get("architectures")
-    if not named:
+    if named is None or named == []:
         raise ValueError(f"{where}: key 'architectures' is missing. Add it, one of {', '.join(FAMILIES)}")
-    if isinstance(named, str):
-        named = [named]
-    architecture = TEXT_FAMILY.get(named[0], named[0])
+    first = named[0] if isinstance(named, list) else named
+    architecture = TEXT_FAMILY.get(first, first) if isinstance(first, str) else None
     if architecture not in FAMILIES:
         known = ", ".join((*FAMILIES, *TEXT_FAMILY))
-        raise ValueError(f"{where}: architectures={named[0]!r} is not one llmsim knows. Known: {known}")
+        raise ValueError(f"{where}: architectures={first!r:.60} is not one llmsim knows. Known: {known}")
     family = FAMILIES[architecture]
-    keys = config["text_config"] if isinstance(config.get("text_config"), dict) else config
-    return architecture, family, {**family.get("defaults", {}), **keys}
+    text = config.get("text_config")
+    if text is not None and not isinstance(text, dict):
+        raise ValueError(f"{where}: text_config={text!r:.60} is not an object: give one, or leave it out")
+    return architecture, family, {**family.get("defaults", {}), **(config if text is None else text)}
 
 
 def _quantisation(config: dict[str, Any], where: str) -> str | None:
@@ -139,9 +158,9 @@ def _quantisation(config: dict[str, Any], where: str) -> str | None:
     if not section:
         return None
     method = section.get("quant_method") if isinstance(section, dict) else section
-    if method not in QUANTISED:
-        raise ValueError(f"{where}: quant_method={method!r} is not one llmsim knows. Known: {', '.join(QUANTISED)}")
-    if method == "gptq" and section.get("bits", 4) == 8:
+    if not isinstance(method, str) or method not in QUANTISED:
+        raise ValueError(f"{where}: quant_method={method!r:.60} is not one llmsim knows. Known: {', '.join(QUANTISED)}")
+    if method == "gptq" and isinstance(section, dict) and section.get("bits", 4) == 8:
         return "int8"
     return QUANTISED[method]
 
@@ -157,9 +176,12 @@ def _experts(read: _Config, architecture: str, layers: int) -> dict[str, Any]:
         raise ValueError(f"{read.where}: num_experts_per_tok={chosen} is above the {experts} experts")
     shared = read.integer("shared_expert_intermediate_size", default=0)
     shared += read.integer("n_shared_experts", default=0) * expert_intermediate
-    every = read.integer("decoder_sparse_step", "moe_layer_freq", default=1)
+    every = read.positive("decoder_sparse_step", "moe_layer_freq", default=1)
     dense_first = read.integer("first_k_dense_replace", default=0)
-    only_dense = set(read.keys.get("mlp_only_layers") or ())
+    only_dense = read.entries("mlp_only_layers") or []
+    for layer in only_dense:
+        if type(layer) is not int or not 0 <= layer < layers:
+            raise ValueError(f"{read.where}: mlp_only_layers names {layer!r:.60}: name layers from 0 to {layers - 1}")
     moe_layers = sum(
         layer >= dense_first and layer not in only_dense and (layer + 1) % every == 0 for layer in range(layers)
     )
@@ -188,18 +210,40 @@ def _latent_attention(read: _Config) -> dict[str, Any]:
 def _window(read: _Config, family: dict[str, Any], layers: int) -> dict[str, Any]:
     """Sliding-window layers: as listed, or every one but each n-th, or (early Mistral) all."""
     window = read.integer("sliding_window", default=0)
-    listed = read.keys.get("layer_types")
-    if read.keys.get("use_sliding_window") is False or not window:
+    kinds = _listed_kinds(read, layers)
+    if not read.flag("use_sliding_window", default=True):
         return {}
-    if listed:
-        sliding = sum(kind == "sliding_attention" for kind in listed)
+    if not window:
+        if SLIDING in kinds if kinds is not None else read.flag("use_sliding_window"):
+            why = "use_sliding_window is true" if kinds is None else f"layer_types lists {SLIDING}"
+            given = read.keys.get("sliding_window")
+            raise ValueError(f"{read.where}: sliding_window={given}, but {why}: write the window in tokens, 1 or more")
+        return {}
+    if kinds is not None:
+        sliding = kinds.count(SLIDING)
     elif "window_every" in family:
-        every = read.integer("sliding_window_pattern", "_sliding_window_pattern", default=family["window_every"])
+        every = read.positive("sliding_window_pattern", "_sliding_window_pattern", default=family["window_every"])
         sliding = layers - layers // every
     elif family.get("window_everywhere"):
         sliding = layers
-    elif read.keys.get("use_sliding_window"):  # Qwen: the first max_window_layers layers attend in full
+    elif read.flag("use_sliding_window"):  # Qwen: the first max_window_layers layers attend in full
         sliding = max(0, layers - read.integer("max_window_layers"))
     else:
         return {}
     return {"sliding_window": window, "sliding_layers": sliding} if sliding else {}
+
+
+def _listed_kinds(read: _Config, layers: int) -> list[str] | None:
+    kinds = read.entries("layer_types")
+    if kinds is None:
+        return None
+    if len(kinds) != layers:
+        raise ValueError(
+            f"{read.where}: layer_types lists {len(kinds)} layers, but num_hidden_layers={layers}: list each layer once"
+        )
+    for layer, kind in enumerate(kinds):
+        if kind not in (FULL, SLIDING):
+            raise ValueError(
+                f"{read.where}: layer_types[{layer}]={kind!r:.60} is not one llmsim knows. Known: {FULL}, {SLIDING}"
+            )
+    return kinds

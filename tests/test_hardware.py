@@ -226,6 +226,18 @@ GEMMA3 = {  # as published: what equals the configuration class's defaults is le
     },
     "vision_config": {"hidden_size": 1152},
 }
+MISTRAL = {  # the first one: every layer slides
+    "architectures": ["MistralForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 32000,
+    "max_position_embeddings": 32768,
+    "sliding_window": 4096,
+}
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 @pytest.fixture
@@ -268,13 +280,42 @@ def test_quantized_configs_say_so(config, method):
         ({"num_hidden_layers": "absent"}, "key 'num_hidden_layers' is missing"),
         ({"num_experts_per_tok": "absent"}, "key 'num_experts_per_tok' is missing"),
         ({"vocab_size": "many"}, "vocab_size='many' is not a whole number"),
-        ({"hidden_size": 0}, "hidden_size=0 must be above 0"),
+        ({"hidden_size": 0}, "hidden_size=0 must be 1 or more"),
+        ({"hidden_size": -1}, "hidden_size=-1 must be 1 or more"),
+        ({"sliding_window": -1}, "sliding_window=-1 must be 0 or more"),
+        ({"sliding_window": 4096.0}, "sliding_window=4096.0 is not a whole number: write 4096"),
+        ({"sliding_window": 4096.5}, "sliding_window=4096.5 is not a whole number: write one of 0 or more"),
+        ({"sliding_window": 2**62}, f"sliding_window={2**62} must be at most 2147483647"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step=0 must be 1 or more"),
+        ({"mlp_only_layers": 5}, "mlp_only_layers=5 is not a list: write it as one"),
+        ({"mlp_only_layers": [0, "1"]}, "mlp_only_layers names '1': name layers from 0 to 47"),
+        ({"mlp_only_layers": [48]}, "mlp_only_layers names 48: name layers from 0 to 47"),
         ({"num_key_value_heads": 5}, "num_attention_heads=32 is no multiple of num_key_value_heads=5"),
         ({"num_experts_per_tok": 200}, "num_experts_per_tok=200 is above the 128 experts"),
         ({"head_dim": "absent", "hidden_size": 2050}, "key 'head_dim' is missing"),
         ({"architectures": ["MambaForCausalLM"]}, "architectures='MambaForCausalLM' is not one llmsim knows"),
         ({"architectures": "absent"}, "key 'architectures' is missing"),
+        ({"architectures": {"a": 1}}, "architectures={'a': 1} is not one llmsim knows"),
+        ({"architectures": [["a"]]}, "architectures=['a'] is not one llmsim knows"),
+        ({"text_config": 5}, "text_config=5 is not an object: give one, or leave it out"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings='false' is no truth value: write true or false"),
+        ({"use_sliding_window": "false"}, "use_sliding_window='false' is no truth value: write true or false"),
+        ({"attention_bias": 0}, "attention_bias=0 is no truth value: write true or false"),
         ({"quantization_config": {"quant_method": "hqq"}}, "quant_method='hqq' is not one llmsim knows"),
+        ({"quantization_config": {"quant_method": ["a"]}}, "quant_method=['a'] is not one llmsim knows"),
+        ({"use_sliding_window": True}, "sliding_window=None, but use_sliding_window is true: write the window"),
+        ({"layer_types": [FULL] * 100}, "layer_types lists 100 layers, but num_hidden_layers=48: list each layer once"),
+        ({"layer_types": []}, "layer_types lists 0 layers, but num_hidden_layers=48: list each layer once"),
+        ({"layer_types": 5}, "layer_types=5 is not a list: write it as one"),
+        ({"layer_types": SLIDING}, "layer_types='sliding_attention' is not a list: write it as one"),
+        ({"layer_types": {SLIDING: 48}}, "layer_types={'sliding_attention': 48} is not a list: write it as one"),
+        ({"layer_types": [FULL] * 47 + ["x"]}, "layer_types[47]='x' is not one llmsim knows. Known: full_attention"),
+        ({"layer_types": ["linear_attention"] * 48}, "layer_types[0]='linear_attention' is not one llmsim knows"),
+        ({"layer_types": [[]] * 48}, "layer_types[0]=[] is not one llmsim knows"),
+        (
+            {"layer_types": [SLIDING] * 48, "sliding_window": 0, "use_sliding_window": None},
+            "sliding_window=0, but layer_types lists sliding_attention: write the window in tokens, 1 or more",
+        ),
     ],
 )
 def test_a_config_that_cannot_be_read_is_one_line_that_names_file_and_key(config, changes, message):
@@ -284,6 +325,33 @@ def test_a_config_that_cannot_be_read_is_one_line_that_names_file_and_key(config
     assert str(error.value).startswith(f"{path}: ")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("keys", "changes", "sliding"),
+    [
+        (QWEN3_MOE, {"layer_types": [FULL] * 48}, 0),
+        (QWEN3_MOE, {"layer_types": [FULL] * 48, "use_sliding_window": True}, 0),
+        (QWEN3_MOE, {"layer_types": [SLIDING] * 48, "sliding_window": 4096}, 0),  # use_sliding_window: false
+        (QWEN3_MOE, {"sliding_window": 4096, "use_sliding_window": True, "max_window_layers": 40}, 8),
+        (MISTRAL, {}, 32),
+        (MISTRAL, {"sliding_window": None}, 0),
+        (MISTRAL, {"sliding_window": 262144, "use_sliding_window": None, "tie_word_embeddings": None}, 32),
+        (MISTRAL, {"layer_types": [SLIDING, FULL] * 16}, 16),
+        (MISTRAL, {"layer_types": None}, 32),
+        (MISTRAL, {"architectures": ["Gemma2ForCausalLM"]}, 16),
+        (MISTRAL, {"architectures": "Gemma2ForCausalLM", "sliding_window_pattern": 4}, 24),
+        (MISTRAL, {"architectures": ["GptOssForCausalLM"], "sliding_window": "absent"}, 16),
+    ],
+)
+def test_sliding_layers_are_those_of_the_config(config, keys, changes, sliding):
+    assert find_model(str(config(keys, **changes))).sliding_layers == sliding
+
+
+def test_a_pattern_of_no_layers_is_refused(config):
+    path = config(MISTRAL, architectures=["Gemma2ForCausalLM"], sliding_window_pattern=0)
+    with pytest.raises(ValueError, match=r"config\.json: sliding_window_pattern=0 must be 1 or more$"):
+        find_model(str(path))
 
 
 def test_files_that_are_not_configs_are_named(tmp_path):
