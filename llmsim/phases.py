@@ -13,7 +13,9 @@ contexts. Work is what `llmsim.cost.roofline` counts, per GPU; seconds come from
 
 Attention is what a step has beyond its linear layers. Of a decode those are the step without context. Of a chunk of n
 tokens they are found from the cost model alone: after n cached tokens the same chunk has n^2 further (query, key)
-pairs and the same linear layers, so its own n (n + 1) / 2 pairs cost that share of the difference.
+pairs and the same linear layers, so its own n (n + 1) / 2 pairs cost that share of the difference. Where every layer
+has a window below a tile of the attention kernels (`LEAST_WINDOW`), there are next to no further pairs to tell it by:
+it is then counted with the linear layers, of which it is about one percent at most.
 
 Where decode turns compute-bound is computed at the data sheet's peaks and at the rates the cost model reaches: linear
 layers of the largest chunk, and the step of one request without context.
@@ -53,6 +55,7 @@ BATCHES = (1, 8, 64, 256)
 LOAD = 64  # clients of the closed loop, if their requests fit
 ROUNDS = 4  # requests of each client
 MOST_REQUESTS = 1 << 16  # as far as a batch is looked for that turns compute-bound
+LEAST_WINDOW = 64  # tokens; below, profiles of the same chunk differ by their tiles and not by its pairs
 TEXTBOOK = {"prefill": (0.80, 0.95), "decode": (0.10, 0.30)}
 
 Columns = dict[str, NDArray[Any]]
@@ -204,8 +207,10 @@ class Engine:
     # ---- GPU seconds of parts, from the cost model alone --------------------------------------------------------
 
     def linear_s(self, tokens: int) -> float:
-        """A chunk of `tokens` without its attention."""
+        """A chunk of `tokens` without its attention, which stays in if no layer sees `LEAST_WINDOW` tokens."""
         alone_s = self.cost.mixed_s([(tokens, 0)], 0, 0)
+        if not self.model.full_layers and self.model.sliding_window < LEAST_WINDOW:
+            return alone_s
         own = self._pairs(tokens, 0)
         further = self._pairs(tokens, tokens) - own
         return alone_s - (self.cost.mixed_s([(tokens, tokens)], 0, 0) - alone_s) * own / further

@@ -211,6 +211,18 @@ def test_windows_bound_what_attention_adds() -> None:
     assert 0 < engine.linear_s(8192) < engine.cost.mixed_s([(8192, 0)], 0, 0)
 
 
+@pytest.mark.parametrize("cost", ["auto", "roofline"])
+@pytest.mark.parametrize("window", [1, 2, 63, 64])
+def test_attention_of_a_few_tokens_is_a_small_share(window: int, cost: str, tmp_path: Path) -> None:
+    """A window of one token has no further pairs, and those of a few are lost in the tiles of a profile."""
+    shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+    shape |= {"num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 32768, "sliding_window": window}
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["MistralForCausalLM"], **shape}))
+    outcome = compare(Scenario(model=str(tmp_path), gpu="h200-sxm", cost=cost))
+    assert all(0 <= point.attention_share < 0.06 for point in outcome.of_phase("prefill"))
+    assert outcome.growth.linear_compute_bound_batch == pytest.approx(215, rel=0.03)
+
+
 @pytest.mark.parametrize("pair", [0.5e-9, 1e-9, 10e-9])
 def test_attention_is_half_at_the_length_that_is_told(pair: float) -> None:
     engine = Engine.of(MACHINE, made(pair=pair))
