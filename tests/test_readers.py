@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from pyarrow.parquet import encryption
 
 from llmsim.readers.report import describe, prefix_hit_ceiling
 from llmsim.trace import Trace, load_trace
@@ -262,3 +267,60 @@ def test_a_rate_of_waiting_turns_is_one_of_sessions(tmp_path: Path) -> None:
     assert "rescaled from 1 to 2 sessions/s" in trace.notes
     plain = read(tmp_path, "p.csv", "arrival_time_s,prompt_tokens,output_tokens\n0,1,1\n1,1,1\n", rate=2.0)
     assert "rescaled from 1 to 2 requests/s" in plain.notes
+
+
+BAD_TEXT = pa.Array.from_buffers(  # "a", two bytes that are not UTF-8, "b"
+    pa.string(), 3, [None, pa.py_buffer(np.array([0, 1, 3, 4], np.int32)), pa.py_buffer(b"a\xff\xfeb")]
+)
+UNREADABLE = {  # what Arrow holds and Python does not, and how row 2 of a column of it is refused
+    "time": (
+        pa.array([0, 9 * 10**18, 1], pa.timestamp("us")),
+        "9000000000000000000 is not a timestamp[us] that Python can hold; correct it, or write the column as numbers",
+    ),
+    "date": (pa.array([0, 2**31 - 1, 1], pa.int32()).view(pa.date32()), "2147483647 is not a date32[day] that Python"),
+    "wait": (pa.array([0, 2**62, 1], pa.duration("s")), "4611686018427387904 is not a duration[s] that Python can"),
+    "text": (BAD_TEXT, "b'\\xff\\xfe' is not UTF-8 text; write the column again as UTF-8"),
+    "list": (pa.ListArray.from_arrays(pa.array([0, 1, 2, 3], pa.int32()), BAD_TEXT), "b'\\xff\\xfe' is not UTF-8 text"),
+    "zone": (
+        pa.array([None, 1, None], pa.timestamp("us", "Mars/Phobos")),
+        "1 is not a time in a zone that this machine knows (the column's is 'Mars/Phobos'); write the column in UTC",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_parquet_columns_are_read_where_a_format_asks_for_them(tmp_path: Path, kind: str) -> None:
+    column, said = UNREADABLE[kind]
+    tokens = {"prompt_tokens": [5, 6, 7], "output_tokens": [1, 2, 3]}
+    pq.write_table(pa.table({**tokens, "arrival_s": [0.0, 1.0, 2.0], "x": column}), tmp_path / "unused.parquet")
+    assert load_trace(tmp_path / "unused.parquet").arrival_s.tolist() == [0, 1, 2]
+    turns = {"request_id": ["a", "b", "c"], "parent_id": [None, "a", None], "arrival_s": [0.0, None, 2.0]}
+    pq.write_table(pa.table({**tokens, **turns, "x": column}), tmp_path / "turns.parquet")  # a part of its rows is read
+    assert load_trace(tmp_path / "turns.parquet").arrival_s[::2].tolist() == [0, 2]
+    pq.write_table(pa.table({**tokens, "arrival": column}), tmp_path / "used.parquet")
+    with pytest.raises(ValueError) as caught:
+        load_trace(tmp_path / "used.parquet")
+    assert str(caught.value).startswith("used.parquet: row 2, arrival: " + said) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("whole", "said"),
+    [
+        (True, "a Parquet file whose footer is encrypted; write it unencrypted"),
+        (False, "an encrypted Parquet file (Cannot decrypt ColumnMetadata. FileDecryption is not setup correctly)"),
+    ],
+)
+def test_an_encrypted_parquet_file_is_called_so(tmp_path: Path, whole: bool, said: str) -> None:
+    class Keys(encryption.KmsClient):  # type: ignore[misc]
+        def wrap_key(self, key_bytes: bytes, master_key_identifier: str) -> bytes:
+            return base64.b64encode(key_bytes)
+
+    factory = encryption.CryptoFactory(lambda _: Keys())
+    how = encryption.EncryptionConfiguration(
+        footer_key="footer", column_keys={"key": ["prompt_tokens"]}, plaintext_footer=not whole
+    )
+    table = pa.table({"arrival_s": [0.0], "prompt_tokens": [5], "output_tokens": [1]})
+    keys = factory.file_encryption_properties(encryption.KmsConnectionConfig(), how)
+    pq.write_table(table, tmp_path / "secret.parquet", encryption_properties=keys)
+    with pytest.raises(ValueError, match=rf"^secret\.parquet: {re.escape(said)}"):
+        load_trace(tmp_path / "secret.parquet")

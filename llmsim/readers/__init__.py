@@ -28,9 +28,10 @@ from llmsim.readers import (
 )  # fmt: skip
 from llmsim.readers.csv_text import read_csv
 from llmsim.readers.effect import apply_filters, idle_options
+from llmsim.readers.parquet import read_parquet
 from llmsim.readers.rows import ReadOptions, Rows, listed
 from llmsim.readers.source import PARQUET, Source, open_source
-from llmsim.readers.table import Columns, Records, Table, fold
+from llmsim.readers.table import Records, Table, fold
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def _read(source: Source, options: ReadOptions, format: str | None) -> Rows:
 def _shape(source: Source) -> tuple[str, Table]:
     head = source.data.lstrip()[:1]
     if source.data.startswith(PARQUET):
-        return "csv", _parquet(source)
+        return "csv", read_parquet(source)
     if head == b"[":
         return "records", _array(source)
     if head == b"{":
@@ -160,22 +161,6 @@ def _choose(source: Source, shape: str, keys: set[str], options: ReadOptions, fo
             f"{source.name}: --format {format} needs {needed}, but this is {SHAPES[shape]}; leave --format out"
         )
     return chosen
-
-
-def _parquet(source: Source) -> Columns:
-    import numpy as np
-    import pyarrow as pa
-
-    from llmsim.parquet import read_table
-
-    try:
-        arrow = read_table(pa.BufferReader(source.data))
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{source.name}: not a whole Parquet file: {' '.join(str(error).split())[:160]}") from None
-    if arrow.num_rows == 0:
-        raise ValueError(f"{source.name}: the trace has columns but no requests")
-    columns = {name: arrow.column(name).to_pylist() for name in arrow.column_names}
-    return Columns(source.name, columns, np.arange(1, arrow.num_rows + 1, dtype=np.int64), "row")
 
 
 __all__ = ["FORMATS", "Format", "ReadOptions", "Records", "Rows", "Source", "read"]

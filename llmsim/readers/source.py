@@ -25,6 +25,7 @@ PARQUET = b"PAR1"
 UNPACKED_BYTES, UNPACKED_TIMES = 256 << 20, 200
 PIECE_BYTES = 1 << 14  # of Zstandard data: a block of 128 KiB may take four bytes
 REFUSED = {
+    b"PARE": "a Parquet file whose footer is encrypted; write it unencrypted",
     b"PK\x03\x04": "a zip archive (or spreadsheet); unpack it, or save the sheet as CSV",
     b"SQLite format 3": "an SQLite database; export the table as CSV",
     b"BZh": "bzip2-compressed; unpack it first (gzip and Zstandard are read as they are)",

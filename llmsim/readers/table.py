@@ -111,30 +111,45 @@ class Table(ABC):
 
     def where(self, mask: NDArray[np.bool_]) -> Table:
         """The rows of the mask, under their old line numbers."""
-        kept = np.flatnonzero(mask).tolist()
-        columns = {name: [column[row] for row in kept] for name in self.names for column in (self.raw(name),)}
-        part = Columns(self.name, columns, self.lines[mask], self.unit)
-        part.text = self.text
-        return part
+        return Part(self, mask)
 
     def texts(self, column: str) -> list[str]:
         """A column as text; absent is the empty string."""
         return ["" if value is None else value if type(value) is str else str(value) for value in self.raw(column)]
 
 
-class Columns(Table):
-    """A table whose columns are already Python values (JSON records, Parquet)."""
+class Gathered(Table):
+    """A table whose columns are gathered when they are asked for, once."""
 
-    def __init__(self, name: str, columns: dict[str, list[Any]], lines: IntArray, unit: str = "line") -> None:
-        super().__init__(name, list(columns), lines, unit)
-        self._columns = columns
+    def __init__(self, name: str, names: Sequence[str], lines: IntArray, unit: str = "line") -> None:
+        super().__init__(name, names, lines, unit)
+        self._gathered: dict[str, list[Any]] = {}
 
     def raw(self, column: str) -> list[Any]:
-        return self._columns[column]
+        if column not in self._gathered:
+            self._gathered[column] = self._gather(column)
+        return self._gathered[column]
+
+    @abstractmethod
+    def _gather(self, column: str) -> list[Any]:
+        """What `raw` gives."""
 
 
-class Records(Table):
-    """JSON records: one dict each; a column is gathered when it is asked for."""
+class Part(Gathered):
+    """Some rows of a table."""
+
+    def __init__(self, whole: Table, mask: NDArray[np.bool_]) -> None:
+        super().__init__(whole.name, whole.names, whole.lines[mask], whole.unit)
+        self.text = whole.text
+        self._whole, self._kept = whole, np.flatnonzero(mask).tolist()
+
+    def _gather(self, column: str) -> list[Any]:
+        values = self._whole.raw(column)
+        return [values[row] for row in self._kept]
+
+
+class Records(Gathered):
+    """JSON records: one dict each."""
 
     def __init__(self, name: str, records: list[dict[str, Any]], lines: IntArray, unit: str = "line") -> None:
         names: dict[str, None] = {}
@@ -143,12 +158,9 @@ class Records(Table):
                 names.update(dict.fromkeys(record))
         super().__init__(name, list(names), lines, unit)
         self.records = records
-        self._gathered: dict[str, list[Any]] = {}
 
-    def raw(self, column: str) -> list[Any]:
-        if column not in self._gathered:
-            self._gathered[column] = [record.get(column) for record in self.records]
-        return self._gathered[column]
+    def _gather(self, column: str) -> list[Any]:
+        return [record.get(column) for record in self.records]
 
 
 def fold(header: str) -> str:
