@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from io import TextIOWrapper
+from shlex import join
 from typing import IO, Any
 
 import click
@@ -137,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         return _fail(str(error), WRONG_INPUT, debug)
     except MemoryError:
-        return _fail("not enough memory on this machine: replay part of the trace with --limit N", WRONG_INPUT, debug)
+        return _fail(_memory_line(args), WRONG_INPUT, debug)
     except Exception as error:
         from llmsim.plugins import PolicyError
 
@@ -185,6 +186,17 @@ def _os_line(error: OSError) -> str:
         return str(error)  # raised by llmsim itself, already a sentence
     reason = error.strerror or str(error)
     return f"{where}{reason}" if where else f"cannot write: {reason}"
+
+
+def _memory_line(args: list[str]) -> str:
+    """The command line, which names the files, and the way to less that its command has."""
+    command: click.Command = cli
+    for arg in args:
+        if isinstance(command, click.Group):
+            command = command.get_command(click.Context(command), arg) or command
+    limited = any("--limit" in option.opts for option in command.params)
+    fix = "read part of the trace with --limit N" if limited else "give it smaller files, fewer of them, or more memory"
+    return f"not enough memory on this machine for llmsim {join(args)}: {fix}"
 
 
 def _abandon(stream: IO[str]) -> None:

@@ -221,6 +221,25 @@ def test_debug_shows_the_traceback_before_the_line(trace: Path, capsys: pytest.C
     assert err.splitlines()[-1].startswith("error: seed=-1")
 
 
+@pytest.mark.parametrize(
+    ("args", "fix"),
+    [
+        (["replay", "t.csv"], "read part of the trace with --limit N"),
+        (["trace", "describe", "t.csv"], "read part of the trace with --limit N"),
+        (["validate", "folder"], "give it smaller files, fewer of them, or more memory"),
+    ],
+)
+def test_too_little_memory_names_the_command_and_a_fix_that_it_has(
+    args: list[str], fix: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: list[str]) -> int:
+        raise MemoryError
+
+    monkeypatch.setattr(cli, "_run", full)
+    said = f"error: not enough memory on this machine for llmsim {' '.join(args)}: {fix}"
+    assert refused(capsys, *args) == said
+
+
 def test_an_error_in_a_users_policy_keeps_its_traceback(trace: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "class Mine:\n    def schedule(self, replica, now_s):\n        return {}['slot']\n"
