@@ -118,7 +118,7 @@ def load_trace(
 ) -> Trace:
     """Read a trace of any known format (a file, a directory, ``-`` for standard input)."""
     from llmsim import readers
-    from llmsim.readers.settle import Keeping, check_times, order_in_time, regenerate_arrivals, settle
+    from llmsim.readers.settle import UNIT_FIX, Keeping, check_times, order_in_time, regenerate_arrivals, settle
     from llmsim.readers.source import open_source
 
     _check_choice("failed", failed, ("drop", "keep"))
@@ -155,7 +155,9 @@ def load_trace(
     given |= {"name": source.name, "notes": tuple(rows.notes), "sha256": source.sha256}
     given |= {"rows_read": read, "dropped": dropped}
     trace = Trace(**given)
-    check_times(trace.name, trace.arrival_s, trace.delay_s)
+    at = rows.rate if rate is None else rate  # of arrivals that were drawn
+    fix = UNIT_FIX if at is None or not regenerated else f"give a rate above {at:g}"
+    check_times(trace.name, trace.arrival_s, trace.delay_s, fix)
     if rows.time_unit is not None:
         trace = _suspect_unit(trace, rows.time_unit)
     if max_wait_s is not None:
@@ -293,15 +295,19 @@ def limited(trace: Trace, limit: int) -> Trace:
     return subset(trace, np.arange(limit)).with_notes(f"limit: the first {limit} of {len(trace)} requests")
 
 
-def time_scaled(trace: Trace, time_scale: float) -> Trace:
-    """Arrivals `time_scale` times as late (2: half the rate); of a session, its start: users do not speed up."""
+def time_scaled(trace: Trace, time_scale: float, *, rate: float | None = None) -> Trace:
+    """Arrivals `time_scale` times as late (2: half the rate); of a session, its start: users do not speed up.
+
+    `rate`: what was asked for, if not the time scale itself.
+    """
     if not (time_scale > 0 and math.isfinite(time_scale)):
         raise ValueError(f"time_scale={time_scale:g} must be a finite number above 0")
     from llmsim.readers.settle import check_times
     from llmsim.rescale import in_order, pace_note, rescaled_s
 
     arrival_s = rescaled_s(trace, time_scale)
-    check_times(f"{trace.name}, time_scale={time_scale:g}", arrival_s, None)
+    fix = f"give a time scale below {time_scale:g}" if rate is None else f"give a rate above {rate:g}"
+    check_times(trace.name, arrival_s, None, fix)
     scaled = replace(trace, arrival_s=arrival_s, tick_s=trace.tick_s * time_scale)
     note = pace_note(trace, time_scale)
     if note is None:
@@ -329,7 +335,9 @@ def at_rate(trace: Trace, rate: float) -> Trace:
             return trace
         raise ValueError(f"{trace.name}: all requests arrive at once: there is no shape to rescale to rate={rate:g}")
     unit = "sessions/s" if np.isnan(trace.arrival_s).any() else "requests/s"
-    return time_scaled(trace, now / rate).with_notes(f"rescaled from {now:.4g} to {rate:g} {unit}")
+    if math.isinf(now / rate):
+        raise ValueError(f"rate={rate:g} is too low to rescale to: give a higher one, in requests/s")
+    return time_scaled(trace, now / rate, rate=rate).with_notes(f"rescaled from {now:.4g} to {rate:g} {unit}")
 
 
 def spread_ties(trace: Trace, *, seed: int = 0, tick_s: float | None = None) -> Trace:

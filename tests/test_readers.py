@@ -253,6 +253,12 @@ def test_a_rate_and_a_time_scale_contradict_each_other(tmp_path: Path) -> None:
         read(tmp_path, "t.csv", rows, rate=10.0, time_scale=2.0)
 
 
+def test_arrivals_drawn_over_centuries_are_the_rates_fault(tmp_path: Path) -> None:
+    rows = "prompt_tokens,output_tokens\n1,1\n1,1\n"
+    with pytest.raises(ValueError, match=r"^t\.csv: arrivals span .* \(300 years\): give a rate above 1e-12$"):
+        read(tmp_path, "t.csv", rows, rate=1e-12)
+
+
 @pytest.mark.parametrize(("kind", "meant"), [("session", "session_id"), ("class", "slo_class"), ("tennant", "tenant")])
 def test_a_column_that_is_called_otherwise_is_guessed(tmp_path: Path, kind: str, meant: str) -> None:
     rows = "arrival_time_s,prompt_tokens,output_tokens,x\n0,1,1,a\n"

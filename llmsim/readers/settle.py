@@ -23,6 +23,7 @@ ARRAYS = ("line", "prompt_tokens", "output_tokens", "arrival_s", "delay_s", "pri
 
 
 MAX_SPAN_S = 1e10
+UNIT_FIX = "give the unit of the times with --time-unit ms, us or ns, or correct them"
 STREAM_ARRIVALS = 0  # its own random stream of the seed
 
 
@@ -149,15 +150,13 @@ def renumbered(parent: IntArray, order: NDArray[np.int64]) -> IntArray:
     return np.asarray(place[parent[order]])
 
 
-def check_times(name: str, arrival_s: FloatArray, delay_s: FloatArray | None) -> None:
-    """Centuries are a mistaken unit, and a double would no longer resolve their microseconds."""
-    for what, seconds in (("arrivals span", arrival_s), ("a turn waits", delay_s)):
+def check_times(name: str, arrival_s: FloatArray, delay_s: FloatArray | None, fix: str = UNIT_FIX) -> None:
+    """Centuries are a mistaken unit, and a double would no longer resolve their microseconds; `fix`: of arrivals that
+    are not the file's own."""
+    for what, seconds, way_out in (("arrivals span", arrival_s, fix), ("a turn waits", delay_s, UNIT_FIX)):
         longest_s = np.nan_to_num(seconds, nan=0.0).max(initial=0.0) if seconds is not None else 0.0
         if longest_s > MAX_SPAN_S:
-            raise ValueError(
-                f"{name}: {what} {longest_s:.4g} s, more than {MAX_SPAN_S:.0e} s (300 years): give the unit of the "
-                "times with --time-unit ms, us or ns, or correct them"
-            )
+            raise ValueError(f"{name}: {what} {longest_s:.4g} s, more than {MAX_SPAN_S:.0e} s (300 years): {way_out}")
 
 
 def session_starts(arrival_s: FloatArray, parent: IntArray | None) -> FloatArray:
