@@ -61,11 +61,13 @@ def _trade_off(points: pd.DataFrame, field: str, title: str, edge: str, name: st
     base = alt.Chart(shown)
     line = alt.Chart(best).mark_line(color=COLOURS["text"], strokeWidth=2, strokeDash=[6, 3], interpolate="linear")
     text: dict[str, Any] = {"align": "left", "dx": 9, "fontSize": 11, "color": COLOURS["text"]}
-    text["dy"] = 12 if edge == "cost_frontier" else -8  # away from the frontier
+    by_speed = labelled.sort_values("tokens_per_s_per_user")
+    # away from the frontier, every other one further, so that neighbours do not lie on each other
+    rows = ((12, by_speed[::2]), (26, by_speed[1::2])) if edge == "cost_frontier" else ((-8, by_speed),)
     layers = [
         line.encode(x, y),
         base.mark_point(size=70, strokeWidth=1.8, opacity=0.95).encode(x, y, colour, fill=hollow, tooltip=tips),
-        alt.Chart(labelled).mark_text(**text).encode(x, y, text="name:N"),
+        *(alt.Chart(some).mark_text(**text, dy=dy).encode(x, y, text="name:N") for dy, some in rows if len(some)),
     ]
     count = int(shown["holds"].sum())
     said = f"{name}: {len(shown)} simulations, {count} of which keep the SLOs; frontier: "
