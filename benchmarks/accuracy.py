@@ -20,6 +20,7 @@ from typing import Any
 import click
 
 from benchmarks import accepted
+from calibration.console import run
 from llmsim.recorded import GRID, load_name
 from llmsim.recording import load_recording
 from llmsim.validate import PERCENTS, SEEDS, compare, replays
@@ -147,4 +148,4 @@ def main(
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

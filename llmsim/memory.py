@@ -168,6 +168,16 @@ def kv_blocks(
     )
 
 
+def engine_blocks(model: Model, blocks: int) -> int:
+    """`blocks` that a vLLM engine counted, in blocks of all layers, as they are counted here.
+
+    Where some layers slide, its block holds one group of layers of a kind: as many as there are of the rarer kind, or
+    of the other, if those are fewer than 1.5 times as many (vLLM 0.25.1, v1/core/kv_cache_utils.py).
+    """
+    few, many = sorted((model.full_layers, model.sliding_layers))
+    return blocks if few == 0 else blocks * (many if many < 1.5 * few else few) // model.layers
+
+
 @dataclass(frozen=True)
 class _Room:
     """The KV cache that a budget leaves."""

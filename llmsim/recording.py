@@ -113,7 +113,7 @@ def load_recording(path: str | Path) -> list[RecordedScenario]:
         inside = ", ".join(sorted(p.parent.name for p in folder.glob("*/engine.json"))) or "none"
         raise ValueError(f"{folder}: no NAME.requests.json.gz in it; give a recording folder (inside it: {inside})")
     others = [file for file in lists if file not in grids]
-    skipped = tuple(f"{other}: neither NAME.requests.json.gz nor {GRID}.json.gz: skipped" for other in others)
+    skipped = tuple(f"{other}: batches for fitting, not replayed: skipped" for other in others)
     scenarios: list[RecordedScenario] = []
     for file in files:
         if load_name(file) == GRID:

@@ -23,7 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmsim.gaps import GapRuns
-from llmsim.hardware import gpu_names, model_names
+from llmsim.hardware import find_model, gpu_names, model_names
+from llmsim.memory import engine_blocks
 from llmsim.metrics import Result, json_safe, latencies_s
 from llmsim.recorded import RecordedScenario
 from llmsim.recording import load_recording
@@ -90,7 +91,10 @@ def _scenario(
 ) -> Scenario:
     model = model or named_in(recorded.name, recorded.engine, "model", model_names())
     gpu = gpu or named_in(recorded.name, recorded.engine, "gpu", gpu_names())
-    settings = recorded.settings | {"concurrency": recorded.concurrency} | overrides
+    settings = recorded.settings | {"concurrency": recorded.concurrency}
+    if blocks := settings.get("num_gpu_blocks_override"):
+        settings["num_gpu_blocks_override"] = engine_blocks(find_model(model), blocks)
+    settings |= overrides
     return Scenario.from_dict({"model": model, "gpu": gpu, "cost": cost} | settings)
 
 

@@ -547,7 +547,10 @@ def test_pictures(trace: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(("requests", "drawn"), [(1, False), (9, False), (10, True)])
-def test_of_few_requests_nothing_is_certain(requests: int, drawn: bool, capsys: pytest.CaptureFixture[str]) -> None:
+def test_of_few_requests_nothing_is_certain(
+    requests: int, drawn: bool, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     rows = "".join(f"{at},100,10\n" for at in range(requests))
     Path("few.csv").write_text("arrival_time_s,prompt_tokens,output_tokens\n" + rows)
     text = printed(capsys, "compare", "few.csv", *MACHINE, "--set", "max_num_seqs=4", "--slo", "ttft_p99=1s")

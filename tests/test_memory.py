@@ -2,14 +2,18 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from llmsim.hardware import find_gpu, find_model
-from llmsim.memory import activation_bytes, kv_blocks, memory_budget
+from llmsim.memory import activation_bytes, engine_blocks, kv_blocks, memory_budget
+from llmsim.recording import load_recording
+from llmsim.validate import replays
 
 RECORDINGS = Path(__file__).parent / "data" / "recordings"
+GEMMA = Path(__file__).parents[1] / "calibration" / "recordings" / "vllm-0.25.1_h200-sxm_gemma-2-9b_bf16"
 LLAMA = find_model("llama-3.1-8b")
 H100 = find_gpu("h100-sxm")
 
@@ -49,6 +53,18 @@ def test_the_recorded_h100s_are_those_of_the_recordings():
         names = ("max_num_batched_tokens", "max_num_seqs", "max_model_len", "gpu_memory_utilization")
         counted = blocks(**{name: engine[name] for name in names})
         assert counted == pytest.approx(engine["num_gpu_blocks"], rel=0.005)
+
+
+def test_blocks_of_an_engine_whose_layers_slide_are_those_of_a_group():
+    gemma = find_model("gemma-2-9b")  # 21 of 42 layers slide: two groups
+    assert engine_blocks(gemma, 42659) == 21329
+    assert engine_blocks(LLAMA, 42659) == 42659
+    twelve, five = (replace(gemma, layers=24, sliding_layers=24 - full) for full in (12, 5))
+    assert engine_blocks(twelve, 1000) == 500 and engine_blocks(five, 2400) == 500
+    thirteen = replace(gemma, layers=25, sliding_layers=12)  # 13 and 12, padded to 13 each
+    assert engine_blocks(thirteen, 1000) == 520
+    recorded = load_recording(GEMMA)[0]
+    assert replays(recorded, [0])[0].kv_blocks == 21329
 
 
 def test_a_layer_of_many_tokens_or_a_sampling_of_many_requests_sets_the_activations():

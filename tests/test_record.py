@@ -76,7 +76,7 @@ def test_readers_take_the_folder(engine: fake_vllm.Engine, tmp_path: Path) -> No
     seen = {scenario.name: scenario for scenario in load_recording(done.out)}
     assert set(seen) == {"grid_c64_b3", "open", "closed"}
     assert {note.split(": ")[-2] for one in seen.values() for note in one.notes} <= {
-        "neither NAME.requests.json.gz nor decode_grid.json.gz"
+        "batches for fitting, not replayed"
     }
     assert seen["open"].finished.all() and seen["closed"].concurrency == 2
     for scenario in read_recording(done.out).scenarios:
