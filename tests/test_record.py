@@ -86,7 +86,8 @@ def test_readers_take_the_folder(engine: fake_vllm.Engine, tmp_path: Path) -> No
             assert step.schedule_s < step.launch_s < step.launched_s < step.update_s
         assert all(len(request.token_s) == request.output_tokens for request in scenario.requests)
     content = json.loads(gzip.decompress((done.out / "open.requests.json.gz").read_bytes()))
-    assert all(0 <= row["submit"] < row["queued"] < row["t"][0][0] and "id" not in row for row in content["requests"])
+    for row in content["requests"]:  # in microseconds: a request may be queued in the one it was sent in
+        assert 0 <= row["submit"] <= row["queued"] < row["t"][0][0] and "id" not in row
 
 
 def test_gpu_times_belong_to_their_steps(engine: fake_vllm.Engine, tmp_path: Path) -> None:
