@@ -57,6 +57,7 @@ TEXT_FAMILY = {
 }
 # quantization_config.quant_method -> how llmsim names the format
 QUANTISED = {"fp8": "fp8", "fbgemm_fp8": "fp8", "mxfp4": "mxfp4", "awq": "int4", "gptq": "int4"}
+BITS = {"awq": (4,), "gptq": (4, 8)}  # of weights; 4 where a config says none
 FULL, SLIDING = "full_attention", "sliding_attention"  # the kinds in layer_types that llmsim models
 MOST = 2**31 - 1  # of any count here: engines keep them in 32 bits
 
@@ -160,8 +161,12 @@ def _quantisation(config: dict[str, Any], where: str) -> str | None:
     method = section.get("quant_method") if isinstance(section, dict) else section
     if not isinstance(method, str) or method not in QUANTISED:
         raise ValueError(f"{where}: quant_method={method!r:.60} is not one llmsim knows. Known: {', '.join(QUANTISED)}")
-    if method == "gptq" and isinstance(section, dict) and section.get("bits", 4) == 8:
-        return "int8"
+    bits = section.get("bits") if isinstance(section, dict) else None
+    if method in BITS and bits is not None:
+        if type(bits) is not int or bits not in BITS[method]:
+            known = " or ".join(map(str, BITS[method]))
+            raise ValueError(f"{where}: bits={bits!r:.60} of {method} is not one llmsim knows. Known: {known}")
+        return f"int{bits}"
     return QUANTISED[method]
 
 

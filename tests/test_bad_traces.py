@@ -89,6 +89,8 @@ REFUSED = [
     ("when.csv", AZURE + b"yesterday,3,5\n", ("line 2", "TIMESTAMP", "'yesterday'", "a date like")),
     ("inf.csv", AZURE + b"inf,3,5\n", ("line 2", "finite")),
     ("month.csv", AZURE + b"2023-13-01 00:00:00,3,5\n", ("line 2", "2023-13-01", "readable time")),
+    ("last.csv", AZURE + b"9999-12-31 23:59:59-12:00,3,5\n", ("line 2", "9999-12-31", "readable time")),
+    ("first.csv", AZURE + b"0001-01-01 00:00:00+12:00,3,5\n", ("line 2", "0001-01-01", "readable time")),
     ("short.csv", AZURE + AT + b",3,5\n" + AT + b",3\n", ("line 3", "2 is not", "header (3)")),
     ("twice.csv", b"TIMESTAMP,ContextTokens,ContextTokens,GeneratedTokens\n0,1,1,1\n", ("twice", "columns 2 and 3")),
     ("zero.csv", AZURE + AT + b",0,5\n", ("no requests left", "prompt tokens = 0")),

@@ -84,7 +84,15 @@ def seconds_of(value: object, *, text: bool) -> float | None:
 
 
 def stamp_of(value: object) -> tuple[int, bool] | None:
-    """(nanoseconds since 1970, whether a UTC offset was given), or None. Never through local time."""
+    """(nanoseconds since 1970, whether a UTC offset was given), or None: also of a time before the year 1 or after the
+    year 9999 in UTC. Never through local time."""
+    try:
+        return _stamp_of(value)
+    except OverflowError:
+        return None
+
+
+def _stamp_of(value: object) -> tuple[int, bool] | None:
     if isinstance(value, datetime):
         zoned = value.tzinfo is not None
         naive = value.astimezone(UTC).replace(tzinfo=None) if zoned else value
