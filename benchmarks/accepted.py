@@ -21,7 +21,7 @@ from typing import Any
 
 import msgspec
 
-from llmsim.recorded import GRID, RecordedScenario, list_files, load_files, load_name
+from llmsim.recorded import GRID, RecordedScenario, load_name, replayed_files
 from llmsim.recording import load_recording
 from llmsim.validate import LABELS, compare, replays
 
@@ -43,8 +43,7 @@ class Accepted(msgspec.Struct, forbid_unknown_fields=True):
 
 def loads(folder: Path) -> Iterator[tuple[str, Path]]:
     """Name and file of every load of a recording."""
-    grids = [file for file in list_files(folder) if load_name(file) == GRID]
-    for file in [*load_files(folder), *grids]:
+    for file in replayed_files(folder):
         yield f"{folder.name}/{load_name(file)}", file
 
 

@@ -21,7 +21,7 @@ import click
 
 from benchmarks import accepted
 from calibration.console import run
-from llmsim.recorded import GRID, load_name
+from llmsim.recorded import GRID, load_name, replayed_files
 from llmsim.recording import load_recording
 from llmsim.validate import PERCENTS, SEEDS, compare, replays
 
@@ -60,7 +60,7 @@ def recordings() -> list[Path]:
 
 def judged(folder: Path, cost: str, host_scale: float) -> Iterator[Load]:
     """The loads of one recording folder, replayed."""
-    files = [file for _, file in accepted.loads(folder)]
+    files = replayed_files(folder)
     if not files:
         raise click.UsageError(f"{folder}: no NAME.requests.json.gz in it. Give a recording folder.")
     for file in files:

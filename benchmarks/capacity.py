@@ -34,7 +34,6 @@ import click
 import numpy as np
 
 from benchmarks.accuracy import CARRIED, ROOT, recordings, update
-from llmsim.hardware import gpu_names, model_names
 from llmsim.plan import Slo, capacity
 from llmsim.rates import stability
 from llmsim.recorded import RecordedScenario, load_files, load_name
@@ -42,7 +41,7 @@ from llmsim.recording import load_recording
 from llmsim.scenario import Scenario
 from llmsim.simulate import simulate
 from llmsim.trace import mean_rate_per_s
-from llmsim.validate import compare, named_in, predicted
+from llmsim.validate import compare, predicted, scenario_of
 
 PAGE, MARKS = ROOT / "docs" / "accuracy.md", ("<!-- capacity -->", "<!-- /capacity -->")
 PROMISES = (("tpot", "p95"), ("ttft", "p99"))
@@ -77,12 +76,6 @@ class Judged:
         return [rate / self.rate - 1.0 for rate in self.answers[promise].rates]
 
 
-def scenario_of(recorded: RecordedScenario) -> Scenario:
-    model = named_in(recorded.name, recorded.engine, "model", model_names())
-    gpu = named_in(recorded.name, recorded.engine, "gpu", gpu_names())
-    return Scenario.from_dict({"model": model, "gpu": gpu} | recorded.settings)
-
-
 def open_loops(folder: Path) -> list[RecordedScenario]:
     """Loads with a rate: nothing that waits for an answer, arrives at once, or was cut short."""
     loads = [one for file in load_files(folder) for one in load_recording(file)]
@@ -109,7 +102,7 @@ def judge(
     seeds: Sequence[int] = SEEDS,
     cost: str = "auto",
 ) -> Judged:
-    trace, scenario = recorded.trace, replace(scenario_of(recorded), cost=cost)
+    trace, scenario = recorded.trace, scenario_of(recorded, cost=cost)
     seen = {
         "arrival_s": trace.arrival_s,
         "scheduled_s": trace.arrival_s + recorded.ttft_s,

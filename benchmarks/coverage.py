@@ -28,14 +28,13 @@ from calibration.spread import spread_of
 from calibration.touch_up import Load
 from calibration.touch_up_command import carried_loads, own_loads
 from llmsim.cost.profile import Deviation, Profile, Within, profile_names, read_profile
-from llmsim.hardware import gpu_names, model_names
+from llmsim.hardware import model_names
 from llmsim.recorded import RecordedScenario, load_files
 from llmsim.recording import load_recording, read_settings
-from llmsim.scenario import Scenario
 from llmsim.simulate import cost_of, simulate
 from llmsim.uncertainty import draws_of, fewest_draws, interval, sources_of
 from llmsim.uncertainty_sources import roofline_spread
-from llmsim.validate import compare, named_in
+from llmsim.validate import compare, named_in, scenario_of
 
 LEVELS = (0.5, 0.9, 0.99)
 DRAWS = fewest_draws(max(LEVELS))
@@ -114,10 +113,7 @@ def judge(folder: Path, draws: int = DRAWS, profiles: Sequence[Profile] | None =
 
 
 def _judged(folder: str, recorded: RecordedScenario, profiles: Sequence[Profile], draws: int) -> Judged:
-    model = named_in(recorded.name, recorded.engine, "model", model_names())
-    gpu = named_in(recorded.name, recorded.engine, "gpu", gpu_names())
-    fields = recorded.settings | {"concurrency": recorded.concurrency}
-    scenario = Scenario.from_dict({"model": model, "gpu": gpu} | fields).resolved()
+    scenario = scenario_of(recorded).resolved()
     cost = cost_of(scenario)
     truth: dict[Cell, float] = {}
     drawn: dict[Cell, list[float]] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Hashable, Iterable
 
 import click
 
@@ -23,6 +24,15 @@ def run(command: click.Command, interrupted: str = "interrupted") -> None:
         _end(str(error))
     except MemoryError as error:
         _end(f"not enough memory ({error or 'none left'}): give fewer recordings or measurements at a time")
+
+
+def check_once(given: Iterable[tuple[str, Hashable]]) -> None:
+    """Raises ValueError if two of what was given, (as it was named, what it is), are the same."""
+    seen = set()
+    for name, what in given:
+        if what in seen:
+            raise ValueError(f"{name}: is given twice, and would count as two. Give it once")
+        seen.add(what)
 
 
 def _end(error: str) -> None:

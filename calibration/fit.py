@@ -82,14 +82,21 @@ def monotone(values: Floats, weights: Floats) -> Floats:
 # ---- the GPU ------------------------------------------------------------------------------------------------------
 
 
+def alone_seconds(clock: StepClock, step: StepRow) -> float:
+    """GPU seconds of a recorded step without stalls and what steps before leave, by `llmsim.cost.basis`."""
+    read_tokens = step.read_tokens(clock.skew_share)
+    if step.chunks:
+        return clock.mixed_s(step.chunks, step.seqs, read_tokens, step.longest_tokens)
+    first_s, kv_s = clock.decode(step.seqs)
+    return first_s + kv_s * clock.in_windows(read_tokens, step.seqs)
+
+
 def gpu_seconds(clock: StepClock, host: Host, step: StepRow) -> float:
-    """GPU seconds of a recorded step without stalls, by the equations of llmsim.cost.basis and `Host`."""
-    if not step.chunks:
-        first_s, kv_s = clock.decode(step.seqs)
-        lost_s = host.cooled_s(gpu_seconds(clock, host, step.after)) if step.after else 0.0
-        return first_s + kv_s * clock.in_windows(step.read_tokens(clock.skew_share), step.seqs) + lost_s
-    base_s = clock.mixed_s(step.chunks, step.seqs, step.read_tokens(clock.skew_share), step.longest_tokens)
-    return host.warmed_s(base_s) if step.warm else base_s
+    """The same where it stands among others, by the equations of `Host`."""
+    alone_s = alone_seconds(clock, step)
+    if step.chunks:
+        return host.warmed_s(alone_s) if step.warm else alone_s
+    return alone_s + (host.cooled_s(gpu_seconds(clock, host, step.after)) if step.after else 0.0)
 
 
 def first_guess(recordings: Sequence[Recording], basis: Basis) -> GpuClock:
@@ -234,12 +241,9 @@ def fit_cooling(seen: Sequence[tuple[str, Seen]], clock: StepClock) -> float:
         step = row.step
         if step.gpu_s != step.gpu_s or step.chunks or step.held or step.since_chunk > COOL_STEPS:
             continue
-        first_s, kv_s = clock.decode(step.seqs)
-        lost_s += step.gpu_s - first_s - kv_s * step.read_tokens(clock.skew_share)
-        after = step.after
-        if after is not None and not after.held:
-            read_tokens = after.read_tokens(clock.skew_share)
-            chunk_s += min(clock.mixed_s(after.chunks, after.seqs, read_tokens, after.longest_tokens), WARM_S)
+        lost_s += step.gpu_s - alone_seconds(clock, step)
+        if step.after is not None and not step.after.held:
+            chunk_s += min(alone_seconds(clock, step.after), WARM_S)
             chunks += 1
     return max(lost_s / chunk_s, 0.0) if chunks >= FEWEST_CHUNKS else COOL_SHARE
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from calibration.console import check_once
 from llmsim.hardware import find_gpu, find_model, gpu_names, model_names
 from llmsim.validate import named_in
 
@@ -74,16 +75,12 @@ def fit_command(
     else:
         assert model is not None
         read = []
-        given: set[tuple[Path, str]] = set()
         for recording in recordings:
             folder, _, names = recording.partition(":")
             wanted = names or scenarios
             read.append(read_recording(Path(folder), wanted.split(",") if wanted else None))
-            own = {(read[-1].path.resolve(), name) for name in read[-1].loads}
-            if twice := given & own:
-                raise ValueError(f"{folder}: {min(twice)[1]} is given twice, and would count twice. Give it once")
-            given |= own
             check_named(read[-1].path / "engine.json", read[-1].engine, gpu, model)
+        check_once((f"{one.path}:{load}", (one.path.resolve(), load)) for one in read for load in one.loads)
         profile = fit_profile(read, name or output.stem, gpu, model, dtype, kv_dtype, compiled)
         write_profile(profile, output)
         click.echo(report(profile, check_profile(profile, read)))

@@ -37,6 +37,7 @@ from typing import Any
 
 from calibration.contexts import note_contexts
 from llmsim.cost import WARM_S
+from llmsim.cost.basis import pairs_of
 from llmsim.cost.graphs import Graphs
 from llmsim.recorded import LARGEST, LONGEST_S, list_files, load_files, load_name, packed_file, read_bytes
 from llmsim.recording import read_settings
@@ -94,7 +95,7 @@ class StepRow:
 
 def attention_pairs(chunks: Sequence[tuple[int, int]]) -> float:
     """(query, key) pairs of causal attention: each new token sees what was computed, itself and the new ones before."""
-    return sum(new * done + 0.5 * new * (new + 1) for new, done in chunks)
+    return sum(pairs_of(new, done) for new, done in chunks)
 
 
 @dataclass

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 import msgspec
 
+from calibration.console import check_once
 from calibration.profiles import check_output, write_profile
 from calibration.recorded_on import RECORDED, placed
 from calibration.spread import KINDS, spread_of
@@ -113,7 +114,7 @@ def spread_command(profile: str, machines: tuple[str, ...], carried: tuple[Path,
     if record and path.suffix != ".json":
         raise ValueError(f"profile={profile}: --record needs the path of the .json file to write into")
     groups = [tuple(map(Path, folders.split(","))) for folders in machines]
-    _check_once([folder for folders in groups for folder in folders] + list(carried))
+    check_once((str(folder), folder.resolve()) for folders in (*groups, carried) for folder in folders)
     if not groups:
         if source.name not in RECORDED or carried:
             known = ", ".join(RECORDED)
@@ -135,14 +136,6 @@ def _spread_of_roofline(machines: tuple[str, ...], carried: tuple[Path, ...], re
     if record:
         write(found)
         click.echo(str(ROOFLINE))
-
-
-def _check_once(folders: Sequence[Path]) -> None:
-    seen: set[Path] = set()
-    for folder in folders:
-        if folder.resolve() in seen:
-            raise ValueError(f"{folder}: is given twice, and would count as two. Give it once")
-        seen.add(folder.resolve())
 
 
 def own_loads(folder: Path, profile: str) -> list[Load]:

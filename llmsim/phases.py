@@ -36,7 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmsim.cost import CostModel
-from llmsim.cost.basis import windowed_pairs
+from llmsim.cost.basis import pairs_of, windowed_pairs
 from llmsim.cost.roofline import work
 from llmsim.hardware import Gpu, Model, find_gpu, find_model
 from llmsim.metrics import breakdown_s, json_safe, latencies_s
@@ -226,7 +226,7 @@ class Engine:
     def _pairs(self, new: int, done: int) -> float:
         """(query, key) pairs of a chunk, times layers."""
         model = self.model
-        every = model.full_layers * (new * done + new * (new + 1) / 2)
+        every = model.full_layers * pairs_of(new, done)
         if not model.sliding_layers:
             return every
         return every + model.sliding_layers * windowed_pairs(new, done, model.sliding_window)

@@ -67,6 +67,11 @@ def list_files(folder: Path) -> list[Path]:
     return _once(folder, [file for file in files if ".requests.json" not in file.name])
 
 
+def replayed_files(folder: Path) -> list[Path]:
+    """Those of both that hold loads to replay."""
+    return [*load_files(folder), *(file for file in list_files(folder) if load_name(file) == GRID)]
+
+
 def _once(folder: Path, files: list[Path]) -> list[Path]:
     names = [load_name(file) for file in files]
     twice = [file.name for file, name in zip(files, names, strict=True) if names.count(name) > 1]
@@ -83,9 +88,7 @@ def load_name(file: Path) -> str:
 
 def packed_file(folder: Path, name: str) -> Path:
     """`name` with the ending it is packed under; .gz if it is not there. Raises ValueError if it is there twice."""
-    files = [file for packed in PACKED if (file := folder / f"{name}{packed}").exists()]
-    if len(files) > 1:
-        raise ValueError(f"{folder}: {files[0].name} is there as {files[1].name}, too: remove one")
+    files = _once(folder, [file for packed in PACKED if (file := folder / f"{name}{packed}").exists()])
     return files[0] if files else folder / f"{name}.gz"
 
 

@@ -37,8 +37,8 @@ from llmsim.recorded import (
     RecordedScenario,
     decoded,
     list_files,
-    load_files,
     load_name,
+    replayed_files,
 )
 from llmsim.trace import Trace
 
@@ -106,13 +106,11 @@ def load_recording(path: str | Path) -> list[RecordedScenario]:
     if path.is_file() and ".requests.json" not in path.name and load_name(path) != GRID:
         return load_benchmark(path)
     folder = path if path.is_dir() else path.parent
-    lists = list_files(path) if path.is_dir() else []
-    grids = [file for file in lists if load_name(file) == GRID]
-    files = [*load_files(path), *grids] if path.is_dir() else [path]
+    files = replayed_files(path) if path.is_dir() else [path]
     if not files:
         inside = ", ".join(sorted(p.parent.name for p in folder.glob("*/engine.json"))) or "none"
         raise ValueError(f"{folder}: no NAME.requests.json.gz in it; give a recording folder (inside it: {inside})")
-    others = [file for file in lists if file not in grids]
+    others = [file for file in list_files(path) if file not in files] if path.is_dir() else []
     skipped = tuple(f"{other}: batches for fitting, not replayed: skipped" for other in others)
     scenarios: list[RecordedScenario] = []
     for file in files:

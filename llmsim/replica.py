@@ -240,7 +240,7 @@ class Replica(Engine):
                             self._plan = None
                             steps = plan.steps_until(self.next_ready_s)
                             t = plan.scheduled_s(steps)
-                        if not plan.gpu_bound and self._slows_last(step, plan, steps):
+                        if not plan.gpu_bound and self._slows_last(step, steps, t):
                             steps -= 1
                             t = plan.scheduled_s(steps)
                         if steps > 1:
@@ -374,12 +374,13 @@ class Replica(Engine):
         """Whether the GPU is idle when the launch of a full graph is through."""
         return self.asynchronous and self._gpu_s <= step.launched_s
 
-    def _slows_last(self, step: Step, plan: Plan, steps: int) -> bool:
-        """Whether the next request slows the launch of the last of a run's iterations: it is then taken by itself."""
+    def _slows_last(self, step: Step, steps: int, t: float) -> bool:
+        """Whether the next request slows the launch of the last of `steps` iterations, which end with the schedule at
+        `t`: it is then taken by itself."""
         host = self.cost.host
         update_s = host.update_s + host.update_per_output_s * step.outputs
         slows = steps > 1 and host.interference_per_token_s > 0.0
-        return slows and self.next_ready_s <= plan.scheduled_s(steps) - update_s
+        return slows and self.next_ready_s <= t - update_s
 
     def _launched_asynchronously(self, step: Step) -> float:
         """The host takes the results before, if any; returns S(k+1)."""

@@ -69,7 +69,7 @@ def predicted(
     recorded: RecordedScenario, model: str | None = None, gpu: str | None = None, cost: str = "auto", **overrides: Any
 ) -> Result:
     """The recorded load, replayed."""
-    return simulate(recorded.trace, _scenario(recorded, model, gpu, cost, overrides))
+    return simulate(recorded.trace, scenario_of(recorded, model, gpu, cost, overrides))
 
 
 def replays(
@@ -81,20 +81,25 @@ def replays(
     **overrides: Any,
 ) -> list[Result]:
     """What `predicted` gives for each seed; the cost model, which draws nothing, is made once."""
-    scenarios = [_scenario(recorded, model, gpu, cost, overrides | {"seed": seed}) for seed in seeds]
+    scenarios = [scenario_of(recorded, model, gpu, cost, overrides | {"seed": seed}) for seed in seeds]
     made = cost_of(scenarios[0])
     return [simulate(recorded.trace, scenario, cost=made) for scenario in scenarios]
 
 
-def _scenario(
-    recorded: RecordedScenario, model: str | None, gpu: str | None, cost: str, overrides: dict[str, Any]
+def scenario_of(
+    recorded: RecordedScenario,
+    model: str | None = None,
+    gpu: str | None = None,
+    cost: str = "auto",
+    overrides: Mapping[str, Any] | None = None,
 ) -> Scenario:
+    """The recorded engine and client, with `overrides`."""
     model = model or named_in(recorded.name, recorded.engine, "model", model_names())
     gpu = gpu or named_in(recorded.name, recorded.engine, "gpu", gpu_names())
     settings = recorded.settings | {"concurrency": recorded.concurrency}
     if blocks := settings.get("num_gpu_blocks_override"):
         settings["num_gpu_blocks_override"] = engine_blocks(find_model(model), blocks)
-    settings |= overrides
+    settings |= overrides or {}
     return Scenario.from_dict({"model": model, "gpu": gpu, "cost": cost} | settings)
 
 

@@ -315,7 +315,6 @@ def measure(
         progress.say(f"{journal.path}: going on after {len(journal.points)} points")
     plan = Plan({family: operator.points(wanted) for family, operator in operators.items()}, journal.points)
     by_op = {op: operators[family] for family in operators for op in OPERATORS[family][1]}
-    unwritten: str | None = None
     with stop_on_signal() as stopped:
         try:
             while not stopped() and not run.broken and progress.left_s > 0 and (points := plan.next()):

@@ -214,7 +214,7 @@ class StepClock:
         padded: Callable[[int], int],
         windows: Windows | None = None,
     ) -> None:
-        self._basis, self._coefficients, self._padded, self._windows = basis, coefficients, padded, windows
+        self._basis, self._coefficients, self._padded, self.windows = basis, coefficients, padded, windows
         self._schedule, self.skew_share = basis.schedule, basis.skew_share
         self._layers = 0.0  # of attention in the engine, in those of the kernel timed alone
         if isinstance(basis, KernelBasis):
@@ -264,7 +264,7 @@ class StepClock:
 
     def in_windows(self, kv_tokens: float, seqs: int) -> float:
         """Of `kv_tokens` cached tokens of `seqs` decodes, those that a layer reads in the mean."""
-        return kv_tokens if self._windows is None else self._windows.read_tokens(kv_tokens, seqs)
+        return kv_tokens if self.windows is None else self.windows.read_tokens(kv_tokens, seqs)
 
     def mixed_s(self, chunks: Sequence[tuple[int, int]], seqs: int, kv_tokens: float, longest: float = 0.0) -> float:
         if self._schedule is None:
@@ -275,9 +275,9 @@ class StepClock:
         if requests >= len(self._head_s):
             self._widen(2 * requests)
         seconds = self._layers * self._schedule.seconds(chunks, seqs, kv_tokens, longest)
-        if self._windows is not None:
-            windowed_s = self._windowed_s(self._windows, chunks, seqs, kv_tokens, longest)
-            seconds -= self._windows.share * (seconds - windowed_s)
+        if self.windows is not None:
+            windowed_s = self._windowed_s(self.windows, chunks, seqs, kv_tokens, longest)
+            seconds -= self.windows.share * (seconds - windowed_s)
         seconds += self.linear_s(self._padded(tokens)) + self._head_s[requests]
         return seconds + own.power_share * power(seqs) * min(seconds, WARM_S)
 
@@ -297,11 +297,11 @@ class StepClock:
         scheduled, of several and of columns as if all tiles were shared out evenly and none waited for; else of chunks
         of their mean size. Sliding windows as if all chunks of an iteration were alike."""
         seconds = self._unwindowed_s(chunks, tokens, context_tokens, pairs)
-        if self._windows is None:
+        if self.windows is None:
             return seconds
-        window = self._windows.tokens
+        window = self.windows.tokens
         near, narrow = np.minimum(context_tokens, chunks * window), np.minimum(pairs, tokens * float(window))
-        return seconds - self._windows.share * (seconds - self._unwindowed_s(chunks, tokens, near, narrow))
+        return seconds - self.windows.share * (seconds - self._unwindowed_s(chunks, tokens, near, narrow))
 
     def _unwindowed_s(self, chunks: Any, tokens: Any, context_tokens: Any, pairs: Any) -> Any:
         if self._schedule is None:
@@ -321,8 +321,8 @@ class StepClock:
     def _summed_s(self, chunks: Sequence[tuple[int, int]], seqs: int, kv_tokens: float) -> float:
         own, basis = self._coefficients, self._basis
         kv_s, pair_s, call_s, span_s, least = own.mixed_kv_s, own.pair_s, basis.call_s, basis.span_s, basis.least_rows
-        windows = self._windows
-        seconds = call_s + kv_s * (kv_tokens if windows is None else windows.read_tokens(kv_tokens, seqs))
+        windows = self.windows
+        seconds = call_s + kv_s * self.in_windows(kv_tokens, seqs)
         tokens, requests, cached = seqs, seqs + len(chunks), 0
         for new, done in chunks:
             tokens += new
@@ -330,7 +330,7 @@ class StepClock:
             pairs = done * (new if new > least else least) + 0.5 * new * (new + 1)
             if windows is not None:
                 pairs -= windows.share * (pairs_of(new, done) - windowed_pairs(new, done, windows.tokens))
-            near = done if windows is None else windows.read_tokens(done, 1)
+            near = self.in_windows(done, 1)
             seconds += span_s * (new + near) + max(pair_s * pairs, kv_s * near)
         if cached:
             seconds += basis.cached_s

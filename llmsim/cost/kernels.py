@@ -246,8 +246,7 @@ class Forward:
         self._quantises = stored == "fp8" and not self._linear.quantises and "quant_fp8" in kernels.elementwise
         self._activation_bytes = model.plain_bytes(dtype)
         kv_heads = max(1, model.kv_heads // tensor_parallel)
-        self.kv_dtype = kv_name(kv_dtype)
-        wanted = Heads(model.heads // tensor_parallel, kv_heads, model.head_dim, self.kv_dtype)
+        wanted = Heads(model.heads // tensor_parallel, kv_heads, model.head_dim, kv_name(kv_dtype))
         self._decode = nearest(kernels.decodes, wanted.timed_as("fp8"))  # reading is what takes the time: by the bytes
         self._prefill = nearest(kernels.prefills, wanted.timed_as("bfloat16"))  # computed with once it is expanded
         self._heads = wanted
@@ -260,6 +259,10 @@ class Forward:
     @property
     def layers(self) -> int:
         return self._model.layers
+
+    @property
+    def kv_dtype(self) -> str:
+        return self._heads.kv_dtype
 
     def body_s(self, rows: Floats) -> Floats:
         model, tp, size = self._model, self._tp, self._activation_bytes

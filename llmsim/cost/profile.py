@@ -41,16 +41,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from llmsim.cost import FULL, PIECEWISE, WARM_S, Host, Ramp, worker_host
-from llmsim.cost.basis import (
-    Basis,
-    Coefficients,
-    KernelBasis,
-    ShapeBasis,
-    StepClock,
-    Windows,
-    power,
-)
+from llmsim.cost import EAGER, FULL, PIECEWISE, WARM_S, Host, Ramp, worker_host
+from llmsim.cost.basis import Basis, Coefficients, KernelBasis, ShapeBasis, StepClock, Windows, power
 from llmsim.cost.graphs import LARGEST_CAPTURE
 from llmsim.cost.kernels import LAYER_LINEARS, Forward, Kernels, NotTimedError
 from llmsim.cost.terms import Parts, shared
@@ -440,15 +432,16 @@ def host_of(clock: HostClock, layers_ratio: float) -> Host:
 
 def never_waiting(host: Host) -> Host:
     """As it launches full graphs that set the pace: where the GPU does, launches are longer and hide behind it."""
-    launch_s, lead_s, request_s = list(host.launch_s), list(host.lead_s), list(host.launch_per_request_s)
-    launch_s[FULL] *= NEVER_WAITING
-    lead_s[FULL] *= NEVER_WAITING
-    request_s[FULL] = max(request_s[FULL], GRAPH_REQUEST_S)
+
+    def with_graph(times_s: tuple[float, float, float], graph_s: float) -> tuple[float, float, float]:
+        return graph_s, times_s[PIECEWISE], times_s[EAGER]
+
+    request_s = host.launch_per_request_s
     return replace(
         host,
-        launch_s=(launch_s[0], launch_s[1], launch_s[2]),
-        lead_s=(lead_s[0], lead_s[1], lead_s[2]),
-        launch_per_request_s=(request_s[0], request_s[1], request_s[2]),
+        launch_s=with_graph(host.launch_s, NEVER_WAITING * host.launch_s[FULL]),
+        lead_s=with_graph(host.lead_s, NEVER_WAITING * host.lead_s[FULL]),
+        launch_per_request_s=with_graph(request_s, max(request_s[FULL], GRAPH_REQUEST_S)),
     )
 
 
@@ -583,8 +576,8 @@ class ProfileCost:
             self._neighbours = forward.extrapolated
         coefficients = replace(coefficients, power_share=coefficients.power_share * felt)
         share = model.sliding_layers / model.layers
-        self._windows = Windows(share, model.sliding_window) if share else None
-        self.clock = StepClock(basis, coefficients, settings.graphs.padded, self._windows)
+        windows = Windows(share, model.sliding_window) if share else None
+        self.clock = StepClock(basis, coefficients, settings.graphs.padded, windows)
         self._basis, self._coefficients, self._padded = basis, coefficients, settings.graphs.padded
         self.pair_s = coefficients.pair_s
         self.skew_share = self.clock.skew_share
@@ -620,10 +613,10 @@ class ProfileCost:
     def decode_ramp(self, seqs: int, kv_tokens: float) -> Ramp:
         first_s, kv_s = self.clock.decode(seqs)
         kv_s *= self._stalled
-        windows = self._windows
+        windows = self.clock.windows
         if windows is None:
             return Ramp(self._stalled * first_s + kv_s * kv_tokens, kv_s * seqs)
-        read = self.clock.in_windows(kv_tokens, seqs)
+        read = windows.read_tokens(kv_tokens, seqs)
         growing = 1.0 if kv_tokens < seqs * windows.tokens else 1.0 - windows.share
         return Ramp(self._stalled * first_s + kv_s * read, kv_s * growing * seqs)
 

@@ -39,7 +39,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmsim.cost import Host, Ramp
-from llmsim.cost.basis import windowed_pairs
+from llmsim.cost.basis import pairs_of, windowed_pairs
 from llmsim.cost.graphs import Graphs
 from llmsim.cost.terms import Parts
 from llmsim.hardware import Gpu, Model
@@ -156,7 +156,7 @@ class RooflineCost:
 
     def _chunk_s(self, new: int, done: int) -> float:
         model = self._model
-        pairs = new * done + new * (new + 1) / 2
+        pairs = pairs_of(new, done)
         seconds = model.full_layers * max(pairs * self._pair_s, (new + done) * self._kv_s)
         if model.sliding_layers:
             keys = min(new + done, new + model.sliding_window)

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from llmsim.cost import EAGER, FULL, PIECEWISE, CostModel, Ramp
 from llmsim.cost.alternatives import Alternatives, find_alternatives
+from llmsim.cost.basis import pairs_of
 from llmsim.cost.kernels import kv_write_width
 from llmsim.cost.terms import Parts, termed
 from llmsim.hardware import Gpu, Model
@@ -141,7 +142,7 @@ class VariantCost:
         if seqs:
             seconds += self._decode_token_s(seqs) * kv_tokens
         for new, done in chunks:
-            seconds += float(self.prompts_s(1, new, done, new * done + new * (new + 1) / 2))
+            seconds += float(self.prompts_s(1, new, done, pairs_of(new, done)))
         return self.clocked_s(seconds, seqs)
 
     def outside_measured(self, iterations: dict[str, Any]) -> NDArray[np.bool_]:

@@ -12,8 +12,10 @@ import hashlib
 import lzma
 import sys
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 GZIP = b"\x1f\x8b"
 ZSTD = b"\x28\xb5\x2f\xfd"
@@ -104,38 +106,30 @@ def _source(name: str, stored: bytes) -> Source:
 
 
 def gunzip(name: str, stored: bytes) -> bytes:
+    return _unpacked(name, stored, "gzip", lambda: zlib.decompressobj(wbits=16 + zlib.MAX_WBITS))  # header, check sum
+
+
+def unxz(name: str, stored: bytes) -> bytes:
+    """Recordings only: traces are unpacked by whoever packed them."""
+    return _unpacked(name, stored, "xz", lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=XZ_MEMORY_BYTES))
+
+
+def _unpacked(name: str, stored: bytes, packing: str, begin: Callable[[], Any]) -> bytes:
+    """All members of a file; `begin` gives the decompressor of one."""
     most = _most_bytes(stored)
     parts, rest, length = [], stored, 0
     try:
         while rest:
-            member = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)  # with its header and check sum
+            member = begin()
             parts.append(member.decompress(rest, most - length + 1))
             length += len(parts[-1])
             _check_unpacked(name, stored, length)
             if not member.eof:
                 raise EOFError("Compressed file ended before the end-of-stream marker was reached")
             rest = member.unused_data.lstrip(b"\x00")
-    except (EOFError, zlib.error) as error:
+    except (EOFError, zlib.error, lzma.LZMAError) as error:
         reason = str(error).rstrip(".")
-        raise ValueError(f"{name}: gzip data is damaged or cut short ({reason}); fetch the file again") from None
-    return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def unxz(name: str, stored: bytes) -> bytes:
-    """Recordings only: traces are unpacked by whoever packed them."""
-    most = _most_bytes(stored)
-    parts, rest, length = [], stored, 0
-    try:
-        while rest:
-            stream = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=XZ_MEMORY_BYTES)
-            parts.append(stream.decompress(rest, most - length + 1))
-            length += len(parts[-1])
-            _check_unpacked(name, stored, length)
-            if not stream.eof:
-                raise EOFError("its end is missing")
-            rest = stream.unused_data.lstrip(b"\x00")
-    except (EOFError, lzma.LZMAError) as error:
-        raise ValueError(f"{name}: xz data is damaged or cut short ({error}); fetch the file again") from None
+        raise ValueError(f"{name}: {packing} data is damaged or cut short ({reason}); fetch the file again") from None
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
