@@ -166,9 +166,11 @@ def _named(values: list[float]) -> Statistics:
 
 
 def named_in(recording: str, engine: Mapping[str, Any], key: str, known: list[str]) -> str:
-    """The known model or GPU whose name occurs, part by part, in what the recording says of itself."""
+    """The known model or GPU whose name occurs, whole or else part by part, in what the recording says of itself."""
     text = str(engine.get(key, "")).lower().replace("_", "-")
-    matches = [name for name in known if all(_begins_in(text, part) for part in name.lower().split("-"))]
+    matches = [name for name in known if _begins_in(text, name.lower())]
+    if not matches:
+        matches = [name for name in known if all(_begins_in(text, part) for part in name.lower().split("-"))]
     longest = [name for name in matches if not any(name != other and name in other for other in matches)]
     if len(longest) != 1:
         found = f"could be any of {', '.join(longest)}" if longest else "is no known one (see `llmsim list`)"

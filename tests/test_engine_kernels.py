@@ -47,7 +47,7 @@ def test_prompts_before_decodes_are_no_decode_steps() -> None:
         for held in (kernels, [*kernels, *prompts])
     )
     assert alone == both == 1
-    assert len(list(steps_of([*kernels, *prompts]))) == 2
+    assert len(list(steps_of([*kernels, *prompts], LLAMA.layers))) == 2
 
 
 def test_norms_of_query_and_key_leave_rope_out() -> None:
@@ -57,4 +57,4 @@ def test_norms_of_query_and_key_leave_rope_out() -> None:
 
 def test_steps_need_flash_attention_3() -> None:
     with pytest.raises(ValueError, match="no kernel prepare_varlen_num_blocks"):
-        list(steps_of([Kernel("triton_poi_fused_0", 0.0, 1e-6)]))
+        list(steps_of([Kernel("triton_poi_fused_0", 0.0, 1e-6)], 32))

@@ -548,7 +548,8 @@ def test_kv_write_writes(bench, kv_dtype):
 
 
 def test_every_elementwise_op_has_inputs_bytes_and_points():
-    points = list(elementwise.Elementwise().points(wanted(models=("qwen3-8b",), kv_dtypes=("bfloat16", "fp8"))))
+    models = ("qwen3-8b", "gemma-2-9b")
+    points = list(elementwise.Elementwise().points(wanted(models=models, kv_dtypes=("bfloat16", "fp8"))))
     assert {point.op for point in points} == set(run.OPERATORS["elementwise"][1]) == set(elementwise._OPS)
     assert all(elementwise.least_bytes(point) > 0 for point in points)
     assert {point.launch for point in points} == {"graph", "eager", "compiled", "compiled_graph"}

@@ -186,8 +186,14 @@ def test_chat_s_contexts_are_spread_the_same_way_each_time() -> None:
     assert min(group.context for group in decodes(256, 1, "spread")) == 1
 
 
+def test_an_engine_s_contexts_nearly_agree() -> None:
+    contexts = [group.context for group in decodes(67, 1100, "near")]
+    assert len(contexts) == 67 and sum(contexts) == pytest.approx(67 * 1100, abs=34)
+    assert pstdev(log(context) for context in contexts) == pytest.approx(0.05, abs=0.002)
+
+
 def test_an_unknown_skew_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"skew='odd': use uniform, half, one_long or spread"):
+    with pytest.raises(ValueError, match=r"skew='odd': use uniform, half, one_long, spread or near"):
         decodes(2, 10, "odd")
 
 
@@ -218,7 +224,7 @@ def test_the_main_shape_is_measured_coarsely_before_anything_else(fake: FakeFlas
     assert {(found.variant, found["q_heads"], found["kv_dtype"]) for found in early} == {("fa3", 32, "bfloat16")}
     assert {found.variant for found in points} == set(BACKENDS)
     assert {found["kv_dtype"] for found in points if found.variant != "fa3"} == {"bfloat16"}
-    assert {found.get("skew") for found in points} == {None, "uniform", "half", "one_long", "spread"}
+    assert {found.get("skew") for found in points} == {None, "uniform", "half", "one_long", "spread", "near"}
     for found in points:
         batch, heads = batch_of(found), Heads(found["q_heads"], found["kv_heads"], found["head_dim"])
         assert batch.flops(heads) <= attention.MOST_FLOPS

@@ -8,7 +8,9 @@ chunks of `new_tokens` after `context_tokens` cached ones; a sequence's keys are
     bytes   keys and values once, queries in, output out
 
 Skew of the decodes' contexts about their mean m: "half" of them m/4 and the other half 7m/4; "one_long" holds half of
-all cached tokens; "spread" is chat's: log-normal, the quantiles of a sigma of 0.8, in an order drawn once.
+all cached tokens; "spread" is chat's: log-normal, the quantiles of a sigma of 0.8, in an order drawn once; "near" is
+what requests alike come to, each further on than the next: the same with a sigma of 0.05. Of an even batch the tiles of
+all sequences end together, so that one tile too many costs a whole wave; an engine's batches are never that even.
 
 Backends. "fa3": FlashAttention 3 as vLLM 0.25.1 calls it on Hopper: KV in pages of 16 tokens through a shuffled block
 table, one ragged call for the whole batch, decodes first, with scheduler metadata made once per step. launch="graph"
@@ -52,7 +54,7 @@ MOST_FLOPS = 6e12  # of one point: about 10 ms
 MOST_CONTEXT_TOKENS = 131_072
 SUSTAINED_FROM = 512  # new tokens of a chunk: below, memory binds and the clocks stay up
 FP8_DESCALE = 0.5
-SPREAD_SIGMA = 0.8  # of the logarithm of context lengths
+SIGMAS = {"spread": 0.8, "near": 0.05}  # of the logarithm of context lengths
 
 OPS = ("attention_prefill", "attention_decode", "attention_mixed")
 MAIN_HEADS = (32, 8, 128)
@@ -114,12 +116,12 @@ def decodes(seqs: int, mean: int, skew: str) -> list[Group]:
     if skew == "one_long":
         long = seqs * mean // 2
         return [Group(seqs - 1, 1, (seqs * mean - long) // (seqs - 1)), Group(1, 1, long)]
-    if skew == "spread":
-        normal = NormalDist(0.0, SPREAD_SIGMA)
+    if skew in SIGMAS:
+        normal = NormalDist(0.0, SIGMAS[skew])
         shares = [exp(normal.inv_cdf((at + 0.5) / seqs)) for at in range(seqs)]
         Random(seqs).shuffle(shares)
         return [Group(1, 1, max(round(seqs * mean * share / sum(shares)), 1)) for share in shares]
-    raise ValueError(f"skew={skew!r}: use uniform, half, one_long or spread")
+    raise ValueError(f"skew={skew!r}: use uniform, half, one_long, spread or near")
 
 
 def batch_of(point: Point) -> Batch:
@@ -220,6 +222,12 @@ def _powers(first: int, last: int) -> list[int]:
 
 SEQS = (*range(1, 17), 24, 32, 48, 64, 96, 128, 192, 256)
 CONTEXTS = (0, 1024, 4096, 16384, 32768, 65536)
+# On both sides of 1, 2, .. waves of tiles on 132 multiprocessors, at 2 to 16 KV heads, and of the largest CUDA graph.
+NEAR_SEQS = (
+    *range(1, 18), 18, 20, 22, 24, 25, 26, 28, 30, 32, 33, 34, 36, 40, 44, 48, 50, 52, 56, 60, 64, 66, 67, 68, 72, 80,
+    88, 96, 99, 100, 112, 128, 132, 133, 144, 160, 176, 192, 200, 224, 256, 320, 384, 512, 640, 1024,
+)  # fmt: skip
+NEAR_CONTEXTS = (300, 1100, 4000)
 
 
 def _coarse(grid: _Grid) -> Iterator[Point]:
@@ -243,6 +251,11 @@ def _skewed(grid: _Grid) -> Iterator[Point]:
     for skew in ("one_long", "half"):
         yield from grid.decode((8, 32, 128, 256), (256, 1024, 4096), skew)
     yield from grid.decode((8, 16, 32, 64, 96, 128, 192, 256), (512, 1024, 2048), "spread")
+
+
+def _near(grid: _Grid) -> Iterator[Point]:
+    """What an engine's decodes take: contexts that are nearly, not quite, alike."""
+    yield from grid.decode(NEAR_SEQS, NEAR_CONTEXTS, "near")
 
 
 def _sparse(grid: _Grid) -> Iterator[Point]:
@@ -661,6 +674,7 @@ class Attention:
         first = next(name for name in ("fa3", "varlen", "sdpa_flash") if not BACKENDS[name].unavailable("cuda"))
         fp8 = [kv for kv in kv_dtypes if kv == "fp8" and kv in BACKENDS[first].kv_dtypes]
         yield from _coarse(grid(first, main))
+        yield from _near(grid(first, main))
         for heads in others:
             yield from _sparse(grid(first, heads))
         for kv_dtype in fp8:
@@ -686,12 +700,14 @@ class Attention:
         yield from _dense(grid(first, main))
         for kv_dtype in fp8:
             yield from _coarse(grid(first, main, kv_dtype))
+            yield from _near(grid(first, main, kv_dtype))
             yield from _skewed(grid(first, main, kv_dtype))
             yield from _scheduled(grid(first, main, kv_dtype))
             for heads in others:
                 yield from _sparse(grid(first, heads, kv_dtype))
         for heads in others:
             yield from _coarse(grid(first, heads))
+            yield from _near(grid(first, heads))
         for kv_dtype in fp8:
             yield from _dense(grid(first, main, kv_dtype))
 

@@ -1,6 +1,8 @@
 """What a layer does between its matrix products and its attention, and at both ends of a forward pass.
 
     rms_norm, add_rms_norm, residual_add   tokens x n (n hidden; rms_norm also n head size, one row a head: QK norms)
+    norm_add_norm                          tokens x n: a norm behind a block, the residual, the norm before the next
+                                           (Gemma; the compiler makes one kernel of them)
     rope                                   tokens x (q_heads + kv_heads) x head_dim, half of each head with the other
     silu_mul                               n values out of 2 n (n width of the MLP on one rank)
     embedding                              rows of n of a table of k
@@ -44,6 +46,8 @@ def shapes(model: Model, tensor_parallel: int) -> Iterator[tuple[str, dict[str, 
     heads, kv_heads = model.heads // tensor_parallel, max(1, model.kv_heads // tensor_parallel)
     head = {"q_heads": heads, "kv_heads": kv_heads, "head_dim": model.head_dim}
     yield "add_rms_norm", {"n": model.hidden}
+    if model.norms_per_layer == 4:
+        yield "norm_add_norm", {"n": model.hidden}
     yield "silu_mul", {"n": model.intermediate // tensor_parallel}
     yield "rope", head
     yield "kv_write", {"kv_heads": kv_heads, "head_dim": model.head_dim}
@@ -68,6 +72,7 @@ def least_bytes(point: Point) -> float:
         * {
             "rms_norm": 4 * n,
             "add_rms_norm": 8 * n,
+            "norm_add_norm": 8 * n,
             "residual_add": 6 * n,
             "silu_mul": 6 * n,
             "rope": 4 * (q + kv) + 8,
@@ -178,6 +183,15 @@ def _add_rms_norm(torch: Any) -> Callable[..., Any]:
         return norm(added, weight), added
 
     return add_rms_norm
+
+
+def _norm_add_norm(torch: Any) -> Callable[..., Any]:
+    norm, add_norm = _rms_norm(torch), _add_rms_norm(torch)
+
+    def norm_add_norm(x: Any, residual: Any, weight: Any) -> Any:
+        return add_norm(norm(x, weight), residual, weight)
+
+    return norm_add_norm
 
 
 def _residual_add(torch: Any) -> Callable[..., Any]:
@@ -319,6 +333,7 @@ class _Op(NamedTuple):
 _OPS = {
     "rms_norm": _Op(_rms_norm, _norm_inputs),
     "add_rms_norm": _Op(_add_rms_norm, _add_norm_inputs),
+    "norm_add_norm": _Op(_norm_add_norm, _add_norm_inputs),
     "residual_add": _Op(_residual_add, _pair_inputs),
     "silu_mul": _Op(_silu_mul, _double_inputs),
     "rope": _Op(_rope, _rope_inputs),

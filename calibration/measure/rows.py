@@ -46,7 +46,7 @@ class Row:
     chunks: int | None = None
     seqs: int | None = None
     seq_context_tokens: int | None = None
-    skew: str | None = None  # "uniform", "one_long" or "half"
+    skew: str | None = None  # of contexts: see calibration.measure.attention
     size_bytes: int | None = None
     gpus: int | None = None
     layers: int | None = None

@@ -39,6 +39,7 @@ OPERATORS = {
         (
             "rms_norm",
             "add_rms_norm",
+            "norm_add_norm",
             "rope",
             "silu_mul",
             "residual_add",

@@ -6,13 +6,15 @@ tokens) and decodes alone (1 to 128), random weights, CUDA graphs as vLLM uses t
 vLLM's own kernel takes alone, the activation 0.85 to 0.95.
 
     add_rms_norm   kernels named ..fused_add_rms_norm..; the compiler makes two, of different bytes: their mean
-    silu_mul       ..mul_silu..
+    norm_add_norm  ..fused_add_rms_norm_rms_norm.. of models that normalise behind their blocks too
+    silu_mul       ..mul_silu.. or ..gelu_mul..
     kv_write       reshape_and_cache_flash
     rope           the one other kernel of the compiler that every layer runs; not where query and key are normalised,
                    which it fuses with that
 
 A kernel counts for a step that runs it in (nearly) every layer: the first and last layer's are fused with what lies
-outside. A step begins where FlashAttention 3 prepares its schedule, once a step.
+outside. A step begins where FlashAttention 3 prepares its schedule: once a step, or, where only some layers slide, in
+each layer.
 
 `python -m calibration trace --model llama-3.1-8b --out engine.parquet` needs vllm, a GPU and two minutes a model.
 """
@@ -38,10 +40,11 @@ from llmsim.hardware import find_model
 from llmsim.model import Model
 
 VARIANT, LAUNCH = "vllm_compiled", "engine"
-STEP_BEGINS = "prepare_varlen_num_blocks"
+STEP_BEGINS, ATTENTION = "prepare_varlen_num_blocks", "FlashAttnFwdSm90"
 NAMES = (
+    ("norm_add_norm", re.compile("fused_add_rms_norm_rms_norm")),
     ("add_rms_norm", re.compile("fused_add_rms_norm")),
-    ("silu_mul", re.compile("mul_silu|silu_and_mul")),
+    ("silu_mul", re.compile("mul_silu|silu_and_mul|gelu_mul")),
     ("kv_write", re.compile("reshape_and_cache")),
     ("rope", re.compile("^triton_poi")),
 )
@@ -73,9 +76,14 @@ class Kernel(NamedTuple):
     seconds: float
 
 
-def steps_of(kernels: Sequence[Kernel]) -> Iterator[list[Kernel]]:
-    """Of each step that was seen whole, its kernels; ValueError where the engine does not run FlashAttention 3."""
-    begins = [i for i, kernel in enumerate(kernels) if STEP_BEGINS in kernel.name]
+def steps_of(kernels: Sequence[Kernel], layers: int) -> Iterator[list[Kernel]]:
+    """Of each step its kernels; ValueError where the engine does not run FlashAttention 3."""
+    begins, attended = [], layers
+    for i, kernel in enumerate(kernels):
+        if STEP_BEGINS in kernel.name and attended >= layers:
+            begins.append(i)
+            attended = 0
+        attended += ATTENTION in kernel.name
     if not begins:
         raise ValueError(f"no kernel {STEP_BEGINS}: steps are told by it. Trace on a Hopper GPU, attention by FA3")
     for begin, end in zip(begins, [*begins[1:], len(kernels)], strict=True):
@@ -104,7 +112,7 @@ def rows_of(traced: Sequence[tuple[Case, Sequence[Kernel]]], model: Model, measu
     rows = []
     for case, kernels in traced:
         found: dict[str, list[float]] = defaultdict(list)
-        for step in steps_of(kernels):
+        for step in steps_of(kernels, model.layers):
             if case.outputs > 1 and max(kernel.seconds for kernel in step) > LONGEST_DECODE_KERNEL_S:
                 continue
             for op, seconds in seconds_of(step, model).items():
