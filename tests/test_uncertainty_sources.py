@@ -233,7 +233,9 @@ def test_a_recording_is_judged_without_its_machine_or_its_model() -> None:
     assert third["h100-sxm"] == RECORDED["h100-sxm"]
     two_gpus = coverage.kept(next(path for path in carried if path.name.endswith("qwen2.5-14b_bf16_tp2")))
     assert {coverage.model_of(path) for path in two_gpus["h200-sxm"].carried} == {
+        "gemma-2-27b",
         "gemma-2-9b",
+        "gemma-3-12b",
         "llama-3.1-8b",
         "llama-3.2-1b",
         "llama-3.2-3b",
@@ -241,7 +243,9 @@ def test_a_recording_is_judged_without_its_machine_or_its_model() -> None:
         "mistral-small-24b",
         "qwen2.5-1.5b",
         "qwen2.5-32b",
+        "qwen2.5-3b",
         "qwen2.5-7b",
+        "qwen3-1.7b",
         "qwen3-14b",
         "qwen3-32b",
         "qwen3-4b",
