@@ -27,7 +27,7 @@ from calibration.fit_host import first_host, fit_host, stall_share
 from calibration.observe import Seen, observe, timed_on_gpu
 from calibration.steps import Recording, Scenario, StepRow
 from llmsim.cost import FULL, WARM_S, Host
-from llmsim.cost.basis import Basis, KernelBasis, ShapeBasis, StepClock, columns, power
+from llmsim.cost.basis import Basis, KernelBasis, ShapeBasis, StepClock, columns, power, with_prompts
 from llmsim.cost.graphs import Graphs
 from llmsim.cost.profile import FULL_ROWS, GpuClock, Shape, fitted_coefficients
 
@@ -47,6 +47,9 @@ ATTENTION_SD = 0.01  # of an engine's calls of attention over those timed alone:
 STEP_SD = 0.06  # of a step's residual, 0.02, and its neighbours' that are alike
 # What decodes lose after a chunk: on an H200, by CUDA events, 0.035 to 0.045 of its first 50 ms in five loads.
 COOL_SHARE, COOL_STEPS, FEWEST_CHUNKS = 0.04, 12, 50
+# Decode steps after a chunk before they count as unslowed: 150 ms, four times RECOVERY_S; where no CUDA events timed
+# them so few are left that knots would be lost, and they count after COOL_STEPS.
+REST_STEPS = 30
 FEWEST = 4  # observations that a knot of a table needs
 NEAR = 1.3  # a knot counts as seen if steps come this near to it
 
@@ -84,9 +87,11 @@ def monotone(values: Floats, weights: Floats) -> Floats:
 
 def alone_seconds(clock: StepClock, step: StepRow) -> float:
     """GPU seconds of a recorded step without stalls and what steps before leave, by `llmsim.cost.basis`."""
-    read_tokens = step.read_tokens(clock.skew_share)
+    if step.chunks and clock.reads_longest:
+        return clock.mixed_s(step.chunks, step.seqs, step.kv_tokens, step.longest_tokens)
+    read_tokens = step.read_tokens(clock.skew_share(step.seqs))
     if step.chunks:
-        return clock.mixed_s(step.chunks, step.seqs, read_tokens, step.longest_tokens)
+        return clock.mixed_s(step.chunks, step.seqs, read_tokens)
     first_s, kv_s = clock.decode(step.seqs)
     return first_s + kv_s * clock.in_windows(read_tokens, step.seqs)
 
@@ -96,7 +101,7 @@ def gpu_seconds(clock: StepClock, host: Host, step: StepRow) -> float:
     alone_s = alone_seconds(clock, step)
     if step.chunks:
         return host.warmed_s(alone_s) if step.warm else alone_s
-    return alone_s + (host.cooled_s(gpu_seconds(clock, host, step.after)) if step.after else 0.0)
+    return alone_s + (host.cooled_s(gpu_seconds(clock, host, step.after), step.low) if step.after else 0.0)
 
 
 def first_guess(recordings: Sequence[Recording], basis: Basis) -> GpuClock:
@@ -125,11 +130,15 @@ def first_guess(recordings: Sequence[Recording], basis: Basis) -> GpuClock:
 
 def fit_decode(seen: Sequence[tuple[str, Seen]], graphs: Graphs, basis: Basis) -> tuple[list[int], Floats, float]:
     """Knots, L and b_full from decode steps that follow decode steps on the GPU. Scenarios count alike."""
-    rows = [(name, row) for name, row in seen if row.mode == FULL and row.steady if row.step.since_chunk > COOL_STEPS]
+    timed = any(row.step.gpu_s == row.step.gpu_s for _, row in seen)
+    rested = REST_STEPS if timed else COOL_STEPS
+    rows = [(name, row) for name, row in seen if row.mode == FULL and row.steady if row.step.since_chunk > rested]
     padded = np.array([graphs.padded(row.step.tokens) for _, row in rows])
     knots = [int(size) for size in np.unique(padded) if np.sum(padded == size) >= FEWEST]
     seqs = np.array([row.step.seqs for _, row in rows], float)
-    kv_tokens = np.array([row.step.read_tokens(basis.skew_share) for _, row in rows]) * basis.uneven(seqs)
+    skew = basis.skew(seqs)
+    read_tokens = [row.step.read_tokens(share) for (_, row), share in zip(rows, skew.tolist(), strict=True)]
+    kv_tokens = np.array(read_tokens) * basis.uneven(seqs)
     target = np.array([row.gpu_s for _, row in rows]) - basis.head_s(seqs) - basis.base_s(seqs)
     groups: dict[tuple[str, int], int] = {}
     for (name, _), size in zip(rows, padded, strict=True):
@@ -165,15 +174,16 @@ def fit_mixed(
     padded = np.array([graphs.padded(step.tokens) for step in steps], float)
     near = [knot for knot in LARGE_KNOTS if knot > small.tokens[-1]]
     large = [k for k in near if np.sum((padded > k / NEAR) & (padded < k * NEAR)) >= FEWEST]
-    linear = columns(basis, [*small.tokens, *large], padded)
-    known_s = linear[:, : len(small.tokens)] @ np.array(small.linear_s)
+    few = np.ones(len(small.tokens), bool)
+    if isinstance(basis, KernelBasis):
+        few = with_prompts(np.array(small.tokens)) if large else few
+    linear = columns(basis, [*np.array(small.tokens)[few], *large], padded)
+    known_s = linear[:, : few.sum()] @ np.array(small.linear_s)[few]
     requests = np.array([step.seqs + len(step.chunks) for step in steps], float)
     known_s += basis.head_s(requests)
     if isinstance(basis, KernelBasis) and basis.schedule is not None:
-        share = basis.skew_share
         calls_s = [
-            basis.schedule.seconds(step.chunks, step.seqs, step.read_tokens(share), step.longest_tokens)
-            for step in steps
+            basis.schedule.seconds(step.chunks, step.seqs, step.kv_tokens, step.longest_tokens) for step in steps
         ]
         # in as many pairs as the kernel timed alone does in these seconds; no term of decodes beside them
         pairs, kv_tokens = basis.layers * np.array(calls_s) / basis.pair_s, np.zeros(len(steps))
@@ -190,7 +200,7 @@ def fit_mixed(
     pulled = np.array([0.0 if step.held else power(step.seqs) for step in steps])
     target = np.array([row.gpu_s for row in rows])
     warm = np.array([step.warm for step in steps], float)
-    plain = np.column_stack([linear[:, len(small.tokens) :], pairs * 1e-9, kv_tokens * 1e-8])
+    plain = np.column_stack([linear[:, few.sum() :], pairs * 1e-9, kv_tokens * 1e-8])
     priors = [
         (-3, 0.0, MIXED_KV_SD * small.full_kv_token_s * 1e8),
         (-2, POWER_SHARE, POWER_SHARE_SD),
@@ -243,7 +253,7 @@ def fit_cooling(seen: Sequence[tuple[str, Seen]], clock: StepClock) -> float:
             continue
         lost_s += step.gpu_s - alone_seconds(clock, step)
         if step.after is not None and not step.after.held:
-            chunk_s += min(alone_seconds(clock, step.after), WARM_S)
+            chunk_s += min(alone_seconds(clock, step.after), WARM_S) * (1.0 - step.low)
             chunks += 1
     return max(lost_s / chunk_s, 0.0) if chunks >= FEWEST_CHUNKS else COOL_SHARE
 

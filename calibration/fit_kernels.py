@@ -58,7 +58,7 @@ ATTENTION_VARIANTS = ("fa3", "flashinfer_trtllm", "fa2", "varlen", "sdpa_flash",
 ELEMENTWISE_VARIANTS = (VARIANT, "vllm", "torch")  # those of an engine's own steps first
 LAUNCHES = (LAUNCH, "graph", "compiled_graph", "eager", "compiled", "host")
 LEAST_ROWS = (1.0, 16.0, 32.0, 64.0, 128.0, 256.0)
-ELEMENTWISE = ("rms_norm", "add_rms_norm", "rope", "silu_mul", "kv_write", "quant_fp8")
+ELEMENTWISE = ("rms_norm", "add_rms_norm", "norm_add_norm", "rope", "silu_mul", "kv_write", "quant_fp8")
 LEAST_WIDTH, MOST_TOKENS = 512, 16_384  # of imported linear layers: no layer of a language model is narrower
 FEWEST_PREFILLS = 12  # points that make a form of their own
 FEWEST_TILED = 24
@@ -69,6 +69,7 @@ MMA_TOKENS = 8  # tensor cores take so many rows at once: below, time is that of
 SUSTAINED_TOKENS = 512  # from here up `measure` times linear layers under load
 COMMON = 0.3  # share of the shapes that must have been timed at a number of rows for it to be in the table
 DENSE_ROWS, FEWEST_DENSE = 24, 6  # rows of a shape timed densely; such shapes that say how time goes between rows
+REACH = 1.5  # times the longest context
 AFFINE_FROM_TOKENS = 128  # contexts below say nothing of the cost per cached token
 
 
@@ -368,11 +369,16 @@ def fit_attention(
 
 
 def fit_decode(rows: Sequence[Row], heads: Heads, judge: Judge) -> DecodeTable | None:
-    """None where too little was timed, or only kernels that the engine does not run."""
-    chosen = preferred([row for row in rows if row.skew in (None, "uniform")], ATTENTION_VARIANTS)
+    """None where too little was timed, or only kernels that the engine does not run. Contexts nearly alike count where
+    they were timed: even ones, whose tiles all end together, only beyond them."""
+    even, near = (
+        preferred([row for row in rows if (row.skew or "uniform") == skew], ATTENTION_VARIANTS)
+        for skew in ("uniform", "near")
+    )
+    longest = {row.seqs: row.seq_context_tokens for row in sorted(near, key=lambda row: row.seq_context_tokens)}
     seqs, base, token = [], [], []
     groups: dict[int, list[Row]] = defaultdict(list)
-    for row in chosen:
+    for row in near + [row for row in even if row.seq_context_tokens > REACH * longest.get(row.seqs, 0)]:
         if row.seq_context_tokens >= AFFINE_FROM_TOKENS:
             groups[row.seqs].append(row)
     for count, group in sorted(groups.items()):

@@ -36,7 +36,7 @@ def fit_profile(
             )
     shape = model_shape(find_model(model), find_gpu(gpu), dtype, kv_dtype, tensor_parallel, dtype)
     kv_heads = find_model(model).kv_heads
-    basis: Basis = ShapeBasis(kv_heads / min(tensor_parallel, kv_heads), kv_dtype=kv_dtype)
+    basis: Basis = ShapeBasis(kv_heads / min(tensor_parallel, kv_heads))
     if kernels is not None:
         basis = KernelBasis(Forward(kernels, find_model(model), dtype, kv_dtype, tensor_parallel))
     gpu_clock, host, stalls = fit_clocks(recordings, first.graphs, shape, basis)

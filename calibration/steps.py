@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from calibration.contexts import note_contexts
-from llmsim.cost import WARM_S
+from llmsim.cost import WARM_S, Clocks
 from llmsim.cost.basis import pairs_of
 from llmsim.cost.graphs import Graphs
 from llmsim.recorded import LARGEST, LONGEST_S, list_files, load_files, load_name, packed_file, read_bytes
@@ -74,6 +74,7 @@ class StepRow:
     after_preemption: bool = False
     warm: bool = False  # has chunks, and the step just before it had some too
     after: StepRow | None = None  # the step just before, if that had chunks and this one has none
+    low: float = 0.0  # how far clocks were still down when `after` began
     since_chunk: int = 1_000_000  # decode steps since the last one with chunks, this one included
     gpu_s: float = nan  # timed on the GPU itself, unless the launch paced it
     held: bool = False  # timed after a rest, all of it launched before the GPU began: its clocks are high
@@ -85,7 +86,7 @@ class StepRow:
         return sum(new for new, _ in self.chunks)
 
     def read_tokens(self, skew_share: float) -> float:
-        """Cached tokens of the decodes, and what uneven contexts cost more."""
+        """Cached tokens of the decodes, and what uneven contexts cost more or less."""
         return self.kv_tokens + skew_share * self.deviation_tokens
 
     @property
@@ -124,6 +125,19 @@ class Scenario:
             step.after = before if before.chunks and not step.chunks and recent else None
             if before.chunks or recent:
                 step.since_chunk = 1 if before.chunks else before.since_chunk + 1
+        self._note_clocks()
+
+    def _note_clocks(self) -> None:
+        clocks = Clocks()
+        for i, step in enumerate(self.steps):
+            chunk = step.after
+            if chunk is None or chunk.update_s != chunk.update_s:
+                continue
+            lasted_s = chunk.gpu_s
+            if lasted_s != lasted_s:
+                began_s = max(chunk.schedule_s, self.steps[i - 2].update_s if i > 1 else 0.0)
+                lasted_s = chunk.update_s - began_s if began_s == began_s else 0.0
+            step.low = clocks.after_chunk(chunk.update_s, max(lasted_s, 0.0))
 
 
 @dataclass

@@ -30,7 +30,7 @@ from typing import Any, cast
 import simpy
 
 from llmsim.aside import Swap
-from llmsim.cost import FULL, WARM_S, CostModel, LaunchNoise, LongestCost, Ramp
+from llmsim.cost import FULL, WARM_S, Clocks, CostModel, LaunchNoise, LongestCost, Ramp
 from llmsim.engine import Engine, Limits
 from llmsim.kvcache import KVCache
 from llmsim.macrostep import Plan, Step, plan_run, plan_synchronous_run
@@ -82,7 +82,7 @@ class Replica(Engine):
     ) -> None:
         super().__init__(scheduler, kv, limits, asynchronous=asynchronous, swap=swap)
         self.env, self.cost, self.index = env, cost, index
-        self._skew_share: float = getattr(cost, "skew_share", 0.0)
+        self._skew_share: Callable[[int], float] | None = getattr(cost, "skew_share", None)
         self._by_longest = cast(LongestCost, cost) if getattr(cost, "reads_longest", False) else None
         self.outstanding = 0  # requests sent here that their clients have no answer to; kept by who sends them
         self.iterations = RowLog(ITERATION_COLUMNS)
@@ -95,6 +95,7 @@ class Replica(Engine):
         self._flight: _Flight | None = None  # the iteration launched last, until its results are taken
         self._gpu_s = -inf  # when the GPU is done with it: E(k-1)
         self._chunk_s = 0.0  # of that iteration, if it had chunks
+        self._clocks = Clocks()
         self._launched_s = -inf  # end of its launch, where workers launch: they queue up
         self._emitted_s = 0.0  # when clients saw the tokens of the iteration before
         self._woke_s = 0.0  # when it last had nothing to do
@@ -217,7 +218,8 @@ class Replica(Engine):
                     if step.chunks:
                         step.gpu = Ramp(host.warmed_s(step.gpu.first_s), 0.0)
                     else:
-                        gpu_end_s += host.cooled_s(self._chunk_s)
+                        low = self._clocks.after_chunk(self._gpu_s, self._chunk_s)
+                        gpu_end_s += host.cooled_s(self._chunk_s, low)
                 if self._special:
                     gpu_end_s += self._copying_s
                     self._copying_s = 0.0
@@ -299,7 +301,7 @@ class Replica(Engine):
             step.chunks = []
         seqs = step.outputs = self.decoding
         kv_tokens = self.batch.kv_tokens if seqs else 0
-        squares = self.batch.squares if seqs and self._skew_share else 0
+        squares = self.batch.squares if seqs and self._skew_share is not None else 0
         members, member_tokens = seqs, kv_tokens
         if self._special and seqs:
             seqs += self._ghost_seqs
@@ -321,8 +323,10 @@ class Replica(Engine):
                     new_tokens += tokens
                     step.chunks.append((tokens, computed))
         read_tokens: float = kv_tokens
-        if self._skew_share and members > 1:
-            read_tokens += self._skew_share * sqrt(max(members * squares - member_tokens * member_tokens, 0))
+        by_longest = step.chunks and self._by_longest is not None
+        if members > 1 and self._skew_share is not None and not by_longest:
+            deviation = sqrt(max(members * squares - member_tokens * member_tokens, 0))
+            read_tokens += self._skew_share(seqs) * deviation
         if step.chunks:
             mode = cost.mode(seqs + new_tokens, len(step.chunks))
             if self._by_longest is not None and seqs:

@@ -12,9 +12,9 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import ceil, inf, nan, sqrt
+from math import ceil, exp, inf, nan, sqrt
 
-from llmsim.cost import FULL, WARM_S, CostModel
+from llmsim.cost import FULL, RECOVERY_S, WARM_S, CostModel
 
 
 @dataclass(frozen=True)
@@ -170,14 +170,15 @@ class Step:
     def kv_tokens(self) -> int:
         return sum(c for n, c in self.rows if n == 1) + self.ghost_kv_tokens
 
-    def read_tokens(self, skew_share: float) -> float:
+    def read_tokens(self, cost: object) -> float:
         """Cached tokens, and what uneven contexts cost more."""
         contexts = [c for n, c in self.rows if n == 1]
-        if not contexts or not skew_share:
+        skew_share = getattr(cost, "skew_share", None)
+        if not contexts or skew_share is None or (self.chunks and getattr(cost, "reads_longest", False)):
             return self.kv_tokens
         mean = sum(contexts) / len(contexts)
         deviation = sqrt(sum((c - mean) ** 2 for c in contexts) / len(contexts))
-        return self.kv_tokens + skew_share * len(contexts) * deviation
+        return self.kv_tokens + skew_share(self.seqs) * len(contexts) * deviation
 
     @property
     def longest(self) -> int:
@@ -334,6 +335,7 @@ class PlainEngine:
         self.received: list[PlainRequest] = []  # with their schedulable_s, not yet drained
         self.passed_s = -inf
         self.gpu_free_s = -inf
+        self.low = self.low_s = 0.0  # how far chunks had pulled the clocks down, and when
         self.log: list[Step] = []
 
     def run(self, requests: Sequence[PlainRequest]) -> list[Step]:
@@ -408,19 +410,20 @@ class PlainEngine:
         if not host.worker:
             step.free_s = step.launched_s
         if chunks:
-            read_tokens = step.read_tokens(getattr(self.cost, "skew_share", 0.0))
+            read_tokens = step.read_tokens(self.cost)
             longest = [step.longest] if step.seqs and getattr(self.cost, "reads_longest", False) else []
             step.gpu_time_s = self.cost.mixed_s(chunks, step.seqs, read_tokens, *longest)
         else:
-            step.gpu_time_s = self.cost.decode_ramp(
-                step.seqs, step.read_tokens(getattr(self.cost, "skew_share", 0.0))
-            ).first_s
+            step.gpu_time_s = self.cost.decode_ramp(step.seqs, step.read_tokens(self.cost)).first_s
         start_s = max(self.gpu_free_s, step.launch_s + host.lead_s[mode])
         if self.log and self.log[-1].chunks and step.launch_s + host.lead_s[mode] - self.gpu_free_s < WARM_S:
             if chunks:
                 step.gpu_time_s = host.warmed_s(step.gpu_time_s)
             else:
-                start_s += host.cooled_s(self.log[-1].gpu_time_s)
+                chunk_s = self.log[-1].gpu_time_s
+                low = self.low * exp(min(self.low_s - (self.gpu_free_s - chunk_s), 0.0) / RECOVERY_S)
+                self.low, self.low_s = low + min(chunk_s / WARM_S, 1.0) * (1.0 - low), self.gpu_free_s
+                start_s += host.cooled_s(chunk_s, low)
         step.gpu_end_s = max(start_s + step.copy_s + step.gpu_time_s, step.launched_s + host.tail_s[mode])
         self.gpu_free_s = step.gpu_end_s
         self.log.append(step)

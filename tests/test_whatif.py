@@ -147,7 +147,7 @@ def test_an_optimisation_that_the_baseline_has_is_taken_away():
     ],
 )
 def test_the_reason_names_the_term_that_shrank(name, term):
-    found, _ = effects(BASE, name, trace=steady(prompt=3000))
+    found, _ = effects(BASE, name, trace=steady(prompt=3000, rate=5.0))
     assert found[name].reason.startswith(term), found[name].reason
 
 

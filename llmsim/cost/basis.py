@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 
 from llmsim.cost import WARM_S
 from llmsim.cost.graphs import LARGEST_CAPTURE
-from llmsim.cost.kernels import Forward, effective_rows, kv_name
+from llmsim.cost.kernels import Forward, effective_rows
 from llmsim.cost.tiles import Schedule
 
 Floats = NDArray[np.float64]
@@ -48,23 +48,19 @@ Floats = NDArray[np.float64]
 UNEVEN = {5: 0.3, 6: 0.25, 7: 0.25, 9: 0.13, 10: 0.13, 11: 0.13, **dict.fromkeys(range(12, 16), 0.08)}  # 8 KV heads
 # Uneven contexts leave SMs idle at the end of decode attention. On H200s (Llama-3.1-8B, chat at 8 and 20 requests/s:
 # standard deviation 0.8 to 1 of the mean) 32 to 64 requests take 12 % longer than as many even ones, more requests 7 %.
+# Where kernels were timed `Forward.decode_skew` says it.
 SKEW_SHARE = 0.1
-# With fp8 KV products bind instead of bytes, and waves show: the kernel alone takes 0.37 of that share longer with
-# contexts spread as chat's (16 to 192 requests), in bfloat16 0.16, of which the engine's steps show 0.1.
-SKEW_SHARE_FP8 = 0.23
 POWER_SEQS = 55  # decodes that pull them half-way down
 TABLE_ROWS, TABLE_REQUESTS = 16_384, 1_024  # tables grow beyond where needed
+# Knots between these two are of many decodes alone, which take 10 to 20 % more than their kernels; a prompt's rows
+# beside few decodes do not: on H200s, of 192 to 448 rows, 1.00 to 1.1 of them, as on a line between the two.
+DECODES_ONLY = (64, 512)
 REFERENCE_SEQS = 64.0  # requests of the batch whose cost per cached token a clock states
 
 
 def unevenness(seqs: int, kv_heads: float) -> float:
     """u: share by which decode attention of `seqs` requests with `kv_heads` KV heads on a rank takes longer."""
     return UNEVEN.get(round(seqs * kv_heads / 8), 0.0)
-
-
-def skew_share(kv_dtype: str) -> float:
-    """Of the standard deviation of contexts, what every decode reads more in seconds."""
-    return SKEW_SHARE_FP8 if kv_name(kv_dtype) == "fp8" else SKEW_SHARE
 
 
 def pairs_of(new: int, done: int) -> float:
@@ -84,7 +80,6 @@ def power(seqs: int) -> float:
 
 
 class Basis(Protocol):
-    skew_share: float
     schedule: Schedule | None  # of one layer's attention calls
     call_s: float
     span_s: float
@@ -103,15 +98,17 @@ class Basis(Protocol):
     def uneven(self, seqs: Floats) -> Floats:
         """b(s) over the clock's coefficient: 1 for `REFERENCE_SEQS` requests."""
 
+    def skew(self, seqs: Floats) -> Floats:
+        """Share of the standard deviation of contexts that every decode reads more, in seconds."""
+
 
 class ShapeBasis:
     schedule: Schedule | None = None
     call_s = span_s = cached_s = 0.0
     least_rows = 1.0
 
-    def __init__(self, kv_heads: float, last_knot: float = inf, kv_dtype: str = "auto") -> None:
+    def __init__(self, kv_heads: float, last_knot: float = inf) -> None:
         self._kv_heads, self._last_knot = kv_heads, last_knot
-        self.skew_share = skew_share(kv_dtype)
 
     def position(self, rows: Floats) -> Floats:
         return effective_rows(rows)
@@ -129,10 +126,13 @@ class ShapeBasis:
     def uneven(self, seqs: Floats) -> Floats:
         return np.array([1.0 + unevenness(int(n), self._kv_heads) for n in seqs])
 
+    def skew(self, seqs: Floats) -> Floats:
+        return np.full(len(seqs), SKEW_SHARE)
+
 
 class KernelBasis:
     def __init__(self, forward: Forward, graph_tokens: int = LARGEST_CAPTURE) -> None:
-        self.forward, self.skew_share = forward, skew_share(forward.kv_dtype)
+        self.forward = forward
         form = forward.chunk()
         self.call_s, self.span_s, self.pair_s = form.call_s, form.span_s, form.pair_s
         self.least_rows, self.cached_s = form.least_rows, form.cached_s
@@ -159,6 +159,16 @@ class KernelBasis:
 
     def uneven(self, seqs: Floats) -> Floats:
         return self.forward.decode_token_s(seqs) / self.kv_token_s
+
+    def skew(self, seqs: Floats) -> Floats:
+        return self.forward.decode_skew(seqs)
+
+
+def with_prompts(knots: Floats) -> NDArray[np.bool_]:
+    """Which knots say what rows cost beside chunks."""
+    first, last = DECODES_ONLY
+    told: NDArray[np.bool_] = (knots <= first) | (knots >= last)
+    return told if told.any() else ~told
 
 
 def columns(basis: Basis, knots: Sequence[float], rows: Floats) -> Floats:
@@ -215,14 +225,16 @@ class StepClock:
         windows: Windows | None = None,
     ) -> None:
         self._basis, self._coefficients, self._padded, self.windows = basis, coefficients, padded, windows
-        self._schedule, self.skew_share = basis.schedule, basis.skew_share
+        self._schedule = basis.schedule
         self._layers = 0.0  # of attention in the engine, in those of the kernel timed alone
         if isinstance(basis, KernelBasis):
             self._layers = basis.layers * coefficients.pair_s / basis.pair_s
         self._linear_s: list[float] = []  # by rows
+        self._mixed_linear_s: list[float] = []
         self._head_s: list[float] = []  # by requests
         self._base_s: list[float] = []  # by decodes
         self._kv_s: list[float] = []
+        self._skew: list[float] = []
         self._decode_s: list[float] = []  # without context
         self._grow(TABLE_ROWS)
         self._widen(TABLE_REQUESTS)
@@ -231,12 +243,16 @@ class StepClock:
         at = np.arange(len(self._linear_s), rows + 1, dtype=float)
         knots, linear_s = self._coefficients.knots, np.array(self._coefficients.linear_s)
         self._linear_s += (columns(self._basis, knots, np.maximum(at, 1.0)) @ linear_s).tolist()
+        told = with_prompts(np.array(knots)) if isinstance(self._basis, KernelBasis) else np.ones(len(knots), bool)
+        mixed = columns(self._basis, np.array(knots)[told].tolist(), np.maximum(at, 1.0))
+        self._mixed_linear_s += (mixed @ linear_s[told]).tolist()
 
     def _widen(self, requests: int) -> None:
         at = np.arange(len(self._head_s), requests + 1, dtype=float)
         self._head_s += self._basis.head_s(at).tolist()
         self._base_s += self._basis.base_s(at).tolist()
         self._kv_s += (self._coefficients.full_kv_s * self._basis.uneven(at)).tolist()
+        self._skew += self._basis.skew(np.maximum(at, 1.0)).tolist()
         decodes = range(len(self._decode_s), requests + 1)
         self._decode_s += [
             self.linear_s(self._padded(n) if n else 0) + self._head_s[n] + self._base_s[n] for n in decodes
@@ -247,6 +263,12 @@ class StepClock:
             self._grow(2 * rows)
         return self._linear_s[rows]
 
+    def mixed_linear_s(self, rows: int) -> float:
+        """Beside chunks."""
+        if rows >= len(self._mixed_linear_s):
+            self._grow(2 * rows)
+        return self._mixed_linear_s[rows]
+
     def head_s(self, requests: int) -> float:
         if requests >= len(self._head_s):
             self._widen(2 * requests)
@@ -254,13 +276,24 @@ class StepClock:
 
     def rows_s(self, tokens: int, requests: int) -> float:
         """Linear layers, what lies between them, and the head."""
-        return self.linear_s(self._padded(tokens)) + self.head_s(requests)
+        rows = self._padded(tokens)
+        return (self.mixed_linear_s(rows) if tokens > requests else self.linear_s(rows)) + self.head_s(requests)
 
     def decode(self, seqs: int) -> tuple[float, float]:
         """Seconds of an iteration of `seqs` decodes without context, and per cached token."""
         if seqs >= len(self._head_s):
             self._widen(2 * seqs)
         return self._decode_s[seqs], self._kv_s[seqs]
+
+    @property
+    def reads_longest(self) -> bool:
+        return self._schedule is not None
+
+    def skew_share(self, seqs: int) -> float:
+        """Of the standard deviation of contexts times `seqs`, what an iteration of `seqs` decodes alone reads more."""
+        if seqs >= len(self._head_s):
+            self._widen(2 * seqs)
+        return self._skew[seqs]
 
     def in_windows(self, kv_tokens: float, seqs: int) -> float:
         """Of `kv_tokens` cached tokens of `seqs` decodes, those that a layer reads in the mean."""
@@ -278,7 +311,7 @@ class StepClock:
         if self.windows is not None:
             windowed_s = self._windowed_s(self.windows, chunks, seqs, kv_tokens, longest)
             seconds -= self.windows.share * (seconds - windowed_s)
-        seconds += self.linear_s(self._padded(tokens)) + self._head_s[requests]
+        seconds += self.mixed_linear_s(self._padded(tokens)) + self._head_s[requests]
         return seconds + own.power_share * power(seqs) * min(seconds, WARM_S)
 
     def _windowed_s(
@@ -336,5 +369,5 @@ class StepClock:
             seconds += basis.cached_s
         if requests >= len(self._head_s):
             self._widen(2 * requests)
-        seconds += self.linear_s(self._padded(tokens)) + self._head_s[requests] + self._base_s[seqs]
+        seconds += self.mixed_linear_s(self._padded(tokens)) + self._head_s[requests] + self._base_s[seqs]
         return seconds + own.power_share * power(seqs) * min(seconds, WARM_S)

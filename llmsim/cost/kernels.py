@@ -2,7 +2,8 @@
 
 Seconds of R rows (tokens of an iteration, padded in graph modes) and r requests on one rank:
 
-    body(R)    layers * (the four linear layers + norms, RoPE, activation, KV write, fp8 quantising
+    body(R)    layers * (the four linear layers + norms, RoPE, activation, KV write, fp8 quantising, the schedule of
+                         attention where only some layers slide
                          + two all-reduces of R * hidden elements if tensor_parallel > 1)
     head(r)    LM head t(vocab, hidden, r), sampling of r rows
     decode     layers * (base(s) + token(s) * cached tokens), s requests of one token each
@@ -55,7 +56,14 @@ TILE_ROWS = 128
 TILE_AT_ONCE = 0.25  # of a full tile's time, as soon as its first row is there
 TILE_PAID_ROWS, TILE_PAID = 64, 0.95  # rows after which nearly the whole tile is paid, and how much of it
 FIRST_TILED_ROW = 256  # below, memory paces the GEMMs
-KV_WRITE_WIDTH = 512  # on an H200 4 and 8 heads of 128 take as long, 2 half of it
+KV_WRITE_WIDTH = 512  # on an H200 4 and 8 heads of 128 and 8 of 256 take as long, 2 of 128 half of it
+# Contexts that differ leave multiprocessors idle at the end of a call, the more the fewer tiles there are; and they
+# fill the last wave, so that one request more than a full one costs no more than another. Of H200s' engine steps (chat
+# and Azure loads, 2, 4 and 8 KV heads; with an fp8 cache, where products bind instead of bytes, 8).
+SKEW_SHARE, SKEW_SHARE_FP8 = 0.4, 0.12
+WAVE_POINTS = 61
+ENOUGH_COUNTS = 0.5  # of the numbers of requests that the most densely timed heads have
+PREPARE_S = 2.2e-6  # FlashAttention 3's schedule, in each layer where only some slide (traced steps of Gemma-2-9B)
 
 
 def effective_rows(rows: Floats) -> Floats:
@@ -68,7 +76,7 @@ def effective_rows(rows: Floats) -> Floats:
 
 def kv_write_width(kv: int) -> int:
     """Keys of a token that take as long to write as `kv` do: a block of threads a token, busy with KV_WRITE_WIDTH."""
-    return max(min(kv, KV_WRITE_WIDTH), kv // 2)
+    return max(min(kv, KV_WRITE_WIDTH), kv // 4)
 
 
 class NotTimedError(ValueError):
@@ -247,7 +255,8 @@ class Forward:
         self._activation_bytes = model.plain_bytes(dtype)
         kv_heads = max(1, model.kv_heads // tensor_parallel)
         wanted = Heads(model.heads // tensor_parallel, kv_heads, model.head_dim, kv_name(kv_dtype))
-        self._decode = nearest(kernels.decodes, wanted.timed_as("fp8"))  # reading is what takes the time: by the bytes
+        self._decode = decodes_like(kernels.decodes, wanted.timed_as("fp8"))  # reading takes the time: by the bytes
+        self._alike = wanted.kv_heads / self._decode.heads.kv_heads  # requests that make as many tiles
         self._prefill = nearest(kernels.prefills, wanted.timed_as("bfloat16"))  # computed with once it is expanded
         self._heads = wanted
         self._kv_ratio = _kv_bytes(wanted) / _kv_bytes(self._decode.heads)
@@ -272,11 +281,14 @@ class Forward:
             seconds += self._quantising_s(rows)
         heads, kv = self._heads.q_heads * model.head_dim, self._heads.kv_heads * model.head_dim
         moved = {
-            "add_rms_norm": (model.norms_per_layer, 4 * model.hidden),
             "rope": (1, 2 * (heads + kv)),
             "silu_mul": (1, 3 * model.intermediate / tp),
             "kv_write": (1, 4 * kv_write_width(kv)),
         }
+        if model.norms_per_layer == 4 and "norm_add_norm" in self._kernels.elementwise:
+            moved["norm_add_norm"] = (2, 4 * model.hidden)
+        else:
+            moved["add_rms_norm"] = (model.norms_per_layer, 4 * model.hidden)
         if model.qk_norm:
             moved["rms_norm"] = (1, 2 * (heads + kv))
         for op, (times, width) in moved.items():
@@ -284,6 +296,8 @@ class Forward:
                 seconds += times * self._kernels.elementwise[op].at(rows * width * size)
         if tp > 1:
             seconds += 2 * self._all_reduce().at(rows * model.hidden * size)
+        if 0 < model.sliding_layers < model.layers and self._kernels.tiles:
+            seconds += PREPARE_S
         return model.layers * seconds
 
     def _linears_s(self, rows: Floats) -> Floats:
@@ -336,14 +350,26 @@ class Forward:
 
     def decode_base_s(self, seqs: Floats) -> Floats:
         table = self._decode
-        base: Floats = self._model.layers * np.interp(seqs, table.seqs, table.base_s)
+        base: Floats = self._model.layers * np.interp(self._alike * seqs, table.seqs, table.base_s)
         return base
 
     def decode_token_s(self, seqs: Floats) -> Floats:
         """Seconds per cached token, all layers, for batches of `seqs`."""
         table = self._decode
-        token: Floats = self._model.layers * self._kv_ratio * np.interp(seqs, table.seqs, table.token_s)
+        token: Floats = self._model.layers * self._kv_ratio * np.interp(self._alike * seqs, table.seqs, table.token_s)
         return token
+
+    def decode_skew(self, seqs: Floats) -> Floats:
+        """What the standard deviation of contexts costs as a share of reading as many tokens, for batches of `seqs`:
+        SKEW_SHARE over KV heads, and what the mean over a wave of tiles costs more than this number's place in it."""
+        fp8 = self._heads.kv_dtype == "fp8"
+        share: Floats = np.full(len(seqs), SKEW_SHARE / self._heads.kv_heads + (SKEW_SHARE_FP8 if fp8 else 0.0))
+        if self._kernels.tiles:
+            wave = self._kernels.tiles[0].processors / self._heads.kv_heads
+            half = np.minimum(wave, seqs) / 2
+            around = seqs[:, None] + half[:, None] * np.linspace(-1.0, 1.0, WAVE_POINTS)
+            share += self.decode_token_s(around).mean(axis=1) / self.decode_token_s(seqs) - 1.0
+        return share
 
     def schedule(self, graph_tokens: int) -> Schedule | None:
         """Of one layer's attention; None where its kernel's tiles are not known."""
@@ -395,6 +421,19 @@ def kv_name(kv_dtype: str) -> str:
     if kv_dtype in KV_BITS:
         return kv_dtype
     return "bfloat16" if kv_dtype in ("auto", "bfloat16", "float16") else "fp8"
+
+
+def decodes_like(tables: Sequence[DecodeTable], wanted: Heads) -> DecodeTable:
+    """Decode attention goes with tiles, requests times KV heads, not with either: on an H200 37 us for 17 requests of 8
+    heads, 34 of 4 and 68 of 2. So heads timed at few numbers of requests are told by others' many."""
+    own = [
+        table for table in tables if table.heads.kv_dtype == wanted.kv_dtype and table.heads.head_dim == wanted.head_dim
+    ]
+    dense = [table for table in own if len(table.seqs) >= ENOUGH_COUNTS * max(len(table.seqs) for table in own)]
+    if not dense:
+        return nearest(tables, wanted)
+    far = [(abs(log2(table.heads.kv_heads / wanted.kv_heads)), table.heads.far_from(wanted)) for table in dense]
+    return dense[far.index(min(far))]
 
 
 def nearest(tables: Sequence[Shape], wanted: Heads) -> Shape:

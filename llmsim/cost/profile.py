@@ -60,7 +60,7 @@ FULL_ROWS = 256  # requests of the largest batch: more rows are prompts
 # 0.8 % of the chunks before them (3 % in bf16, every dense model, TP 1 and 2), chunks beside many decodes 4 to 6 %
 # (11 to 14 %), chunks after chunks nothing (5 %).
 FP8_POWER = 0.3
-GAP_ROWS = 64
+GAP_ROWS = 16
 CLOCKED_ROWS = 512  # rows from which products of matrices are paced by compute, and so by the clocks
 # What a profile's numbers may be: seconds of one thing, and anything else.
 MOST_S, MOST = 1e3, 1e18
@@ -462,7 +462,7 @@ def fitted_basis(profile: Profile) -> KernelBasis | ShapeBasis:
     model = find_model(profile.model)
     if profile.kernels is None:
         kv_heads = model.kv_heads / min(profile.tensor_parallel, model.kv_heads)
-        return ShapeBasis(kv_heads, profile.gpu_clock.tokens[-1], profile.kv_dtype)
+        return ShapeBasis(kv_heads, profile.gpu_clock.tokens[-1])
     return KernelBasis(Forward(profile.kernels, model, profile.dtype, profile.kv_dtype, profile.tensor_parallel))
 
 
@@ -518,7 +518,7 @@ def _by_shapes(
     ratios = [shape.form_s(clock, n) / fitted.form_s(clock, n) for n in clock.tokens]
     kv_ratio = shape.kv_token_bytes / fitted.kv_token_bytes
     kv_heads = model.kv_heads / min(settings.tensor_parallel, model.kv_heads)
-    basis = ShapeBasis(kv_heads, clock.tokens[-1], settings.kv_dtype)
+    basis = ShapeBasis(kv_heads, clock.tokens[-1])
     return basis, Coefficients(
         knots=clock.tokens,
         linear_s=tuple((linear_s * ratios).tolist()),
@@ -581,7 +581,7 @@ class ProfileCost:
         self._basis, self._coefficients, self._padded = basis, coefficients, settings.graphs.padded
         self.pair_s = coefficients.pair_s
         self.skew_share = self.clock.skew_share
-        self.reads_longest = basis.schedule is not None
+        self.reads_longest = self.clock.reads_longest
         self.label = self._describe(model, settings)
 
     @property
@@ -631,7 +631,8 @@ class ProfileCost:
             weights = {name: float(seconds[0]) for name, seconds in self._forward.body_parts(at).items()}
         else:
             weights = self._shape.form_parts(self.profile.gpu_clock, rows)
-        part = shared(self.clock.linear_s(rows), weights)
+        clock = self.clock
+        part = shared(clock.mixed_linear_s(rows) if tokens > seqs else clock.linear_s(rows), weights)
         base_s = float(self._basis.base_s(np.array([float(seqs)]))[0])
         head_s = float(self._basis.head_s(sampled)[0])
         return Parts(part["linear"], part["between"], head_s, base_s, part["communication"])

@@ -69,7 +69,7 @@ class SpeculativeCost:
             full_s, piecewise_s, eager_s = host.launch_s
             host = replace(host, launch_s=(full_s + more_s, piecewise_s + more_s, eager_s + more_s))
         self.host = host
-        self.skew_share = getattr(inner, "skew_share", 0.0)
+        self.skew_share = getattr(inner, "skew_share", None)
         self.reads_longest = getattr(inner, "reads_longest", False)
         self.label = (
             f"{inner.label}; speculating by {speculation.method}"

@@ -59,7 +59,7 @@ class VariantCost:
         self._attention, self._layers, self._ratio = known.attention, model.layers, ratio
         self._extra_s = _Extra(known, model, settings) if settings.kernel_fusion != "compiled" else None
         self.host = inner.host
-        self.skew_share = getattr(inner, "skew_share", 0.0)
+        self.skew_share = getattr(inner, "skew_share", None)
         self.reads_longest = getattr(inner, "reads_longest", False)
         operations = PLAIN_OPERATIONS + (QK_NORM_OPERATIONS if model.qk_norm else 0) if self._plain else 0
         self._more_launches(operations * known.operation_launch_s * settings.host_scale, eager_only=True)
