@@ -47,9 +47,6 @@ ATTENTION_SD = 0.01  # of an engine's calls of attention over those timed alone:
 STEP_SD = 0.06  # of a step's residual, 0.02, and its neighbours' that are alike
 # What decodes lose after a chunk: on an H200, by CUDA events, 0.035 to 0.045 of its first 50 ms in five loads.
 COOL_SHARE, COOL_STEPS, FEWEST_CHUNKS = 0.04, 12, 50
-# Decode steps after a chunk before they count as unslowed: 150 ms, four times RECOVERY_S; where no CUDA events timed
-# them so few are left that knots would be lost, and they count after COOL_STEPS.
-REST_STEPS = 30
 FEWEST = 4  # observations that a knot of a table needs
 NEAR = 1.3  # a knot counts as seen if steps come this near to it
 
@@ -87,11 +84,9 @@ def monotone(values: Floats, weights: Floats) -> Floats:
 
 def alone_seconds(clock: StepClock, step: StepRow) -> float:
     """GPU seconds of a recorded step without stalls and what steps before leave, by `llmsim.cost.basis`."""
-    if step.chunks and clock.reads_longest:
-        return clock.mixed_s(step.chunks, step.seqs, step.kv_tokens, step.longest_tokens)
-    read_tokens = step.read_tokens(clock.skew_share(step.seqs))
+    read_tokens = step.read_tokens(clock.skew_share(step.seqs, bool(step.chunks)))
     if step.chunks:
-        return clock.mixed_s(step.chunks, step.seqs, read_tokens)
+        return clock.mixed_s(step.chunks, step.seqs, read_tokens, step.longest_tokens)
     first_s, kv_s = clock.decode(step.seqs)
     return first_s + kv_s * clock.in_windows(read_tokens, step.seqs)
 
@@ -130,9 +125,7 @@ def first_guess(recordings: Sequence[Recording], basis: Basis) -> GpuClock:
 
 def fit_decode(seen: Sequence[tuple[str, Seen]], graphs: Graphs, basis: Basis) -> tuple[list[int], Floats, float]:
     """Knots, L and b_full from decode steps that follow decode steps on the GPU. Scenarios count alike."""
-    timed = any(row.step.gpu_s == row.step.gpu_s for _, row in seen)
-    rested = REST_STEPS if timed else COOL_STEPS
-    rows = [(name, row) for name, row in seen if row.mode == FULL and row.steady if row.step.since_chunk > rested]
+    rows = [(name, row) for name, row in seen if row.mode == FULL and row.steady if row.step.since_chunk > COOL_STEPS]
     padded = np.array([graphs.padded(row.step.tokens) for _, row in rows])
     knots = [int(size) for size in np.unique(padded) if np.sum(padded == size) >= FEWEST]
     seqs = np.array([row.step.seqs for _, row in rows], float)
@@ -183,7 +176,8 @@ def fit_mixed(
     known_s += basis.head_s(requests)
     if isinstance(basis, KernelBasis) and basis.schedule is not None:
         calls_s = [
-            basis.schedule.seconds(step.chunks, step.seqs, step.kv_tokens, step.longest_tokens) for step in steps
+            basis.schedule.seconds(step.chunks, step.seqs, step.read_tokens(basis.mixed_skew), step.longest_tokens)
+            for step in steps
         ]
         # in as many pairs as the kernel timed alone does in these seconds; no term of decodes beside them
         pairs, kv_tokens = basis.layers * np.array(calls_s) / basis.pair_s, np.zeros(len(steps))

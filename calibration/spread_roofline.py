@@ -35,8 +35,7 @@ class Clock:
 
     def __init__(self, cost: CostModel) -> None:
         self._cost = cost
-        self.skew_share = getattr(cost, "skew_share", None) or (lambda seqs: 0.0)
-        self.reads_longest = False
+        self.skew_share = getattr(cost, "skew_share", None) or (lambda seqs, beside_chunks: 0.0)
 
     def decode(self, seqs: int) -> tuple[float, float]:
         """Seconds without context, and per cached token."""

@@ -82,7 +82,7 @@ class Replica(Engine):
     ) -> None:
         super().__init__(scheduler, kv, limits, asynchronous=asynchronous, swap=swap)
         self.env, self.cost, self.index = env, cost, index
-        self._skew_share: Callable[[int], float] | None = getattr(cost, "skew_share", None)
+        self._skew_share: Callable[[int, bool], float] | None = getattr(cost, "skew_share", None)
         self._by_longest = cast(LongestCost, cost) if getattr(cost, "reads_longest", False) else None
         self.outstanding = 0  # requests sent here that their clients have no answer to; kept by who sends them
         self.iterations = RowLog(ITERATION_COLUMNS)
@@ -323,10 +323,9 @@ class Replica(Engine):
                     new_tokens += tokens
                     step.chunks.append((tokens, computed))
         read_tokens: float = kv_tokens
-        by_longest = step.chunks and self._by_longest is not None
-        if members > 1 and self._skew_share is not None and not by_longest:
+        if members > 1 and self._skew_share is not None:
             deviation = sqrt(max(members * squares - member_tokens * member_tokens, 0))
-            read_tokens += self._skew_share(seqs) * deviation
+            read_tokens += self._skew_share(seqs, bool(step.chunks)) * deviation
         if step.chunks:
             mode = cost.mode(seqs + new_tokens, len(step.chunks))
             if self._by_longest is not None and seqs:

@@ -174,11 +174,11 @@ class Step:
         """Cached tokens, and what uneven contexts cost more."""
         contexts = [c for n, c in self.rows if n == 1]
         skew_share = getattr(cost, "skew_share", None)
-        if not contexts or skew_share is None or (self.chunks and getattr(cost, "reads_longest", False)):
+        if not contexts or skew_share is None:
             return self.kv_tokens
         mean = sum(contexts) / len(contexts)
         deviation = sqrt(sum((c - mean) ** 2 for c in contexts) / len(contexts))
-        return self.kv_tokens + skew_share(self.seqs) * len(contexts) * deviation
+        return self.kv_tokens + skew_share(self.seqs, bool(self.chunks)) * len(contexts) * deviation
 
     @property
     def longest(self) -> int:

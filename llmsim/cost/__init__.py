@@ -6,8 +6,7 @@ iteration it says how long the GPU runs; its `host` says how long the engine's h
     composition     seqs       requests that decode one token each
                     kv_tokens  sum of their contexts before this iteration (tokens); if the model has a `skew_share`,
                                plus its share for so many decodes of seqs times their standard deviation, which stays
-                               as it is while all grow: uneven contexts leave parts of the GPU idle, or fill them. Not
-                               beside chunks where the model `reads_longest`
+                               as it is while all grow: uneven contexts leave parts of the GPU idle, or fill them
                     chunks     [(new tokens, tokens already computed), ...] prompts being prefilled
                     longest    the longest of those contexts; only a model that `reads_longest` is told
     mode            how the iteration is launched: FULL (one CUDA graph), PIECEWISE (graphs with attention between

@@ -81,6 +81,7 @@ def power(seqs: int) -> float:
 
 class Basis(Protocol):
     schedule: Schedule | None  # of one layer's attention calls
+    mixed_skew: float  # as `skew`, beside chunks
     call_s: float
     span_s: float
     least_rows: float
@@ -104,6 +105,7 @@ class Basis(Protocol):
 
 class ShapeBasis:
     schedule: Schedule | None = None
+    mixed_skew = SKEW_SHARE
     call_s = span_s = cached_s = 0.0
     least_rows = 1.0
 
@@ -132,7 +134,7 @@ class ShapeBasis:
 
 class KernelBasis:
     def __init__(self, forward: Forward, graph_tokens: int = LARGEST_CAPTURE) -> None:
-        self.forward = forward
+        self.forward, self.mixed_skew = forward, forward.mixed_skew
         form = forward.chunk()
         self.call_s, self.span_s, self.pair_s = form.call_s, form.span_s, form.pair_s
         self.least_rows, self.cached_s = form.least_rows, form.cached_s
@@ -289,8 +291,10 @@ class StepClock:
     def reads_longest(self) -> bool:
         return self._schedule is not None
 
-    def skew_share(self, seqs: int) -> float:
-        """Of the standard deviation of contexts times `seqs`, what an iteration of `seqs` decodes alone reads more."""
+    def skew_share(self, seqs: int, beside_chunks: bool = False) -> float:
+        """Of the standard deviation of contexts times `seqs`, what an iteration of so many decodes reads more."""
+        if beside_chunks:
+            return self._basis.mixed_skew
         if seqs >= len(self._head_s):
             self._widen(2 * seqs)
         return self._skew[seqs]

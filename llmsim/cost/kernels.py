@@ -359,11 +359,16 @@ class Forward:
         token: Floats = self._model.layers * self._kv_ratio * np.interp(self._alike * seqs, table.seqs, table.token_s)
         return token
 
+    @property
+    def mixed_skew(self) -> float:
+        """The same beside chunks, where tiles of all kinds fill the waves."""
+        return SKEW_SHARE / self._heads.kv_heads
+
     def decode_skew(self, seqs: Floats) -> Floats:
         """What the standard deviation of contexts costs as a share of reading as many tokens, for batches of `seqs`:
         SKEW_SHARE over KV heads, and what the mean over a wave of tiles costs more than this number's place in it."""
         fp8 = self._heads.kv_dtype == "fp8"
-        share: Floats = np.full(len(seqs), SKEW_SHARE / self._heads.kv_heads + (SKEW_SHARE_FP8 if fp8 else 0.0))
+        share: Floats = np.full(len(seqs), self.mixed_skew + (SKEW_SHARE_FP8 if fp8 else 0.0))
         if self._kernels.tiles:
             wave = self._kernels.tiles[0].processors / self._heads.kv_heads
             half = np.minimum(wave, seqs) / 2
