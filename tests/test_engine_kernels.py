@@ -55,6 +55,27 @@ def test_norms_of_query_and_key_leave_rope_out() -> None:
     assert set(found) == {"add_rms_norm", "silu_mul", "kv_write"}
 
 
+def test_where_some_layers_slide_each_prepares_its_schedule() -> None:
+    kernels = kernels_of(TRACED["decode_32"])
+    prepare = next(kernel for kernel in kernels if "prepare_varlen" in kernel.name)
+    each = []
+    for kernel in kernels:
+        if "FlashAttnFwdSm90" in kernel.name:
+            each.append(prepare._replace(begin_s=kernel.begin_s))
+        each.append(kernel)
+    whole = [kernel for kernel in kernels if "prepare_varlen" not in kernel.name]
+    (step,) = list(steps_of(each[1:] if "prepare_varlen" in each[0].name else each, LLAMA.layers))
+    assert seconds_of(step, LLAMA)["silu_mul"] == pytest.approx(seconds_of(whole, LLAMA)["silu_mul"], rel=0.05)
+    two = list(steps_of([*each, *(k._replace(begin_s=k.begin_s + 1.0) for k in each)], LLAMA.layers))
+    assert len(two) == 2
+
+
+def test_pairs_of_norms_and_gelu_have_their_names() -> None:
+    names = ("triton_red_fused__to_copy_add_fused_add_rms_norm_rms_norm_2", "triton_poi_fused_gelu_mul_slice_1")
+    step = [Kernel(name, 0.0, 1e-6) for name in names for _ in range(42)]
+    assert set(seconds_of(step, find_model("gemma-2-9b"))) == {"norm_add_norm", "silu_mul"}
+
+
 def test_steps_need_flash_attention_3() -> None:
     with pytest.raises(ValueError, match="no kernel prepare_varlen_num_blocks"):
         list(steps_of([Kernel("triton_poi_fused_0", 0.0, 1e-6)], 32))

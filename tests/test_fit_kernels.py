@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from math import exp
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,12 @@ from calibration.__main__ import main  # noqa: E402
 from calibration.check import Check, check_profile, report, step_points  # noqa: E402
 from calibration.check_kernels import check_kernels, split  # noqa: E402
 from calibration.fit import fit_cooling, gpu_seconds  # noqa: E402
-from calibration.fit_kernels import Judge, fit_kernels, linear_seconds, preferred, steadier  # noqa: E402
+from calibration.fit_kernels import Judge, fit_decode, fit_kernels, heads_of, linear_seconds, preferred, steadier  # noqa: E402
 from calibration.kernel_profiles import read_kernels, same_gpu, without_engine  # noqa: E402
 from calibration.measure.rows import Row, write_parquet  # noqa: E402
 from calibration.observe import timed_on_gpu  # noqa: E402
 from calibration.steps import Scenario, StepRow, pair_steps, read_recording  # noqa: E402
-from llmsim.cost import WARM_S, WORKER_RETURN_S, Host, worker_host  # noqa: E402
+from llmsim.cost import RECOVERY_S, WARM_S, WORKER_RETURN_S, Clocks, Host, worker_host  # noqa: E402
 from llmsim.cost.graphs import Graphs  # noqa: E402
 from llmsim.cost.kernels import Kernels, effective_rows  # noqa: E402
 from llmsim.cost.load import CostSettings  # noqa: E402
@@ -417,6 +418,35 @@ def test_a_host_with_workers() -> None:
     assert twice.worker and twice.cool_share == 0.04 and twice.return_s == pytest.approx(2 * several.return_s)
     assert host.cooled_s(10e-3) == pytest.approx(0.4e-3)
     assert host.cooled_s(1.0) == pytest.approx(0.04 * WARM_S)
+    assert host.cooled_s(10e-3, low=0.25) == pytest.approx(0.3e-3)
+
+
+def test_clocks_come_back_and_are_not_pulled_down_twice() -> None:
+    clocks = Clocks()
+    assert clocks.after_chunk(1.0, 0.5 * WARM_S) == 0.0  # half-way down now
+    first = clocks.after_chunk(1.0 + RECOVERY_S + 0.01, 0.01)  # a chunk that began one recovery time later
+    assert first == pytest.approx(0.5 * exp(-1.0))
+    low = first + (1.0 - first) * 0.01 / WARM_S
+    assert clocks.after_chunk(1.0 + RECOVERY_S + 0.02, 0.01) == pytest.approx(low)  # began as the last one ended
+    again = clocks.after_chunk(1.0 + RECOVERY_S + 0.03 + 9.0, 1.0)
+    assert 0.0 < again < 1e-9
+
+
+def test_contexts_that_nearly_agree_count_for_more_than_even_ones() -> None:
+    """Of a number of requests timed both ways even ones count beyond the longest of the others."""
+    near = [
+        attention("decode", 2 * BASE_S + 2 * TOKEN_S * 8 * c, seqs=8, seq_context_tokens=c, skew="near")
+        for c in (300, 1100, 4000)
+    ]
+    judge, heads = Judge(), heads_of(near[0])
+    table = fit_decode([*decodes(skew="uniform"), *near[:2]], heads, judge)
+    few = [row for row in decodes(skew="uniform") if (row.seq_context_tokens or 0) < 1500]
+    both = fit_decode([*few, *near], heads, judge)
+    assert table and both and table.seqs == both.seqs == (1, 8, 64)
+    assert both.base_s[1] == pytest.approx(2 * BASE_S, rel=1e-3)
+    assert both.token_s[1] == pytest.approx(2 * TOKEN_S, rel=1e-3)
+    assert table.base_s[1] > 1.5 * (BASE_S + 8e-7)  # of the two, with even ones of 4,096 and 16,384
+    assert table.token_s[0] == pytest.approx(TOKEN_S, rel=1e-3)
 
 
 def test_what_decodes_lose_after_chunks_is_recovered() -> None:

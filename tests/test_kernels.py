@@ -15,6 +15,8 @@ from llmsim.cost.basis import Coefficients, KernelBasis, StepClock
 from llmsim.cost.graphs import Graphs
 from llmsim.cost.kernels import (
     CLOCKS_FALL_S,
+    SKEW_SHARE,
+    SKEW_SHARE_FP8,
     TILE_AT_ONCE,
     TILE_PAID,
     TILE_PAID_ROWS,
@@ -27,6 +29,7 @@ from llmsim.cost.kernels import (
     NotTimedError,
     PrefillForm,
     Stack,
+    decodes_like,
     nearest,
 )
 from llmsim.cost.load import CostSettings
@@ -333,6 +336,67 @@ def test_one_call_of_attention_serves_all_chunks_of_an_iteration() -> None:
     assert attention_s((256, 0), (256, 64)) == pytest.approx(
         attention_s((256, 0)) + attention_s((256, 64)) - form.call_s
     )
+
+
+def test_decodes_go_with_tiles_whatever_the_heads() -> None:
+    """16 KV heads were not timed: as many tiles as twice the requests with 8."""
+    shipped = read_profile("h200-sxm").kernels
+    assert shipped
+    timed = Heads(32, 8, 128, "bfloat16")
+    assert decodes_like(shipped.decodes, timed).heads == timed
+    untimed = decodes_like(shipped.decodes, Heads(32, 16, 128, "bfloat16"))
+    assert untimed.heads.kv_heads == 8 and len(untimed.seqs) > 50
+    few = decodes_like(shipped.decodes, Heads(16, 8, 128, "bfloat16"))  # timed at four numbers of requests
+    assert len(few.seqs) > 50 and few.heads.kv_heads == 8
+    llama, wide = find_model("llama-3.1-8b"), replace(find_model("llama-3.1-8b"), kv_heads=16, name="wide")
+    ours, theirs = (Forward(shipped, model, "bfloat16", "auto", 1) for model in (llama, wide))
+    seqs = np.array([4.0, 8.0, 16.0, 17.0])
+    twice_s = ours.decode_base_s(2 * seqs) + ours.decode_token_s(2 * seqs) * 2 * seqs * 1100
+    assert theirs.decode_base_s(seqs) + theirs.decode_token_s(seqs) * seqs * 1100 == pytest.approx(twice_s, rel=0.08)
+
+
+def test_uneven_contexts_fill_the_last_wave() -> None:
+    shipped = read_profile("h200-sxm").kernels
+    assert shipped
+    forward = Forward(shipped, find_model("llama-3.1-8b"), "bfloat16", "auto", 1)
+    assert forward.mixed_skew == pytest.approx(SKEW_SHARE / 8)
+    waves = forward.decode_skew(np.array([17.0, 34.0]))  # just past one and two waves of 132 tiles, 8 heads each
+    assert (waves < -0.05).all()
+    full = forward.decode_skew(np.array([33.0, 66.0, 300.0]))
+    assert (full > 0.04).all() and full[2] == pytest.approx(SKEW_SHARE / 8, abs=0.02)
+    tile_less = Forward(msgspec.structs.replace(shipped, tiles=()), find_model("llama-3.1-8b"), "bfloat16", "fp8", 1)
+    assert tile_less.decode_skew(np.array([17.0])) == pytest.approx([SKEW_SHARE / 8 + SKEW_SHARE_FP8])
+
+
+def test_rows_beside_chunks_leave_the_knots_of_many_decodes_out() -> None:
+    forward = Forward(KERNELS, TOY, "bfloat16", "auto", 1)
+    basis = KernelBasis(forward)
+    knots = (1.0, 64.0, 256.0, 512.0)
+    linear_s = tuple((basis.body_s(np.array(knots)) * [1.0, 1.0, 1.5, 1.0]).tolist())
+    clock = StepClock(basis, Coefficients(knots, linear_s, 1e-9, 1e-9, 1e-12, 0.0), lambda n: n)
+    for rows in (40, 256, 500, 512):
+        alone, beside = clock.linear_s(rows), clock.mixed_linear_s(rows)
+        assert beside == pytest.approx(float(basis.body_s(np.array([float(rows)]))[0]))
+        assert alone == pytest.approx(beside * (1.5 if rows == 256 else 1.0), rel=0.02 if rows == 500 else 1e-6)
+    assert clock.rows_s(256, 3) - clock.head_s(3) == pytest.approx(clock.mixed_linear_s(256))
+    assert clock.rows_s(256, 256) - clock.head_s(256) == pytest.approx(clock.linear_s(256))
+
+
+def test_pairs_of_norms_are_a_kernel_where_it_was_timed() -> None:
+    gemma = replace(find_model("gemma-2-9b"), layers=2)
+    shipped = read_profile("h200-sxm").kernels
+    assert shipped
+    pairs = {op: curve for op, curve in shipped.elementwise.items() if op != "norm_add_norm"}
+    ours, apart = (
+        Forward(kernels, gemma, "bfloat16", "auto", 1)
+        for kernels in (shipped, msgspec.structs.replace(shipped, elementwise=pairs))
+    )
+    moved = np.array([1024.0 * 4 * gemma.hidden * 2])
+    norms = {op: float(shipped.elementwise[op].at(moved)[0]) for op in ("add_rms_norm", "norm_add_norm")}
+    saved_s = 4 * norms["add_rms_norm"] - 2 * norms["norm_add_norm"]
+    assert saved_s > 5e-6
+    rows = np.array([1024.0])
+    assert apart.body_s(rows) - ours.body_s(rows) == pytest.approx([2 * saved_s])
 
 
 @pytest.mark.parametrize("excess", [1.1, 0.9])
