@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 MEASUREMENTS = ROOT / "calibration" / "measurements"
 COMPLETE = "h200-sxm"  # whose norms, sampling and attention stand in where they were not timed
 DRAWS = SEEDS  # those of `llmsim validate` and benchmarks.accuracy: one number for one recording
-MOST_KERNELS, MOST_STEPS = 220, 60  # points kept of an operator, and of a load and kind of step
+MOST_KERNELS, MOST_STEPS = 220, 50  # points kept of an operator, and of a load and kind of step
 Rows = list[dict[str, Any]]
 
 

@@ -61,7 +61,7 @@ def test_mlfq_carries_more_load_at_the_same_latency() -> None:
 def test_shortest_first_has_the_least_mean_and_the_longest_wait() -> None:
     trace = long_tailed(24.0)
     fcfs, sjf, srtf = (seen(trace, name) for name in ("fcfs", "sjf", "srtf"))
-    assert srtf.mean_s < sjf.mean_s < fcfs.mean_s / 5
+    assert srtf.mean_s < 1.01 * sjf.mean_s < fcfs.mean_s / 5  # taking one out costs an iteration or two
     assert sjf.longest_wait_s > 4 * fcfs.longest_wait_s
 
 
