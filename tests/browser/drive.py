@@ -296,7 +296,7 @@ def opened(server: Server, browser: Any = None, size: tuple[int, int] = LAPTOP) 
             yield window
         return
     context = browser.new_context(viewport={"width": size[0], "height": size[1]})
-    context.set_default_timeout(20_000)
+    context.set_default_timeout(60_000)  # as the other waits: two cores share all tests
     window = Window(context.new_page(), server)
     window.watch()
     try:
