@@ -167,9 +167,7 @@ def fit_mixed(
     padded = np.array([graphs.padded(step.tokens) for step in steps], float)
     near = [knot for knot in LARGE_KNOTS if knot > small.tokens[-1]]
     large = [k for k in near if np.sum((padded > k / NEAR) & (padded < k * NEAR)) >= FEWEST]
-    few = np.ones(len(small.tokens), bool)
-    if isinstance(basis, KernelBasis):
-        few = with_prompts(np.array(small.tokens)) if large else few
+    few = with_prompts(basis, np.array([*small.tokens, *large]))[: len(small.tokens)]
     linear = columns(basis, [*np.array(small.tokens)[few], *large], padded)
     known_s = linear[:, : few.sum()] @ np.array(small.linear_s)[few]
     requests = np.array([step.seqs + len(step.chunks) for step in steps], float)

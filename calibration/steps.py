@@ -133,11 +133,9 @@ class Scenario:
             chunk = step.after
             if chunk is None or chunk.update_s != chunk.update_s:
                 continue
-            lasted_s = chunk.gpu_s
-            if lasted_s != lasted_s:
-                began_s = max(chunk.schedule_s, self.steps[i - 2].update_s if i > 1 else 0.0)
-                lasted_s = chunk.update_s - began_s if began_s == began_s else 0.0
-            step.low = clocks.after_chunk(chunk.update_s, max(lasted_s, 0.0))
+            began_s = max(chunk.schedule_s, self.steps[i - 2].update_s if i > 1 else 0.0)
+            lasted_s = chunk.gpu_s if chunk.gpu_s == chunk.gpu_s else max(chunk.update_s - began_s, 0.0)
+            step.low = clocks.after_chunk(chunk.update_s, lasted_s)
 
 
 @dataclass

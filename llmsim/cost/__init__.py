@@ -157,7 +157,7 @@ class Clocks:
 
     def after_chunk(self, end_s: float, chunk_s: float) -> float:
         """How far they were down when an iteration with chunks began that has ended at `end_s` after `chunk_s`."""
-        low = self._low * exp(min(self._then_s - end_s + chunk_s, 0.0) / RECOVERY_S) if self._low else 0.0
+        low = self._low * exp(min(self._then_s - end_s + chunk_s, 0.0) / RECOVERY_S)
         self._low = low + min(chunk_s / WARM_S, 1.0) * (1.0 - low)
         self._then_s = end_s
         return low

@@ -166,11 +166,12 @@ class KernelBasis:
         return self.forward.decode_skew(seqs)
 
 
-def with_prompts(knots: Floats) -> NDArray[np.bool_]:
-    """Which knots say what rows cost beside chunks."""
+def with_prompts(basis: Basis, knots: Floats) -> NDArray[np.bool_]:
+    """Which knots say what rows cost beside chunks: all, unless kernels tell what lies between two sides of them."""
     first, last = DECODES_ONLY
-    told: NDArray[np.bool_] = (knots <= first) | (knots >= last)
-    return told if told.any() else ~told
+    few, many = knots <= first, knots >= last
+    told: NDArray[np.bool_] = few | many
+    return told if isinstance(basis, KernelBasis) and few.any() and many.any() else np.ones(len(knots), bool)
 
 
 def columns(basis: Basis, knots: Sequence[float], rows: Floats) -> Floats:
@@ -232,7 +233,7 @@ class StepClock:
         if isinstance(basis, KernelBasis):
             self._layers = basis.layers * coefficients.pair_s / basis.pair_s
         self._linear_s: list[float] = []  # by rows
-        self._mixed_linear_s: list[float] = []
+        self._beside_chunks_s: list[float] = []  # of the rows up to where it is the same
         self._head_s: list[float] = []  # by requests
         self._base_s: list[float] = []  # by decodes
         self._kv_s: list[float] = []
@@ -240,14 +241,17 @@ class StepClock:
         self._decode_s: list[float] = []  # without context
         self._grow(TABLE_ROWS)
         self._widen(TABLE_REQUESTS)
+        knots = np.array(coefficients.knots, float)
+        told = with_prompts(basis, knots)
+        if not told.all():
+            at = np.maximum(np.arange(knots[knots >= DECODES_ONLY[1]].min()), 1.0)
+            linear_s = np.array(coefficients.linear_s)[told]
+            self._beside_chunks_s = (columns(basis, knots[told].tolist(), at) @ linear_s).tolist()
 
     def _grow(self, rows: int) -> None:
         at = np.arange(len(self._linear_s), rows + 1, dtype=float)
         knots, linear_s = self._coefficients.knots, np.array(self._coefficients.linear_s)
         self._linear_s += (columns(self._basis, knots, np.maximum(at, 1.0)) @ linear_s).tolist()
-        told = with_prompts(np.array(knots)) if isinstance(self._basis, KernelBasis) else np.ones(len(knots), bool)
-        mixed = columns(self._basis, np.array(knots)[told].tolist(), np.maximum(at, 1.0))
-        self._mixed_linear_s += (mixed @ linear_s[told]).tolist()
 
     def _widen(self, requests: int) -> None:
         at = np.arange(len(self._head_s), requests + 1, dtype=float)
@@ -267,9 +271,7 @@ class StepClock:
 
     def mixed_linear_s(self, rows: int) -> float:
         """Beside chunks."""
-        if rows >= len(self._mixed_linear_s):
-            self._grow(2 * rows)
-        return self._mixed_linear_s[rows]
+        return self._beside_chunks_s[rows] if rows < len(self._beside_chunks_s) else self.linear_s(rows)
 
     def head_s(self, requests: int) -> float:
         if requests >= len(self._head_s):
@@ -286,10 +288,6 @@ class StepClock:
         if seqs >= len(self._head_s):
             self._widen(2 * seqs)
         return self._decode_s[seqs], self._kv_s[seqs]
-
-    @property
-    def reads_longest(self) -> bool:
-        return self._schedule is not None
 
     def skew_share(self, seqs: int, beside_chunks: bool = False) -> float:
         """Of the standard deviation of contexts times `seqs`, what an iteration of so many decodes reads more."""

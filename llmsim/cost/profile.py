@@ -581,7 +581,7 @@ class ProfileCost:
         self._basis, self._coefficients, self._padded = basis, coefficients, settings.graphs.padded
         self.pair_s = coefficients.pair_s
         self.skew_share = self.clock.skew_share
-        self.reads_longest = self.clock.reads_longest
+        self.reads_longest = basis.schedule is not None
         self.label = self._describe(model, settings)
 
     @property
